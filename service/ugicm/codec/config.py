@@ -1,0 +1,83 @@
+"""The shape of a codec: everything that must be known before its weights can be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATCH = 8
+"""Pixels per side of the patch that the analysis transform unfolds into channels."""
+LATENT_STRIDE = 16
+"""Pixels per side of one position of the latent ``y``."""
+HYPER_STRIDE = 64
+"""Pixels per side of one position of the hyper latent ``z``; images are padded to a multiple of it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the transforms and of the entropy model, as stored in ``config.json``.
+
+    The two shipped shapes, ``ugicm-s`` and ``ugicm-b``, differ only in these numbers.
+    """
+
+    name: str
+    channels: int = 128
+    """Channels of the transforms at 1/8 resolution (C)."""
+    latent_channels: int = 256
+    """Channels of the latent y at 1/16 resolution (M); a multiple of 4."""
+    hyper_channels: int = 96
+    """Channels of the hyper latent z at 1/64 resolution (N)."""
+    entropy_channels: int = 192
+    """Hidden channels of the entropy model (W)."""
+    encoder_blocks: int = 3
+    decoder_blocks: int = 4
+    context_blocks: int = 2
+    """Blocks of the context trunk, evaluated once for each of the last three coding steps."""
+    condition_features: int = 64
+    """Width of the preference embedding's hidden layers."""
+    levels: int = 8
+    """Anchor levels of the rate gains; quality 1..100 is interpolated between them."""
+    lambda_min: float = 0.0004
+    """Rate-distortion trade-off of quality 1 (bits per pixel against 255^2 * MSE)."""
+    lambda_max: float = 0.08
+    """Rate-distortion trade-off of quality 100."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "name" and not value > 0:
+                raise ValueError(f"{field.name} must be positive, got {value!r}")
+        if self.latent_channels % 4:
+            raise ValueError(
+                f"latent_channels must be a multiple of 4, got {self.latent_channels}"
+            )
+        if self.levels < 2:
+            raise ValueError(f"levels must be at least 2, got {self.levels}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build from parsed JSON; unknown keys are an error (``ValueError``)."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown keys in the model config: {', '.join(unknown)}")
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: Path) -> ModelConfig:
+        """Read ``config.json``."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS = {
+    "ugicm-s": ModelConfig(name="ugicm-s"),
+    "ugicm-b": ModelConfig(
+        name="ugicm-b", channels=192, hyper_channels=128, encoder_blocks=6, decoder_blocks=8
+    ),
+}
+"""Shapes that ``ugicm-train run --config NAME`` knows by name."""

@@ -1,0 +1,34 @@
+"""What can go wrong between pixels and bits. Each error names the limit, the value seen and the setting."""
+
+from __future__ import annotations
+
+
+class CodecError(ValueError):
+    """Base of every error that the caller's input or configuration causes."""
+
+
+class MalformedBitstreamError(CodecError):
+    """The bytes are not a whole, undamaged ugicm bitstream."""
+
+
+class ModelMismatchError(CodecError):
+    """The bitstream was made by a model that is not loaded."""
+
+    def __init__(self, needed: str, loaded: str) -> None:
+        super().__init__(
+            f"this bitstream needs model {needed}, but {loaded} is loaded; "
+            "load the model it was encoded with (--model, UGICM_MODEL)"
+        )
+        self.needed, self.loaded = needed, loaded
+
+
+class LimitExceededError(CodecError):
+    """A size is over its limit."""
+
+    def __init__(self, what: str, *, limit: int, actual: int, setting: str) -> None:
+        super().__init__(f"{what}: {actual} is over the limit of {limit}; {setting} changes it")
+        self.limit, self.actual, self.setting = limit, actual, setting
+
+
+class ModelStoreError(CodecError):
+    """The model folder is missing, incomplete or damaged."""

@@ -1,0 +1,3 @@
+from ugicm_train.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""``ugicm-train``: run, pack, export. argparse, so that training needs nothing beyond torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from ugicm.codec.config import PRESETS, ModelConfig
+
+
+def _config(name: str) -> ModelConfig:
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is neither a config.json nor one of {', '.join(PRESETS)}"
+        )
+    return ModelConfig.from_json(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ugicm-train", description="Train a ugicm codec.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="train, or continue a run")
+    run.add_argument("--config", type=_config, default="ugicm-s", help="preset name or config.json")
+    run.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
+    run.add_argument("--out", type=Path, required=True, help="run folder (checkpoints, log)")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="checkpoint.pt",
+        metavar="CHECKPOINT",
+        help="continue from a checkpoint of the run folder (default: checkpoint.pt)",
+    )
+    from ugicm_train.train import TrainOptions
+
+    kinds = {"minutes": float, "steps": int, "device": str, "threads": int}
+    for field in dataclasses.fields(TrainOptions):
+        kind = kinds.get(field.name) or type(field.default)
+        run.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+
+    pack = commands.add_parser("pack", help="decode photos once into uint8 shards")
+    pack.add_argument("sources", type=Path, nargs="+")
+    pack.add_argument("--out", type=Path, required=True)
+    pack.add_argument("--max-mb", type=float, default=60.0, help="size of a shard in MB")
+    pack.add_argument("--min-side", type=int, default=256, help="skip photos with a shorter side")
+
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "run":
+            from ugicm_train.train import TrainOptions, train
+
+            names = [field.name for field in dataclasses.fields(TrainOptions)]
+            options = TrainOptions(**{name: getattr(arguments, name) for name in names})
+            train(arguments.config, options, arguments.data, arguments.out, resume=arguments.resume)
+        elif arguments.command == "pack":
+            from ugicm_train.data import pack
+
+            shards = pack(
+                arguments.sources,
+                arguments.out,
+                max_bytes=int(arguments.max_mb * 1e6),
+                min_side=arguments.min_side,
+            )
+            for shard in shards:
+                print(shard)
+    except (OSError, ValueError) as error:
+        print(f"ugicm-train: {error}", file=sys.stderr)
+        return 1
+    return 0

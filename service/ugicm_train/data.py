@@ -1,0 +1,116 @@
+"""Training photos: decoded once into memory as uint8, from image files or from packed shards.
+
+Needs only torch, numpy, Pillow and safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SHARD_SUFFIX = ".shard.safetensors"
+"""Packed photos: one uint8 tensor (3, H, W) a photo, named by its file."""
+
+
+class DataError(ValueError):
+    """The training data cannot be used; the message says why."""
+
+
+def _decode(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise DataError(f"{source} is neither a folder nor a file")
+    return sorted(
+        path
+        for path in source.rglob("*")
+        if path.name.endswith(SHARD_SUFFIX) or path.suffix.lower() in IMAGE_SUFFIXES
+    )
+
+
+def read_photos(sources: Sequence[Path], *, min_side: int, threads: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, (3, H, W) uint8) of every photo whose shorter side is at least `min_side` pixels.
+
+    `sources` are folders of images, folders of shards, or single files.
+    """
+    for source in sources:
+        files = _files(source)
+        shards = [path for path in files if path.name.endswith(SHARD_SUFFIX)]
+        for shard in shards:
+            for name, photo in load_file(shard).items():
+                if min(photo.shape[1:]) >= min_side:
+                    yield name, photo
+        images = [path for path in files if path not in set(shards)]
+        with ThreadPoolExecutor(threads) as pool:
+            for path, photo in zip(images, pool.map(_decode, images), strict=True):
+                if min(photo.shape[1:]) >= min_side:
+                    yield str(path.relative_to(source)) if source.is_dir() else path.name, photo
+
+
+def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -> list[Path]:
+    """Write the photos as shards of at most about `max_bytes` each; returns the shard paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    shards: list[Path] = []
+    pending: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal pending, size
+        if pending:
+            shards.append(out / f"{len(shards):05d}{SHARD_SUFFIX}")
+            save_file(pending, shards[-1])
+            pending, size = {}, 0
+
+    for name, photo in read_photos(sources, min_side=min_side):
+        if pending and size + photo.numel() > max_bytes:
+            flush()
+        pending[name] = photo
+        size += photo.numel()
+    flush()
+    if not shards:
+        raise DataError(f"no photo of at least {min_side} pixels a side in {', '.join(map(str, sources))}")
+    return shards
+
+
+class CropSampler:
+    """Random square crops with flips, as float batches on the device that holds the photos.
+
+    Photos are drawn in proportion to the square root of their area, so that a few huge ones neither
+    dominate nor are wasted.
+    """
+
+    def __init__(self, photos: Sequence[Tensor], *, size: int, seed: int) -> None:
+        self.photos = [photo for photo in photos if min(photo.shape[1:]) >= size]
+        if not self.photos:
+            raise DataError(f"no photo is at least {size} pixels a side; lower --crop or add photos")
+        self.size = size
+        self._random = np.random.default_rng(seed)
+        area = np.array([photo.shape[1] * photo.shape[2] for photo in self.photos], dtype=np.float64)
+        self._share = np.sqrt(area) / np.sqrt(area).sum()
+
+    def batch(self, count: int) -> Tensor:
+        """(count, 3, size, size) float32 in [0, 1], channels last."""
+        crops = []
+        for index in self._random.choice(len(self.photos), size=count, p=self._share):
+            photo = self.photos[index]
+            top, left = (
+                int(self._random.integers(0, side - self.size + 1)) for side in photo.shape[1:]
+            )
+            crop = photo[:, top : top + self.size, left : left + self.size]
+            crops.append(crop.flip(2) if self._random.random() < 0.5 else crop)
+        batch = torch.stack(crops).contiguous(memory_format=torch.channels_last)
+        return batch.float().div_(255)

@@ -1,0 +1,85 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ugicm.codec.config import ModelConfig
+from ugicm_train.model import CodecOutput
+
+MACHINE_WEIGHT = 0.5
+"""Weight of the machine view's squared error against the human view's (UG-ICM: l1 = l0 / 2)."""
+RATE_BALANCE = 0.45
+"""Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
+every rate pulls about equally, the high ones slightly more (they starve first)."""
+TOP_HEAVY = 0.8
+"""Levels are drawn as last * u^0.8, u uniform: again, slightly more often at high rate."""
+
+
+class Teacher(Protocol):
+    """A frozen judge of the machine view."""
+
+    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
+        """Distance of (B, 3, H, W) pictures in [0, 1], (B,), 0 for equal; differentiable in `machine`."""
+        ...
+
+
+class LossTerms(NamedTuple):
+    loss: Tensor
+    bpp: Tensor
+    mse_human: Tensor
+    mse_machine: Tensor
+    teacher: Tensor
+
+
+def sample_levels(config: ModelConfig, count: int, device: torch.device) -> Tensor:
+    """Continuous levels (count,) in [0, levels - 1]."""
+    return (config.levels - 1) * torch.rand(count, device=device) ** TOP_HEAVY
+
+
+def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
+    """Rate-distortion trade-off of continuous levels, log-spaced."""
+    ratio = config.lambda_max / config.lambda_min
+    return config.lambda_min * ratio ** (level / (config.levels - 1))
+
+
+def rate_distortion_loss(
+    config: ModelConfig,
+    output: CodecOutput,
+    x: Tensor,
+    level: Tensor,
+    *,
+    teacher: Teacher | None = None,
+    teacher_weight: float = 1.0,
+) -> LossTerms:
+    """bpp + lambda 255^2 (MSE_human + MSE_machine / 2) / (3/2) + teacher distance on the machine view.
+
+    The machine view exists for the first samples only; the others count their human view alone, which
+    leaves the balance of rate and distortion the same for all.
+    """
+    count = len(output.machine)
+    lambdas = lambda_of(config, level)
+    human = (output.human - x).square().mean((1, 2, 3))
+    machine = (output.machine - x[:count]).square().mean((1, 2, 3))
+    distortion = torch.cat(
+        [(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]]
+    )
+    loss = output.bpp + lambdas * 255**2 * distortion
+    judged = x.new_zeros(())
+    if teacher is not None and count:
+        distance = teacher(output.machine, x[:count])
+        judged = distance.mean().detach()
+        # The teacher's share follows the distortion's: proportional to sqrt(lambda).
+        weight = teacher_weight * (lambdas[:count] / config.lambda_max).sqrt()
+        loss = torch.cat([loss[:count] + weight * distance, loss[count:]])
+    balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
+    return LossTerms(
+        (loss * balance).mean(),
+        output.bpp.mean().detach(),
+        human.mean().detach(),
+        machine.mean().detach() if count else x.new_zeros(()),
+        judged,
+    )

@@ -1,0 +1,268 @@
+"""The training loop: one command for CPU and CUDA, resumable, safe against being killed.
+
+Needs only torch, numpy, Pillow and safetensors; shows a live progress bar where `rich` is installed.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.networks import Pointwise
+from ugicm.memory import keep_freed_memory
+from ugicm_train.data import CropSampler, read_photos
+from ugicm_train.losses import Teacher, rate_distortion_loss, sample_levels
+from ugicm_train.model import TrainableCodec
+from ugicm_train.progress import Progress
+from ugicm_train.start import start_from_dct
+
+CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
+STABLE_CHECKPOINT = "before-decay.pt"
+"""The state just before the learning rate decays: the best place to go on from."""
+LOG_FIELDS = (
+    "step", "minutes", "loss", "bpp", "psnr_human", "psnr_machine", "teacher", "lr_factor", "crops_per_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One run. Learning rates are peak values; times are wall-clock."""
+
+    minutes: float | None = None
+    """Train this long from now (`steps` otherwise)."""
+    steps: int | None = None
+    batch: int = 16
+    crop: int = 256
+    machine_share: float = 1.0
+    """Part of the batch that also decodes the machine view."""
+    matrix_lr: float = 0.005
+    """Muon, for the dense weights."""
+    other_lr: float = 1e-3
+    """AdamW, for all the rest."""
+    warmup_steps: int = 200
+    decay: float = 0.3
+    """Last part of the run over which the learning rate falls to zero (warm-up, stable, decay)."""
+    ema: float = 0.999
+    clip: float = 1.0
+    teacher_weight: float = 1.0
+    seed: int = 0
+    threads: int | None = None
+    checkpoint_minutes: float = 5.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("give exactly one of minutes and steps")
+        if self.crop % 64:
+            raise ValueError(f"crop must be a multiple of 64 pixels, got {self.crop}")
+        if not 0 <= self.machine_share <= 1:
+            raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def optimizers(model: nn.Module, options: TrainOptions) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, FiLM, depthwise."""
+    matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
+    ids = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    muon = torch.optim.Muon(
+        matrices, lr=options.matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return muon, adam
+
+
+def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float:
+    """Linear warm-up, then constant, then linear decay to zero; `done` is the run's finished part."""
+    warm = min(1.0, (step + 1) / options.warmup_steps)
+    cool = min(1.0, (1.0 - done) / options.decay) if options.decay > 0 else 1.0
+    return warm * max(cool, 0.0)
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    """Write beside and rename, so that a kill at any moment leaves a whole file."""
+    beside = path.with_suffix(".tmp")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def load_checkpoint(run: Path, name: str = CHECKPOINT) -> dict[str, Any]:
+    """The training state of a run folder (tensors and plain values only)."""
+    path = run / name
+    if not path.exists():
+        raise FileNotFoundError(f"no {name} in {run}: train first, or check the path")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Trainer:
+    """State of one run: model, its moving average, optimisers and counters."""
+
+    def __init__(self, config: ModelConfig, options: TrainOptions, out: Path) -> None:
+        self.config, self.options, self.out = config, options, out
+        self.device = pick_device(options.device)
+        torch.manual_seed(options.seed)
+        self.model = TrainableCodec(config)
+        start_from_dct(self.model)
+        self.model.to(self.device)
+        self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
+        self.average.load_state_dict(self.model.state_dict())
+        self.optimizers = optimizers(self.model, options)
+        self.step, self.minutes = 0, 0.0
+        self.warm_from = 0
+        """Step from which the warm-up counts: the learning rate also warms up after a resume."""
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "minutes": self.minutes,
+            "config": self.config.to_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; learning rates come from the options, not from the checkpoint."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak_lr"] = peak
+        self.step, self.minutes = state["step"], state["minutes"]
+        self.warm_from = self.step
+
+    def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
+        """One update; a batch whose gradients are not finite is skipped."""
+        options = self.options
+        level = sample_levels(self.config, len(x), x.device)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            output = self.model(x, level, machine_count=round(options.machine_share * len(x)))
+        terms = rate_distortion_loss(
+            self.config, output, x, level, teacher=teacher, teacher_weight=options.teacher_weight
+        )
+        self.model.zero_grad()
+        terms.loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+        if torch.isfinite(norm):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak_lr"] * factor
+                optimizer.step()
+            decay = min(options.ema, (self.step + 1) / (self.step + 50))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self.model.parameters()), 1 - decay
+                )
+        self.step += 1
+        return {name: value.detach() for name, value in terms._asdict().items()}
+
+    def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> None:
+        """Train until the budget of the options is used up."""
+        options = self.options
+        start, minutes_before, first = time.monotonic(), self.minutes, self.step
+        saved, logged, sums, count = start, start, {}, 0
+        stable_saved = False
+        with (
+            Progress(total=options.steps) as progress,
+            (self.out / LOG).open("a", newline="", encoding="utf-8") as log_file,
+        ):
+            log = csv.DictWriter(log_file, LOG_FIELDS)
+            if log_file.tell() == 0:
+                log.writeheader()
+            while True:
+                elapsed = (time.monotonic() - start) / 60
+                if options.minutes is not None:
+                    done = elapsed / options.minutes
+                else:
+                    done = (self.step - first) / (options.steps or 1)
+                if done >= 1:
+                    break
+                if not stable_saved and done >= 1 - options.decay:
+                    _save(self.out / STABLE_CHECKPOINT, self.state())
+                    stable_saved = True
+                factor = learning_rate_factor(self.step - self.warm_from, done, options)
+                terms = self.train_step(sampler.batch(options.batch), factor, teacher)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                count += 1
+                self.minutes = minutes_before + (time.monotonic() - start) / 60
+                now = time.monotonic()
+                if self.step % 50 == 0:
+                    means = {name: float(value) / count for name, value in sums.items()}
+                    row = {
+                        "step": self.step,
+                        "minutes": round(self.minutes, 2),
+                        "loss": round(means["loss"], 5),
+                        "bpp": round(means["bpp"], 4),
+                        "psnr_human": round(_psnr(means["mse_human"]), 3),
+                        "psnr_machine": round(_psnr(means["mse_machine"]), 3),
+                        "teacher": round(means["teacher"], 5),
+                        "lr_factor": round(factor, 4),
+                        "crops_per_s": round(count * options.batch / (now - logged), 1),
+                    }
+                    log.writerow(row)
+                    log_file.flush()
+                    progress.update(row, done=done, remaining_s=elapsed * 60 * (1 / done - 1))
+                    logged, sums, count = now, {}, 0
+                if now - saved > options.checkpoint_minutes * 60:
+                    _save(self.out / CHECKPOINT, self.state())
+                    saved = now
+        _save(self.out / CHECKPOINT, self.state())
+
+
+def _psnr(mse: float) -> float:
+    return -10 * math.log10(mse) if mse > 0 else math.inf
+
+
+def train(
+    config: ModelConfig,
+    options: TrainOptions,
+    data: list[Path],
+    out: Path,
+    *,
+    resume: str | None = None,
+    teacher: Teacher | None = None,
+) -> None:
+    """Train in folder `out`; `resume` names the checkpoint file in it to continue from."""
+    out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if resume is None and (out / CHECKPOINT).exists():
+        raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
+    state = load_checkpoint(out, resume) if resume else None
+    if state is not None:
+        config = ModelConfig.from_dict(state["config"])
+    trainer = Trainer(config, options, out)
+    if state is not None:
+        trainer.load(state)
+    (out / CONFIG).write_text(
+        json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
+    )
+    photos = [photo for _, photo in read_photos(data, min_side=options.crop)]
+    if trainer.device.type == "cuda":
+        photos = [photo.to(trainer.device) for photo in photos]
+    sampler = CropSampler(photos, size=options.crop, seed=options.seed + trainer.step)
+    trainer.run(sampler, teacher)
