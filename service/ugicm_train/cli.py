@@ -49,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--max-mb", type=float, default=60.0, help="size of a shard in MB")
     pack.add_argument("--min-side", type=int, default=256, help="skip photos with a shorter side")
 
+    export = commands.add_parser("export", help="write the model folder of a run")
+    export.add_argument("run", type=Path, help="run folder")
+    export.add_argument("folder", type=Path, help="model folder, such as model_store/ugicm-s")
+    export.add_argument("--checkpoint", default="checkpoint.pt", help="checkpoint file of the run")
+    export.add_argument("--name", help="model name (default: the folder's)")
+
     return parser
 
 
@@ -72,6 +78,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             for shard in shards:
                 print(shard)
+        elif arguments.command == "export":
+            from ugicm_train.export import export
+
+            export(
+                arguments.run, arguments.folder, checkpoint=arguments.checkpoint, name=arguments.name
+            )
     except (OSError, ValueError) as error:
         print(f"ugicm-train: {error}", file=sys.stderr)
         return 1

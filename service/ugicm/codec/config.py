@@ -54,6 +54,8 @@ class ModelConfig:
             raise ValueError(
                 f"latent_channels must be a multiple of 4, got {self.latent_channels}"
             )
+        if self.hyper_channels > 256:
+            raise ValueError(f"hyper_channels must be at most 256, got {self.hyper_channels}")
         if self.levels < 2:
             raise ValueError(f"levels must be at least 2, got {self.levels}")
 

@@ -8,6 +8,7 @@ GPUs run near their peak, and makes every dense weight a plain matrix for the op
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -57,6 +58,16 @@ class Block(nn.Module):
         self.project = Pointwise(channels, channels, scale=0.1)
         self.gate = Pointwise(channels, 2 * channels)
         self.merge = Pointwise(channels, channels, scale=0.1)
+
+    @torch.no_grad()
+    def absorb(self, modulation: Modulation) -> None:
+        """Multiply the modulation of one preference into the weights; it then costs nothing."""
+        for layer, scale, shift in zip(
+            (self.expand, self.gate), modulation.scale, modulation.shift, strict=True
+        ):
+            scale, shift = scale.flatten(), shift.flatten()
+            layer.weight.mul_(scale[:, None])
+            layer.bias.mul_(scale).add_(shift)
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
         hidden = self.expand(x)
@@ -129,8 +140,19 @@ class Synthesis(nn.Module):
 
     def forward(self, y: Tensor, strength: Tensor | None = None) -> Tensor:
         """``strength``: (B,) in [0, 1]; None skips conditioning (weights already folded)."""
-        modulations = self.film(strength) if strength is not None else [None] * (len(self.blocks) + 1)
+        count = len(self.blocks) + 1
+        modulations = [None] * count if strength is None else self.film(strength)
         x = F.pixel_shuffle(self.up(self.first(y, modulations[0])), 2)
         for block, modulation in zip(self.blocks, modulations[1:], strict=True):
             x = block(x, modulation)
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
+
+    def folded(self, strength: float) -> Synthesis:
+        """A copy for one preference, to be called without `strength`."""
+        copied = copy.deepcopy(self)
+        with torch.no_grad():
+            modulations = self.film(torch.tensor([strength], device=self.up.weight.device))
+        for block, modulation in zip([copied.first, *copied.blocks], modulations, strict=True):
+            assert isinstance(block, Block)
+            block.absorb(modulation)
+        return copied

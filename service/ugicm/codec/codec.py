@@ -1,0 +1,476 @@
+"""Images to bitstreams and back."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ugicm.codec import bitstream as container
+from ugicm.codec.bitstream import Header
+from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN, Gains, quality_to_level
+from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE
+from ugicm.codec.entropy import EntropyModel, TileSymbols
+from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
+from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
+from ugicm.memory import keep_freed_memory
+
+Image = NDArray[np.uint8]
+"""RGB picture (H, W, 3)."""
+
+TILE_SIDE = 1024
+"""Pixels per side of the independently coded tiles of large images."""
+MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
+BATCH_PIXELS = 4 << 20
+"""Pixels that go through the networks at once; bounds memory."""
+QUALITY_STEP = 1 / 256
+"""Resolution of the quality that a bitstream stores."""
+SYNTHESES_KEPT = 8
+"""Preference strengths whose folded synthesis transform is kept ready."""
+
+
+class Window(NamedTuple):
+    """A tile of an image's latent, with the margin that the transforms look at around it."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    """The tile itself, in latent positions."""
+    above: int
+    before: int
+    below: int
+    after: int
+    """Margins in latent positions; zero at the picture's border."""
+
+
+class Latent(NamedTuple):
+    """An image between the transforms and the bitstream."""
+
+    header: Header
+    tiles: tuple[TileSymbols, ...]
+    """Integers of each tile, row by row."""
+    y_hat: Tensor | None = None
+    """Dequantised latent (M, h, w) float32 before the inverse gains; only after `Codec.unpack`."""
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the processor multiplies it in hardware.
+
+    float16 is not offered: on CPUs it runs in a naive kernel, a thousand times slower.
+    """
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16":
+        return torch.bfloat16
+    if name != "auto":
+        raise CodecError(f"precision must be auto, float32 or bfloat16, got {name!r}")
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def latent_size(width: int, height: int) -> tuple[int, int]:
+    """Height and width of y, padded to whole positions of z."""
+    per_hyper = HYPER_STRIDE // LATENT_STRIDE
+    return (
+        math.ceil(height / HYPER_STRIDE) * per_hyper,
+        math.ceil(width / HYPER_STRIDE) * per_hyper,
+    )
+
+
+def tile_windows(header: Header, margin: int) -> list[Window]:
+    """Tiles of an image, row by row."""
+    height, width = latent_size(header.width, header.height)
+    side = header.tile_side // LATENT_STRIDE if header.tile_side else max(height, width)
+    return [
+        Window(
+            top,
+            left,
+            min(side, height - top),
+            min(side, width - left),
+            min(margin, top),
+            min(margin, left),
+            min(margin, max(0, height - top - side)),
+            min(margin, max(0, width - left - side)),
+        )
+        for top in range(0, height, side)
+        for left in range(0, width, side)
+    ]
+
+
+class Codec:
+    """One trained model on one device: pixels to bitstreams and back, at any quality and preference.
+
+    `encode` is `analyse` then `pack`; `decode` is `unpack` then `synthesise`. A server runs the first and
+    last on the device's own thread and the two in the middle anywhere. Methods are thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        keep_freed_memory()
+        self.config = config = model.config
+        self.name, self.digest, self._digest = config.name, model.digest.hex(), model.digest
+        self.weights_sha256 = model.weights_sha256
+        self._device = torch.device(device)
+        self._dtype = pick_precision(precision, self._device)
+        self.device, self.precision = device, str(self._dtype).removeprefix("torch.")
+        self.max_pixels = max_pixels
+
+        def load(module: torch.nn.Module, prefix: str) -> None:
+            start = f"{prefix}."
+            module.load_state_dict(
+                {k.removeprefix(start): v for k, v in model.tensors.items() if k.startswith(start)}
+            )
+            module.requires_grad_(False).to(self._device)
+
+        self._analysis = Analysis(config)
+        self._hyper_analysis = HyperAnalysis(config)
+        self._synthesis = Synthesis(config)
+        self._gains = Gains(config.levels, config.latent_channels, 1.0)
+        load(self._analysis, "analysis")
+        load(self._hyper_analysis, "hyper_analysis")
+        load(self._synthesis, "synthesis")
+        load(self._gains, "gains")
+        self._analysis.to(self._dtype)
+        self._hyper_analysis.to(self._dtype)
+        self._entropy = EntropyModel(config, model.tensors, self._device)
+        # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
+        self._cpu_entropy = (
+            self._entropy
+            if self._device.type == "cpu"
+            else EntropyModel(config, model.tensors, torch.device("cpu"))
+        )
+        # How far a transform looks, in latent positions: one block at 1/16, the others at 1/8.
+        self._analysis_margin = 1 + math.ceil(config.encoder_blocks / 2)
+        self._synthesis_margin = 1 + math.ceil(config.decoder_blocks / 2)
+        self._folded: OrderedDict[float, Synthesis] = OrderedDict()
+        self._folding = threading.Lock()
+        for strength in (0.0, 1.0):
+            self._synthesis_for(strength)
+
+    # One call
+
+    def encode(self, images: Sequence[Image], quality: float | Sequence[float] = 50.0) -> list[bytes]:
+        """Encode RGB pictures, uint8 (H, W, 3) of any and mixed sizes, to one bitstream each.
+
+        Args:
+            images: pictures of at most `max_pixels`.
+            quality: 1 (smallest) to 100 (best), one for all or one each.
+
+        Raises:
+            LimitExceededError: a picture is too large.
+            CodecError: not a picture, or a quality out of range.
+        """
+        qualities = _spread(quality, len(images), "quality")
+        for image in images:
+            self._check_image(image)
+        small = [i for i, image in enumerate(images) if not _tiled(image)]
+        out: list[bytes | None] = [None] * len(images)
+        for index, latent in zip(
+            small,
+            self.analyse([images[i] for i in small], [qualities[i] for i in small]),
+            strict=True,
+        ):
+            out[index] = self.pack(latent)
+        for index, image in enumerate(images):
+            if out[index] is None:
+                # Tile by tile, so that a large picture's integers are never all in memory.
+                header = self._header(image, qualities[index])
+                tiles = self._analyse_image(image, header)
+                segments = [self._cpu_entropy.pack(tile) for tile in tiles]
+                out[index] = container.serialise(header, segments)
+        return [data for data in out if data is not None]
+
+    def decode(
+        self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0
+    ) -> list[Image]:
+        """Decode bitstreams to RGB pictures, uint8 (H, W, 3).
+
+        Args:
+            bitstreams: whole bitstreams of this model.
+            strength: the preference, 0 (human) to 1 (machine), one for all or one each.
+
+        Raises:
+            MalformedBitstreamError: damaged, truncated or foreign bytes.
+            ModelMismatchError: made by another model.
+            LimitExceededError: the picture would be larger than `max_pixels`.
+        """
+        strengths = _spread(strength, len(bitstreams), "strength")
+        return self.synthesise([self.unpack(data) for data in bitstreams], strengths)
+
+    def encode_to_size(
+        self, image: Image, *, max_bytes: int | None = None, target_bpp: float | None = None
+    ) -> bytes:
+        """The best quality whose whole bitstream fits a budget, by bisection after one analysis.
+
+        Args:
+            image: RGB picture, uint8 (H, W, 3).
+            max_bytes: budget in bytes; or
+            target_bpp: budget in bits per pixel.
+
+        Raises:
+            CodecError: even quality 1 is larger than the budget.
+        """
+        if (max_bytes is None) == (target_bpp is None):
+            raise CodecError("give exactly one of max_bytes and target_bpp")
+        self._check_image(image)
+        if max_bytes is None:
+            assert target_bpp is not None
+            if not target_bpp > 0:
+                raise CodecError(f"target_bpp must be positive, got {target_bpp}")
+            max_bytes = int(target_bpp * image.shape[0] * image.shape[1] / 8)
+        latents = list(self._latents(image))
+
+        def attempt(step: int) -> bytes:
+            header = self._header(image, step * QUALITY_STEP)
+            tiles = (self._quantise([y], [header.quality])[0] for y in latents)
+            return container.serialise(header, [self._cpu_entropy.pack(tile) for tile in tiles])
+
+        low, high = round(QUALITY_MIN / QUALITY_STEP), round(QUALITY_MAX / QUALITY_STEP)
+        best = attempt(low)
+        if len(best) > max_bytes:
+            raise CodecError(
+                f"the picture needs {len(best)} bytes at quality {QUALITY_MIN:g}, over the budget of "
+                f"{max_bytes}; raise max_bytes or target_bpp, or shrink the picture"
+            )
+        # Bytes grow with quality but for tiny steps; stop once within half a percent.
+        while high - low > 8 and len(best) < 0.995 * max_bytes:
+            middle = (low + high + 1) // 2
+            if len(data := attempt(middle)) <= max_bytes:
+                low, best = middle, data
+            else:
+                high = middle
+        return best
+
+    # The same in stages
+
+    def analyse(self, images: Sequence[Image], quality: float | Sequence[float] = 50.0) -> list[Latent]:
+        """Device work of `encode`: transforms and quantisation."""
+        qualities = _spread(quality, len(images), "quality")
+        for image in images:
+            self._check_image(image)
+        headers = [self._header(image, q) for image, q in zip(images, qualities, strict=True)]
+        out: list[Latent | None] = [None] * len(images)
+        for group in _batches([(h.width, h.height, h.tile_side) for h in headers]):
+            if headers[group[0]].tile_side:
+                for index in group:
+                    tiles = tuple(self._analyse_image(images[index], headers[index]))
+                    out[index] = Latent(headers[index], tiles)
+                continue
+            y = self._transform(torch.stack([self._padded(images[index]) for index in group]))
+            tiles = tuple(self._quantise(list(y), [headers[index].quality for index in group]))
+            for index, tile in zip(group, tiles, strict=True):
+                out[index] = Latent(headers[index], (tile,))
+        return [latent for latent in out if latent is not None]
+
+    def pack(self, latent: Latent) -> bytes:
+        """CPU work of `encode`: entropy coding."""
+        segments = [self._cpu_entropy.pack(tile) for tile in latent.tiles]
+        return container.serialise(latent.header, segments)
+
+    def unpack(self, data: bytes) -> Latent:
+        """CPU work of `decode`: entropy decoding, exact on every machine."""
+        header, segments = container.parse(data, max_pixels=self.max_pixels)
+        if header.model_digest != self._digest:
+            raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
+        y_hat = torch.empty(
+            self.config.latent_channels, *latent_size(header.width, header.height)
+        )
+        tiles = []
+        for window, segment in zip(tile_windows(header, 0), segments, strict=True):
+            top, left, height, width = window[:4]
+            tile, part = self._cpu_entropy.unpack(segment, height, width)
+            y_hat[:, top : top + height, left : left + width] = part
+            tiles.append(tile)
+        return Latent(header, tuple(tiles), y_hat)
+
+    @torch.inference_mode()
+    def synthesise(
+        self, latents: Sequence[Latent], strength: float | Sequence[float] = 0.0
+    ) -> list[Image]:
+        """Device work of `decode`: the synthesis transform at the given preference."""
+        strengths = _spread(strength, len(latents), "strength")
+        for value in strengths:
+            if not 0 <= value <= 1:
+                raise CodecError(f"strength must be in 0..1, got {value}")
+        keys = [
+            (latent.header.width, latent.header.height, latent.header.tile_side, value)
+            for latent, value in zip(latents, strengths, strict=True)
+        ]
+        out: list[Image | None] = [None] * len(latents)
+        for group in _batches(keys):
+            synthesis = self._synthesis_for(strengths[group[0]])
+            for index, image in zip(
+                group, self._synthesise_group([latents[i] for i in group], synthesis), strict=True
+            ):
+                out[index] = image
+        return [image for image in out if image is not None]
+
+    # Parts
+
+    def _synthesise_group(self, latents: Sequence[Latent], synthesis: Synthesis) -> list[Image]:
+        """Pictures of one size and preference, window by window."""
+        header = latents[0].header
+        images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
+        level = self._levels([latent.header.quality for latent in latents])
+        inverse = self._gains(level)[1]
+        for window in tile_windows(header, self._synthesis_margin):
+            rows = slice(window.top - window.above, window.top + window.height + window.below)
+            columns = slice(window.left - window.before, window.left + window.width + window.after)
+            parts = []
+            for latent in latents:
+                if latent.y_hat is None:
+                    raise ValueError("synthesise needs latents from unpack")
+                parts.append(latent.y_hat[:, rows, columns])
+            y_hat = torch.stack(parts).to(self._device) * inverse
+            pixels = synthesis(_channels_last(y_hat.to(self._dtype)))
+            top, left = window.above * LATENT_STRIDE, window.before * LATENT_STRIDE
+            pixels = pixels[
+                :,
+                :,
+                top : top + window.height * LATENT_STRIDE,
+                left : left + window.width * LATENT_STRIDE,
+            ]
+            pixels = pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+            block = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            y0, x0 = window.top * LATENT_STRIDE, window.left * LATENT_STRIDE
+            for image, part in zip(images, block, strict=True):
+                target = image[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]]
+                target[:] = part[: target.shape[0], : target.shape[1]]
+        return images
+
+    def _synthesis_for(self, strength: float) -> Synthesis:
+        """The synthesis transform with this preference folded into its weights."""
+        with self._folding:
+            if strength not in self._folded:
+                self._folded[strength] = self._synthesis.folded(strength).to(self._dtype)
+                if len(self._folded) > SYNTHESES_KEPT:
+                    # The two ends are what most callers ask for: never dropped.
+                    del self._folded[next(s for s in self._folded if s not in (0.0, 1.0))]
+            self._folded.move_to_end(strength)
+            return self._folded[strength]
+
+    def _check_image(self, image: Image) -> None:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise CodecError(
+                f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}"
+            )
+        if image.shape[0] * image.shape[1] > self.max_pixels:
+            raise LimitExceededError(
+                f"pixels of a {image.shape[1]}x{image.shape[0]} image",
+                limit=self.max_pixels,
+                actual=image.shape[0] * image.shape[1],
+                setting=MAX_PIXELS_SETTING,
+            )
+
+    def _header(self, image: Image, quality: float) -> Header:
+        if not QUALITY_MIN <= quality <= QUALITY_MAX:
+            raise CodecError(
+                f"quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {quality:g}"
+            )
+        return Header(
+            version=container.VERSION,
+            width=image.shape[1],
+            height=image.shape[0],
+            quality=round(quality / QUALITY_STEP) * QUALITY_STEP,
+            model_digest=self._digest,
+            tile_side=TILE_SIDE if _tiled(image) else 0,
+        )
+
+    def _levels(self, qualities: Sequence[float]) -> Tensor:
+        quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)
+        level = quality_to_level(quality, self.config.levels)
+        assert isinstance(level, Tensor)
+        return level
+
+    def _padded(self, image: Image, rows: slice | None = None, columns: slice | None = None) -> Tensor:
+        """Part of the picture padded by replication to whole hyper positions, (3, H, W) uint8.
+
+        `rows` and `columns` are in latent positions of the padded picture.
+        """
+        height, width = latent_size(image.shape[1], image.shape[0])
+        rows, columns = rows or slice(0, height), columns or slice(0, width)
+        y0, y1 = rows.start * LATENT_STRIDE, rows.stop * LATENT_STRIDE
+        x0, x1 = columns.start * LATENT_STRIDE, columns.stop * LATENT_STRIDE
+        part = image[y0:y1, x0:x1]
+        missing = (y1 - y0 - part.shape[0], x1 - x0 - part.shape[1])
+        if any(missing):
+            part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+
+    @torch.inference_mode()
+    def _transform(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> y before gains, float32 (B, M, H/16, W/16)."""
+        x = pixels.to(self._device).float().div_(255).to(self._dtype)
+        return self._analysis(x).float()
+
+    @torch.inference_mode()
+    def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
+        """Apply the gains of each quality, then round."""
+        gain = self._gains(self._levels(qualities))[0]
+        y = torch.stack(list(latents)).to(self._device) * gain
+        z = self._hyper_analysis(_channels_last(y.to(self._dtype)))
+        return self._entropy.quantise(z.float(), y)
+
+    def _latents(self, image: Image) -> Iterator[Tensor]:
+        """y before gains, (M, h, w) of every tile."""
+        for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis_margin):
+            rows = slice(window.top - window.above, window.top + window.height + window.below)
+            columns = slice(window.left - window.before, window.left + window.width + window.after)
+            y = self._transform(self._padded(image, rows, columns)[None])[0]
+            yield y[
+                :,
+                window.above : window.above + window.height,
+                window.before : window.before + window.width,
+            ]
+
+    def _analyse_image(self, image: Image, header: Header) -> Iterator[TileSymbols]:
+        for y in self._latents(image):
+            yield self._quantise([y], [header.quality])[0]
+
+
+def _tiled(image: Image) -> bool:
+    return max(image.shape[:2]) > TILE_SIDE and image.shape[0] * image.shape[1] > TILE_SIDE**2
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _spread(value: float | Sequence[float], count: int, what: str) -> list[float]:
+    if isinstance(value, int | float):
+        return [float(value)] * count
+    values = [float(item) for item in value]
+    if len(values) != count:
+        raise CodecError(f"{len(values)} values of {what} for {count} images")
+    return values
+
+
+def _batches(keys: Sequence[tuple[float, ...]]) -> Iterator[list[int]]:
+    """Indexes that share a key (width, height, ...), at most `BATCH_PIXELS` of them together."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for (width, height, *_), members in groups.items():
+        size = max(1, BATCH_PIXELS // int(width * height))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]

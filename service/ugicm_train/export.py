@@ -1,0 +1,163 @@
+"""From a training checkpoint to a model folder: round the entropy model to integers, build its tables."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor
+
+from ugicm.codec.coder import TOTAL
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy import (
+    INDEX_BITS,
+    INDEX_OFFSET,
+    SCALE_COUNT,
+    SUM_BITS,
+    WEIGHT_BITS,
+    Z_LIMIT,
+)
+from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
+from ugicm_train.model import OCTAVES_PER_UNIT, FactorizedPrior, TrainableCodec
+
+TAIL_SIGMAS = 5.0
+"""Gaussian tables reach this far; what lies beyond is coded as an escape."""
+PRIOR_TAIL = 1e-6
+"""Tables of the hyper latent reach until this much probability is left outside."""
+WEIGHT_MAX = 32767
+
+
+def to_frequencies(probabilities: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Probabilities (n,) -> integers (n,) of at least 1 that sum to `coder.TOTAL`."""
+    spare = TOTAL - len(probabilities)
+    scaled = np.maximum(probabilities, 0) / probabilities.sum() * spare
+    frequencies = np.floor(scaled).astype(np.int64) + 1
+    frequencies[np.argmax(probabilities)] += TOTAL - frequencies.sum()
+    return frequencies.astype(np.int32)
+
+
+def gaussian_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Frequencies and lengths of the `SCALE_COUNT` zero-mean Gaussians."""
+    tables = []
+    for index in range(SCALE_COUNT):
+        sigma = 2.0 ** ((index - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS)
+        radius = int(np.ceil(TAIL_SIGMAS * sigma)) + 1
+        # 0.5 erfc of the distance to zero is accurate in the tail.
+        edges = (torch.arange(radius + 2, dtype=torch.float64) - 0.5) / sigma
+        upper = 0.5 * torch.erfc(edges * 2**-0.5)
+        mass = (upper[:-1] - upper[1:]).numpy()
+        mass[0] = float(1 - 2 * upper[1])
+        both = np.concatenate([mass[:0:-1], mass, [2 * float(upper[-1])]])
+        tables.append(to_frequencies(both))
+    return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
+
+
+@torch.no_grad()
+def prior_tables(prior: FactorizedPrior) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Frequencies and lengths of every hyper channel."""
+    channels = prior.location.shape[0]
+    values = torch.arange(-Z_LIMIT, Z_LIMIT + 1, dtype=torch.float64)
+    mass = prior.double().mass(values.repeat(channels, 1)[None, :, None])[0, :, 0].numpy()
+    prior.float()
+    tables = []
+    for row in mass:
+        for radius in range(1, Z_LIMIT + 1):
+            inside = row[Z_LIMIT - radius : Z_LIMIT + radius + 1]
+            if 1 - inside.sum() < PRIOR_TAIL:
+                break
+        tables.append(to_frequencies(np.append(inside, max(1 - inside.sum(), 0.0))))
+    return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
+
+
+def _rounding_half(name: str, rows: int) -> Tensor:
+    """What turns the floor at the end of a layer into rounding, in sum units (rows,)."""
+    half = torch.full((rows,), 2.0 ** (WEIGHT_BITS - 1), dtype=torch.float64)
+    if name.startswith("context."):
+        # Added to the sums of "base", which carry the half already.
+        half.zero_()
+    elif name.startswith("heads."):
+        # Rows of each group: means, then scale units, which shift further.
+        half.view(4, 2, -1)[:, 1] = 2.0 ** (SUM_BITS - INDEX_BITS - 1)
+    return half
+
+
+def integer_entropy(network: torch.nn.Module) -> dict[str, Tensor]:
+    """Round the trained entropy network: weights int16 in 2^-10, biases int64 in 2^-16.
+
+    Raises:
+        ValueError: a weight does not fit; the model did not train properly.
+    """
+    out: dict[str, Tensor] = {}
+    for name, parameter in network.state_dict().items():
+        layer, kind = name.rsplit(".", 1)
+        value = parameter.detach().double().cpu()
+        if kind == "weight":
+            rounded = (value * 2.0**WEIGHT_BITS).round()
+            if rounded.abs().max() > WEIGHT_MAX:
+                raise ValueError(
+                    f"weight of {layer} reaches {float(value.abs().max()):.1f}, over the integer range of "
+                    f"{WEIGHT_MAX / 2**WEIGHT_BITS:.1f}"
+                )
+            out[f"entropy.{name}"] = rounded.to(torch.int16)
+        else:
+            sums = value * 2.0**SUM_BITS + _rounding_half(layer, len(value))
+            out[f"entropy.{name}"] = sums.round().to(torch.int64)
+    return out
+
+
+def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
+    """Everything that ``weights.safetensors`` holds."""
+    tensors = integer_entropy(model.entropy)
+    for kind, (frequencies, lengths) in (
+        ("z", prior_tables(model.prior)),
+        ("y", gaussian_tables()),
+    ):
+        tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(frequencies)
+        tensors[f"tables.{kind}.lengths"] = torch.from_numpy(lengths)
+    for prefix in ("analysis", "hyper_analysis", "synthesis", "gains"):
+        for name, value in getattr(model, prefix).state_dict().items():
+            tensors[f"{prefix}.{name}"] = value.detach().float().cpu().contiguous()
+    return tensors
+
+
+def write_model(
+    folder: Path, config: ModelConfig, tensors: dict[str, Tensor], training: dict[str, Any]
+) -> None:
+    """Write ``config.json`` and ``weights.safetensors``; `training` is kept as a record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save(tensors)
+    description = {
+        "format": FORMAT,
+        "model": config.to_dict(),
+        "digest": bitstream_digest(config, tensors).hex(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "training": training,
+    }
+    (folder / WEIGHTS_FILE).write_bytes(data)
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load_average(state: dict[str, Any]) -> TrainableCodec:
+    """The moving average of a checkpoint, as a float32 model for evaluation."""
+    model = TrainableCodec(ModelConfig.from_dict(state["config"]))
+    model.load_state_dict(state["average"])
+    return model.eval().requires_grad_(False)
+
+
+def export(run: Path, folder: Path, *, checkpoint: str = "checkpoint.pt", name: str | None = None) -> None:
+    """Write the model folder of a run's checkpoint (its moving average)."""
+    import dataclasses
+
+    from ugicm_train.train import load_checkpoint
+
+    state = load_checkpoint(run, checkpoint)
+    model = load_average(state)
+    config = dataclasses.replace(model.config, name=name or folder.resolve().name)
+    training = {"steps": state["step"], "minutes": round(state["minutes"], 1)}
+    write_model(folder, config, model_tensors(model), training)
