@@ -123,7 +123,9 @@ class Codec:
         device: str = "auto",
         precision: str = "auto",
         max_pixels: int = DEFAULT_MAX_PIXELS,
+        channels_last: bool = True,
     ) -> None:
+        """See `ugicm.codec.store.load_codec`; `channels_last` is the transforms' memory layout (faster)."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         keep_freed_memory()
@@ -134,6 +136,7 @@ class Codec:
         self._dtype = pick_precision(precision, self._device)
         self.device, self.precision = device, str(self._dtype).removeprefix("torch.")
         self.max_pixels = max_pixels
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
 
         def load(module: torch.nn.Module, prefix: str) -> None:
             start = f"{prefix}."
@@ -342,7 +345,7 @@ class Codec:
                     raise ValueError("synthesise needs latents from unpack")
                 parts.append(latent.y_hat[:, rows, columns])
             y_hat = torch.stack(parts).to(self._device) * inverse
-            pixels = synthesis(_channels_last(y_hat.to(self._dtype)))
+            pixels = synthesis(y_hat.to(self._dtype, memory_format=self._layout))
             top, left = window.above * LATENT_STRIDE, window.before * LATENT_STRIDE
             pixels = pixels[
                 :,
@@ -420,7 +423,7 @@ class Codec:
     @torch.inference_mode()
     def _transform(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> y before gains, float32 (B, M, H/16, W/16)."""
-        x = pixels.to(self._device).float().div_(255).to(self._dtype)
+        x = pixels.to(self._device).float().div_(255).to(self._dtype, memory_format=self._layout)
         return self._analysis(x).float()
 
     @torch.inference_mode()
@@ -428,7 +431,7 @@ class Codec:
         """Apply the gains of each quality, then round."""
         gain = self._gains(self._levels(qualities))[0]
         y = torch.stack(list(latents)).to(self._device) * gain
-        z = self._hyper_analysis(_channels_last(y.to(self._dtype)))
+        z = self._hyper_analysis(y.to(self._dtype, memory_format=self._layout))
         return self._entropy.quantise(z.float(), y)
 
     def _latents(self, image: Image) -> Iterator[Tensor]:
@@ -450,10 +453,6 @@ class Codec:
 
 def _tiled(image: Image) -> bool:
     return max(image.shape[:2]) > TILE_SIDE and image.shape[0] * image.shape[1] > TILE_SIDE**2
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _spread(value: float | Sequence[float], count: int, what: str) -> list[float]:

@@ -96,8 +96,7 @@ class Analysis(nn.Module):
         self.last = Block(latent)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pixel_unshuffle(x - 0.5, PATCH).contiguous(memory_format=torch.channels_last)
-        x = self.unfold(x)
+        x = self.unfold(F.pixel_unshuffle(x - 0.5, PATCH))
         for block in self.blocks:
             x = block(x)
         return self.last(self.down(F.pixel_unshuffle(x, 2)))

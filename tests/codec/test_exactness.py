@@ -1,0 +1,171 @@
+"""The claim of the project: what one machine encodes, every other decodes to the same integers."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.codec.reference_entropy import ReferenceEntropy, assemble
+from ugicm.codec.codec import Codec, Latent
+from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
+from ugicm.codec.store import StoredModel, read_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_store: Path) -> StoredModel:
+    return read_model(tiny_store / "tiny")
+
+
+@pytest.fixture(scope="module")
+def reference(stored: StoredModel) -> ReferenceEntropy:
+    return ReferenceEntropy(stored.config, {k: v.numpy() for k, v in stored.tensors.items()})
+
+
+def check_against_reference(
+    stored: StoredModel, reference: ReferenceEntropy, tile: TileSymbols, y_hat: torch.Tensor
+) -> None:
+    symbols = assemble(stored.config, tile.y)
+    indexes, y_hat_units = reference.parameters(tile.z.astype(np.int64), symbols)
+    np.testing.assert_array_equal(assemble(stored.config, tile.indexes), indexes)
+    np.testing.assert_array_equal((y_hat.double() * 64).numpy(), y_hat_units)
+
+
+def test_equals_int64_reference_on_random_latents(
+    stored: StoredModel, reference: ReferenceEntropy
+) -> None:
+    model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(1, stored.config.hyper_channels, 2, 3, generator=generator) * 40
+    y = torch.randn(1, stored.config.latent_channels, 8, 12, generator=generator) * 20
+    y[:, 0] *= 30  # far beyond the tables: escapes, and context beyond its clamp
+    (tile,) = model.quantise(z, y)
+    decoded, y_hat = model.unpack(model.pack(tile), 8, 12)
+    assert len({int(i) for step in tile.indexes for i in step.flat}) > 10, "indexes should vary"
+    check_against_reference(stored, reference, decoded, y_hat)
+
+
+def test_equals_int64_reference_on_a_photo(
+    tiny_codec: Codec,
+    stored: StoredModel,
+    reference: ReferenceEntropy,
+    photo: NDArray[np.uint8],
+) -> None:
+    latent = tiny_codec.unpack(tiny_codec.encode([photo[:128, 64:256]], 80)[0])
+    assert latent.y_hat is not None
+    check_against_reference(stored, reference, latent.tiles[0], latent.y_hat)
+
+
+def test_skipped_symbols_are_zero(stored: StoredModel) -> None:
+    model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
+    z = torch.full((1, stored.config.hyper_channels, 2, 2), -300.0)
+    z[:, ::2] = 300
+    y = torch.full((1, stored.config.latent_channels, 8, 8), 9.0)
+    (tile,) = model.quantise(z, y)
+    skipped = np.concatenate([step.reshape(-1) for step in tile.indexes]) == SKIP_INDEX
+    symbols = np.concatenate([step.reshape(-1) for step in tile.y])
+    assert skipped.any()
+    assert (~skipped).any()
+    assert not symbols[skipped].any()
+
+
+class Setting(NamedTuple):
+    threads: int
+    precision: str
+    channels_last: bool
+    batched: bool
+
+
+SETTINGS = [
+    Setting(*values)
+    for values in itertools.product((1, 2), ("float32", "bfloat16"), (False, True), (False, True))
+]
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _flatten(latent: Latent) -> bytes:
+    return b"".join(
+        part.tobytes() for tile in latent.tiles for part in (tile.z, *tile.y, *tile.indexes)
+    )
+
+
+def test_every_setting_decodes_every_other(
+    stored: StoredModel, photo: NDArray[np.uint8], restore_threads: None
+) -> None:
+    """{1, 2 threads} x {float32, bf16} x {contiguous, channels last} x {alone, in a batch of 5}."""
+    picture = photo[40:140, 100:230]
+    others = [photo[:64, :64], photo[:70, :65], photo[100:101, :1], photo[:130, :100]]
+    codecs = {
+        (precision, channels_last): Codec(
+            stored, device="cpu", precision=precision, channels_last=channels_last
+        )
+        for precision in ("float32", "bfloat16")
+        for channels_last in (False, True)
+    }
+    coded: dict[Setting, tuple[bytes, bytes]] = {}
+    for setting in SETTINGS:
+        torch.set_num_threads(setting.threads)
+        codec = codecs[setting.precision, setting.channels_last]
+        images = [*others[:2], picture, *others[2:]] if setting.batched else [picture]
+        latent = codec.analyse(images, 70)[2 if setting.batched else 0]
+        coded[setting] = codec.pack(latent), _flatten(latent)
+    pictures: dict[tuple[bytes, str], NDArray[np.uint8]] = {}
+    for setting in SETTINGS:
+        torch.set_num_threads(setting.threads)
+        codec = codecs[setting.precision, setting.channels_last]
+        for data, symbols in set(coded.values()):
+            latents = [codec.unpack(data)]
+            assert _flatten(latents[0]) == symbols
+            if setting.batched:
+                latents += [codec.unpack(other) for other in codec.encode(others, 30)]
+            decoded = codec.synthesise(latents, 0.0)[0]
+            first = pictures.setdefault((data, setting.precision), decoded)
+            assert np.abs(first.astype(int) - decoded).max() <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_and_cpu_decode_each_other(
+    stored: StoredModel, photo: NDArray[np.uint8], precision: str
+) -> None:
+    cpu = Codec(stored, device="cpu", precision=precision)
+    cuda = Codec(stored, device="cuda", precision=precision)
+    on_gpu = EntropyModel(stored.config, stored.tensors, torch.device("cuda"))
+    for encoder in (cpu, cuda):
+        latent = encoder.analyse([photo], 70)[0]
+        data = encoder.pack(latent)
+        for decoder in (cpu, cuda):
+            assert _flatten(decoder.unpack(data)) == _flatten(latent)
+        tile = latent.tiles[0]
+        height, width = (2 * side for side in tile.y[0].shape[1:3])
+        again, _ = on_gpu.unpack(on_gpu.pack(tile), height, width)
+        assert _flatten(latent._replace(tiles=(again,))) == _flatten(latent)
+        first, second = cpu.decode([data])[0], cuda.decode([data])[0]
+        limit = 1 if precision == "float32" else 4
+        assert np.abs(first.astype(int) - second).max() <= limit
+
+
+def test_golden_bitstream_keeps_its_meaning() -> None:
+    """Made once by the model beside it. A change here means that old bitstreams no longer decode."""
+    codec = Codec(read_model(GOLDEN / "model"), device="cpu", precision="float32")
+    latent = codec.unpack((GOLDEN / "photo.ugic").read_bytes())
+    expected = (GOLDEN / "symbols.sha256").read_text().strip()
+    assert hashlib.sha256(_flatten(latent)).hexdigest() == expected
+    picture = codec.synthesise([latent])[0]
+    assert picture.shape == (96, 131, 3)

@@ -1,0 +1,73 @@
+"""Fixtures for all tests: photos that scikit-image ships and a tiny model made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ugicm.codec.codec import Codec
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.store import load_codec
+from ugicm_train.export import model_tensors, write_model
+from ugicm_train.model import TrainableCodec
+from ugicm_train.start import start_from_dct
+
+TINY = ModelConfig(
+    name="tiny",
+    channels=24,
+    latent_channels=32,
+    hyper_channels=8,
+    entropy_channels=16,
+    encoder_blocks=1,
+    decoder_blocks=2,
+    context_blocks=1,
+    condition_features=8,
+    levels=3,
+)
+
+
+def tiny_trainable(seed: int = 0) -> TrainableCodec:
+    """An untrained model that codes photos recognisably and whose every part matters."""
+    torch.manual_seed(seed)
+    model = TrainableCodec(TINY)
+    start_from_dct(model)
+    with torch.no_grad():
+        for head in model.entropy.heads:
+            head.weight.mul_(8)
+            # Wide enough for most symbols, so that escapes stay rare.
+            head.bias.view(4, 2, -1)[:, 1] = 1.0
+        for film_head in model.synthesis.film.heads:
+            film_head.weight.normal_(0, 0.05)
+    return model
+
+
+def write_tiny_model(folder: Path, seed: int = 0) -> Path:
+    model = tiny_trainable(seed)
+    write_model(folder, model.config, model_tensors(model), {"steps": 0})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model store with one model, ``tiny``."""
+    store = tmp_path_factory.mktemp("model_store")
+    write_tiny_model(store / "tiny")
+    return store
+
+
+@pytest.fixture(scope="session")
+def tiny_codec(tiny_store: Path) -> Codec:
+    """The tiny model in float32 on the CPU."""
+    return load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+
+
+@pytest.fixture(scope="session")
+def photo() -> NDArray[np.uint8]:
+    """A real photo, (300, 451, 3)."""
+    from skimage import data
+
+    return np.asarray(data.chelsea())
