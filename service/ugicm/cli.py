@@ -1,0 +1,296 @@
+"""``ugicm``: encode, decode, info, serve.
+
+Everything heavy is imported inside the command that needs it, so help and `info` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from ugicm import __version__
+from ugicm.codec import bitstream
+from ugicm.codec.errors import CodecError
+from ugicm.codec.store import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, STORE_VARIABLE
+
+if TYPE_CHECKING:
+    from ugicm.codec.codec import Codec
+
+DEFAULT_QUALITY = 50.0
+
+app = typer.Typer(
+    name="ugicm",
+    help="Neural image codec for people and machines: one bitstream, two views.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Preference(StrEnum):
+    """Whom a decoded picture is for."""
+
+    human = "human"
+    machine = "machine"
+
+
+class Format(StrEnum):
+    """Files that `decode` writes."""
+
+    png = "png"
+    webp = "webp"
+    jpeg = "jpeg"
+    npy = "npy"
+
+
+SUFFIXES = {
+    ".png": Format.png,
+    ".webp": Format.webp,
+    ".jpg": Format.jpeg,
+    ".jpeg": Format.jpeg,
+    ".npy": Format.npy,
+}
+
+Output = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", metavar="OUT", help="File for one input; folder for several (made if missing)."
+    ),
+]
+Model = Annotated[
+    str, typer.Option(envvar="UGICM_MODEL", help="Model name in the store, or path of its folder.")
+]
+ModelStore = Annotated[
+    Path | None, typer.Option(envvar=STORE_VARIABLE, help="Folder of models  [default: the shipped one]")
+]
+Device = Annotated[str, typer.Option(envvar="UGICM_DEVICE", help="auto, cpu, cuda, cuda:1 ...")]
+Precision = Annotated[
+    str, typer.Option(envvar="UGICM_PRECISION", help="Of the transforms: auto, float32, bfloat16.")
+]
+MaxPixels = Annotated[
+    int, typer.Option(envvar="UGICM_MAX_PIXELS", min=1, help="Largest picture, width * height.")
+]
+
+
+def main() -> None:
+    """Entry point of the ``ugicm`` script."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ugicm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def encode(
+    photos: Annotated[
+        list[Path], typer.Argument(metavar="PHOTO...", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
+    ],
+    output: Output,
+    quality: Annotated[
+        float | None, typer.Option(min=1, max=100, help="1 smallest .. 100 best  [default: 50]")
+    ] = None,
+    bpp: Annotated[
+        float | None, typer.Option(help="Best quality within this many bits per pixel.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Best quality within this many bytes per file.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    model_store: ModelStore = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+) -> None:
+    """Encode photos to bitstreams (.ugic)."""
+    if sum(option is not None for option in (quality, bpp, max_bytes)) > 1:
+        raise typer.BadParameter("give only one of --quality, --bpp and --max-bytes")
+    jobs = _plan(photos, output, bitstream.SUFFIX)
+    codec = _load(model, model_store, device, precision, max_pixels)
+    from ugicm.server.images import read_image
+
+    def work(photo: bytes) -> tuple[bytes, str]:
+        image = read_image(photo, max_pixels=max_pixels)
+        if bpp is None and max_bytes is None:
+            data = codec.encode([image], DEFAULT_QUALITY if quality is None else quality)[0]
+        else:
+            data = codec.encode_to_size(image, max_bytes=max_bytes, target_bpp=bpp)
+        height, width = image.shape[:2]
+        return data, f"{len(data)} bytes  {_bpp(data, width, height):.3f} bpp"
+
+    _run(jobs, work, "encode")
+
+
+@app.command()
+def decode(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
+    output: Output,
+    preference: Annotated[
+        Preference, typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters.")
+    ] = Preference.human,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="0 human .. 1 machine, anything between; overrides --preference."),
+    ] = None,
+    format: Annotated[
+        Format | None, typer.Option(help="[default: by the suffix of OUT, else png]", show_default=False)
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    model_store: ModelStore = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
+) -> None:
+    """Decode bitstreams to pictures."""
+    if strength is None:
+        strength = float(preference is Preference.machine)
+    if format is None:
+        suffix = "" if _is_folder(files, output) else Path(output).suffix.lower()
+        if suffix and suffix not in SUFFIXES:
+            raise typer.BadParameter(f"{suffix!r} is none of {', '.join(SUFFIXES)}; give --format")
+        format = SUFFIXES.get(suffix, Format.png)
+    jobs = _plan(files, output, next(suffix for suffix, name in SUFFIXES.items() if name is format))
+    codec = _load(model, model_store, device, precision, max_pixels)
+    from ugicm.server.images import write_image
+
+    def work(data: bytes) -> tuple[bytes, str]:
+        image = codec.decode([data], strength)[0]
+        return write_image(image, format.value), f"{image.shape[1]}x{image.shape[0]}"
+
+    _run(jobs, work, "decode")
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE.ugic")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check a bitstream and show what its header says; needs no model."""
+    try:
+        data = file.read_bytes()
+        header = bitstream.parse(data, max_pixels=bitstream.MAX_SIDE**2).header
+    except (CodecError, OSError) as error:
+        raise _failed(file, error) from None
+    facts = {
+        "width": header.width,
+        "height": header.height,
+        "quality": header.quality,
+        "bytes": len(data),
+        "bpp": round(_bpp(data, header.width, header.height), 4),
+        "model_digest": header.model_digest.hex(),
+        "tile_side": header.tile_side,
+        "tiles": header.tiles_x * header.tiles_y,
+        "version": header.version,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name.replace('_', ' '):<13} {value}")
+
+
+class _Job(NamedTuple):
+    source: Path
+    target: Path
+
+
+def _is_folder(sources: Sequence[Path], output: str) -> bool:
+    return len(sources) > 1 or output.endswith(os.sep) or Path(output).is_dir()
+
+
+def _plan(sources: Sequence[Path], output: str, suffix: str) -> list[_Job]:
+    """Where each input's result goes; two inputs never share a file, and no input is overwritten."""
+    target = Path(output)
+    if _is_folder(sources, output):
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _failed(target, error) from None
+        jobs = [_Job(source, target / f"{source.stem}{suffix}") for source in sources]
+    else:
+        jobs = [_Job(sources[0], target)]
+    taken: dict[Path, Path] = {}
+    for source, file in jobs:
+        if file in taken:
+            raise typer.BadParameter(f"{taken[file]} and {source} would both be written to {file}")
+        taken[file] = source
+        if file.exists() and source.exists() and file.samefile(source):
+            raise typer.BadParameter(f"{source} would be overwritten by its own result")
+    return jobs
+
+
+def _load(model: str, store: Path | None, device: str, precision: str, max_pixels: int) -> Codec:
+    from ugicm.codec.store import load_codec
+
+    try:
+        return load_codec(model, store=store, device=device, precision=precision, max_pixels=max_pixels)
+    except CodecError as error:
+        raise _failed(model, error) from None
+
+
+def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb: str) -> None:
+    """Do every job; a failure is reported and the others go on. Exits with 1 if any failed."""
+    failures = 0
+    from rich.console import Console
+    from rich.progress import Progress
+
+    progress = Progress(
+        console=Console(stderr=True),
+        disable=len(jobs) < 2 or not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # results go to standard output even while a bar is shown
+        transient=True,
+    )
+    with progress:
+        for source, target in progress.track(jobs, description=verb):
+            try:
+                result, note = work(source.read_bytes())
+                _write(target, result)
+            except (CodecError, OSError) as error:
+                _failed(source, error)
+                failures += 1
+            else:
+                typer.echo(f"{source} -> {target}  {note}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write all or nothing: an existing file is replaced only by a whole one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _failed(what: object, error: Exception) -> typer.Exit:
+    """Report on one line of standard error; to be raised where nothing can go on."""
+    if isinstance(error, OSError):
+        what, message = error.filename or what, error.strerror or str(error)
+    else:
+        message = str(error)
+    typer.echo(f"ugicm: {what}: {message}", err=True)
+    return typer.Exit(1)
+
+
+def _bpp(data: bytes, width: int, height: int) -> float:
+    return 8 * len(data) / (width * height)
