@@ -1,0 +1,95 @@
+"""Distance of two pictures in the features of a frozen network.
+
+Per tapped block (shallow, middle, deep): 1 - cosine of the two feature vectors at each position, averaged
+over positions. The same for the embedding of the whole region. The distance is the mean of these terms; each
+lies in 0..2, so every depth counts alike. UG-ICM (Yin et al., AAAI 2025) compares the embedding alone; tasks
+need all depths (CoTAM, ICLR 2026).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ugicm_train.losses import Teacher
+from ugicm_train.regions import cut, draw_region
+
+
+class TeacherError(ValueError):
+    """A teacher cannot be made; the message says what to install or which file to give."""
+
+
+def require(module: str, package: str) -> Any:
+    """Import `module`, or say which `package` to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TeacherError(
+            f"this teacher needs the package {package!r} ({error}): pip install {package}"
+        ) from error
+
+
+def positions(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H * W, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def feature_distance(seen: Tensor, wanted: Tensor) -> Tensor:
+    """1 - cosine of the vectors at each position, (B, positions, C) each -> mean over positions, (B,)."""
+    return 1 - F.cosine_similarity(seen.float(), wanted.float(), dim=-1).mean(1)
+
+
+class FeatureTeacher:
+    """Compares a random region of two pictures by the features of a frozen network.
+
+    `network` maps (B, 3, side, side), normalised by `mean` and `std`, to a list of (B, positions, C): the
+    tapped blocks, then the embedding as a single position.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        side: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.side = side
+        # Converted once: autocast would convert frozen weights again at every call.
+        self.network = network.to(dtype).eval().requires_grad_(False)
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._dtype = dtype
+
+    def features(self, pictures: Tensor) -> list[Tensor]:
+        """Features of (B, 3, side, side) in [0, 1]."""
+        if self._mean.device != pictures.device:
+            self._mean, self._std = self._mean.to(pictures.device), self._std.to(pictures.device)
+            self.network.to(pictures.device)
+        x = ((pictures - self._mean) / self._std).to(self._dtype)
+        return self.network(x.contiguous(memory_format=torch.channels_last))
+
+    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
+        """Distance of (B, 3, H, W) pictures in [0, 1], (B,) in 0..2; differentiable in `machine` only."""
+        boxes = [draw_region(picture) for picture in original]
+        with torch.no_grad():
+            wanted = self.features(cut(original, boxes, self.side))
+        seen = self.features(cut(machine, boxes, self.side))
+        terms = [feature_distance(a, b) for a, b in zip(seen, wanted, strict=True)]
+        return torch.stack(terms).mean(0)
+
+
+class WeightedSum:
+    """Several teachers with their weights."""
+
+    def __init__(self, parts: Sequence[tuple[Teacher, float]]) -> None:
+        self.parts = tuple(parts)
+
+    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
+        """Weighted sum of the teachers' distances, (B,)."""
+        return torch.stack([weight * teacher(machine, original) for teacher, weight in self.parts]).sum(0)

