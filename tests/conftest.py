@@ -41,7 +41,7 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
             # Wide enough for most symbols, so that escapes stay rare.
             head.bias.view(4, 2, -1)[:, 1] = 1.0
         for film_head in model.synthesis.film.heads:
-            film_head.weight.normal_(0, 0.05)
+            film_head.weight.normal_(0, 0.5)
     return model
 
 

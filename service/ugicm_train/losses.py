@@ -54,11 +54,13 @@ def rate_distortion_loss(
     *,
     teacher: Teacher | None = None,
     teacher_weight: float = 1.0,
+    strength: float = 1.0,
 ) -> LossTerms:
     """bpp + lambda 255^2 (MSE_human + MSE_machine / 2) / (3/2) + teacher distance on the machine view.
 
     The machine view exists for the first samples only; the others count their human view alone, which
-    leaves the balance of rate and distortion the same for all.
+    leaves the balance of rate and distortion the same for all. At a `strength` between human (0) and machine
+    (1) the teacher counts in proportion.
     """
     count = len(output.machine)
     lambdas = lambda_of(config, level)
@@ -73,7 +75,7 @@ def rate_distortion_loss(
         distance = teacher(output.machine, x[:count])
         judged = distance.mean().detach()
         # The teacher's share follows the distortion's: proportional to sqrt(lambda).
-        weight = teacher_weight * (lambdas[:count] / config.lambda_max).sqrt()
+        weight = teacher_weight * strength * (lambdas[:count] / config.lambda_max).sqrt()
         loss = torch.cat([loss[:count] + weight * distance, loss[count:]])
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
     return LossTerms(

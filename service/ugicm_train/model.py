@@ -161,7 +161,7 @@ class CodecOutput(NamedTuple):
     human: Tensor
     """Picture at strength 0, (B, 3, H, W), about [0, 1]."""
     machine: Tensor
-    """Picture at strength 1 of the first samples, (machine_count, 3, H, W)."""
+    """Picture at the other strength of the first samples, (machine_count, 3, H, W)."""
     bpp: Tensor
     """Estimated bits per pixel, (B,)."""
 
@@ -182,11 +182,17 @@ class TrainableCodec(nn.Module):
         self.synthesis = Synthesis(config)
 
     def forward(
-        self, x: Tensor, level: Tensor, *, machine_count: int | None = None, noise: bool = True
+        self,
+        x: Tensor,
+        level: Tensor,
+        *,
+        machine_count: int | None = None,
+        strength: float = 1.0,
+        noise: bool = True,
     ) -> CodecOutput:
         """``x`` (B, 3, H, W) in [0, 1], H and W multiples of 64; ``level`` (B,) in [0, levels-1].
 
-        The machine view is decoded for the first `machine_count` samples (all, if None).
+        The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None).
         """
         batch, _, height, width = x.shape
         count = batch if machine_count is None else machine_count
@@ -196,7 +202,6 @@ class TrainableCodec(nn.Module):
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        strength = torch.zeros(batch + count, device=x.device)
-        strength[batch:] = 1.0
-        both = self.synthesis(torch.cat([latent, latent[:count]]), strength)
-        return CodecOutput(both[:batch], both[batch:], (z_bits + y_bits) / (height * width))
+        human = self.synthesis(latent, latent.new_tensor(0.0))
+        machine = self.synthesis(latent[:count], latent.new_tensor(strength)) if count else human[:0]
+        return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

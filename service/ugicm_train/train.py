@@ -10,6 +10,8 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from ugicm_train.start import start_from_dct
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
 STABLE_CHECKPOINT = "before-decay.pt"
 """The state just before the learning rate decays: the best place to go on from."""
+FULL_STRENGTH_SHARE = 0.6
+"""Share of the steps whose machine view is decoded at strength 1."""
 LOG_FIELDS = (
     "step", "minutes", "loss", "bpp", "psnr_human", "psnr_machine", "teacher", "lr_factor", "crops_per_s",
 )  # fmt: skip
@@ -128,6 +132,7 @@ class Trainer:
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = optimizers(self.model, options)
         self.step, self.minutes = 0, 0.0
+        self.stop_requested = False
         self.warm_from = 0
         """Step from which the warm-up counts: the learning rate also warms up after a resume."""
 
@@ -157,10 +162,20 @@ class Trainer:
         """One update; a batch whose gradients are not finite is skipped."""
         options = self.options
         level = sample_levels(self.config, len(x), x.device)
+        # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
+        strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            output = self.model(x, level, machine_count=round(options.machine_share * len(x)))
+            output = self.model(
+                x, level, machine_count=round(options.machine_share * len(x)), strength=strength
+            )
         terms = rate_distortion_loss(
-            self.config, output, x, level, teacher=teacher, teacher_weight=options.teacher_weight
+            self.config,
+            output,
+            x,
+            level,
+            teacher=teacher,
+            teacher_weight=options.teacher_weight,
+            strength=strength,
         )
         self.model.zero_grad()
         terms.loss.backward()
@@ -179,7 +194,14 @@ class Trainer:
         return {name: value.detach() for name, value in terms._asdict().items()}
 
     def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> None:
-        """Train until the budget of the options is used up."""
+        """Train until the budget of the options is used up, or until SIGINT or SIGTERM."""
+
+        def stop(*_: object) -> None:
+            self.stop_requested = True
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, stop)
+            signal.signal(signal.SIGTERM, stop)
         options = self.options
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
         saved, logged, sums, count = start, start, {}, 0
@@ -197,7 +219,7 @@ class Trainer:
                     done = elapsed / options.minutes
                 else:
                     done = (self.step - first) / (options.steps or 1)
-                if done >= 1:
+                if done >= 1 or self.stop_requested:
                     break
                 if not stable_saved and done >= 1 - options.decay:
                     _save(self.out / STABLE_CHECKPOINT, self.state())

@@ -14,28 +14,25 @@ FREQUENCIES = 10
 
 
 class Modulation(NamedTuple):
-    """Scales and shifts of a block's two hidden layers, each (B, C, 1, 1) and (B, 2C, 1, 1)."""
+    """Scales and shifts of a block's two hidden layers at one preference, each (C,) and (2C,)."""
 
     scale: tuple[Tensor, Tensor]
     shift: tuple[Tensor, Tensor]
 
 
 def fourier_embedding(strength: Tensor) -> Tensor:
-    """Embed (B,) into (B, 21): the value itself, then sin and cos of 2^k times it, k = 0..9.
+    """Embed a scalar into (21,): the value itself, then sin and cos of 2^k times it, k = 0..9.
 
     As in UG-ICM (Yin et al., AAAI 2025): identity included, no factor of pi.
     """
-    angles = strength[:, None] * 2.0 ** torch.arange(
+    angles = strength * 2.0 ** torch.arange(
         FREQUENCIES, device=strength.device, dtype=strength.dtype
     )
-    return torch.cat([strength[:, None], angles.sin(), angles.cos()], 1)
+    return torch.cat([strength[None], angles.sin(), angles.cos()])
 
 
 class Film(nn.Module):
-    """Preference strength (B,) -> one `Modulation` per block; starts as "change nothing".
-
-    The effect is multiplied by nothing else: strength 0 is trained like every other value.
-    """
+    """Preference strength (a scalar) -> one `Modulation` per block; starts as "change nothing"."""
 
     def __init__(self, channels: Sequence[int], features: int) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class Film(nn.Module):
             x = torch.relu(self.hidden2(torch.relu(self.hidden1(x))))
             out = []
             for c, head in zip(self.channels, self.heads, strict=True):
-                s0, s1, t0, t1 = head(x)[:, :, None, None].split([c, 2 * c, c, 2 * c], 1)
+                s0, s1, t0, t1 = head(x).split([c, 2 * c, c, 2 * c])
                 out.append(Modulation((1 + s0, 1 + s1), (t0, t1)))
         return out
 

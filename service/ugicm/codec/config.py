@@ -42,7 +42,7 @@ class ModelConfig:
     """Anchor levels of the rate gains; quality 1..100 is interpolated between them."""
     lambda_min: float = 0.0004
     """Rate-distortion trade-off of quality 1 (bits per pixel against 255^2 * MSE)."""
-    lambda_max: float = 0.08
+    lambda_max: float = 0.1
     """Rate-distortion trade-off of quality 100."""
 
     def __post_init__(self) -> None:

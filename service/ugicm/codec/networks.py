@@ -29,7 +29,15 @@ class Pointwise(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return _dense(x, self.weight, self.bias)
+
+    def modulated(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias that give ``forward(x) * scale + shift``; scale and shift are (out,)."""
+        return self.weight * scale[:, None], self.bias * scale + shift
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight[:, :, None, None], bias)
 
 
 class Depthwise(nn.Module):
@@ -65,18 +73,20 @@ class Block(nn.Module):
         for layer, scale, shift in zip(
             (self.expand, self.gate), modulation.scale, modulation.shift, strict=True
         ):
-            scale, shift = scale.flatten(), shift.flatten()
-            layer.weight.mul_(scale[:, None])
-            layer.bias.mul_(scale).add_(shift)
+            weight, bias = layer.modulated(scale, shift)
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
-        hidden = self.expand(x)
-        if modulation is not None:
-            hidden = torch.addcmul(modulation.shift[0], hidden, modulation.scale[0])
+        if modulation is None:
+            hidden = self.expand(x)
+        else:
+            hidden = _dense(x, *self.expand.modulated(modulation.scale[0], modulation.shift[0]))
         x = x + self.project(self.spatial(F.silu(hidden)))
-        hidden = self.gate(x)
-        if modulation is not None:
-            hidden = torch.addcmul(modulation.shift[1], hidden, modulation.scale[1])
+        if modulation is None:
+            hidden = self.gate(x)
+        else:
+            hidden = _dense(x, *self.gate.modulated(modulation.scale[1], modulation.shift[1]))
         value, gate = hidden.chunk(2, 1)
         return x + self.merge(value * F.silu(gate))
 
@@ -138,7 +148,7 @@ class Synthesis(nn.Module):
         )
 
     def forward(self, y: Tensor, strength: Tensor | None = None) -> Tensor:
-        """``strength``: (B,) in [0, 1]; None skips conditioning (weights already folded)."""
+        """``strength``: a scalar in [0, 1]; None skips conditioning (weights already folded)."""
         count = len(self.blocks) + 1
         modulations = [None] * count if strength is None else self.film(strength)
         x = F.pixel_shuffle(self.up(self.first(y, modulations[0])), 2)
@@ -150,7 +160,7 @@ class Synthesis(nn.Module):
         """A copy for one preference, to be called without `strength`."""
         copied = copy.deepcopy(self)
         with torch.no_grad():
-            modulations = self.film(torch.tensor([strength], device=self.up.weight.device))
+            modulations = self.film(torch.tensor(strength, device=self.up.weight.device))
         for block, modulation in zip([copied.first, *copied.blocks], modulations, strict=True):
             assert isinstance(block, Block)
             block.absorb(modulation)

@@ -1,0 +1,197 @@
+"""Pixels to bits and back: sizes, batches, tiles, budgets and refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import ugicm.codec.codec as codec_module
+from ugicm.codec.bitstream import parse, peek, serialise
+from ugicm.codec.codec import Codec
+from ugicm.codec.errors import (
+    CodecError,
+    LimitExceededError,
+    MalformedBitstreamError,
+    ModelMismatchError,
+)
+
+Photo = NDArray[np.uint8]
+
+
+def psnr(a: Photo, b: Photo) -> float:
+    return float(-10 * np.log10(max(np.mean((a.astype(float) - b) ** 2), 1e-9) / 255**2))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (1, 200), (63, 64), (64, 64), (65, 129), (300, 451)]
+)
+def test_any_size_round_trips(tiny_codec: Codec, photo: Photo, height: int, width: int) -> None:
+    image = photo[:height, :width]
+    data = tiny_codec.encode([image], 90)[0]
+    decoded = tiny_codec.decode([data])[0]
+    assert decoded.shape == image.shape
+    assert decoded.dtype == np.uint8
+    assert psnr(decoded, image) > 20
+    header = peek(data)
+    assert (header.width, header.height, header.quality) == (width, height, 90)
+
+
+def test_mixed_batch_equals_single_images(tiny_codec: Codec, photo: Photo) -> None:
+    images = [photo, photo[:64, :64], photo[::-1], photo[:64, 64:128]]
+    qualities = [20.0, 90.0, 55.5, 1.0]
+    together = tiny_codec.encode(images, qualities)
+    for image, quality, data in zip(images, qualities, together, strict=True):
+        alone = tiny_codec.encode([image], quality)[0]
+        assert psnr(*tiny_codec.decode([alone, data])) > 45
+    strengths = [0.0, 1.0, 0.5, 1.0]
+    pictures = tiny_codec.decode(together, strengths)
+    for data, strength, picture in zip(together, strengths, pictures, strict=True):
+        alone_picture = tiny_codec.decode([data], strength)[0].astype(int)
+        assert np.abs(alone_picture - picture).max() <= 1
+
+
+def test_quality_trades_bytes_for_fidelity(tiny_codec: Codec, photo: Photo) -> None:
+    coded = tiny_codec.encode([photo] * 4, [1, 30, 65, 100])
+    sizes = [len(data) for data in coded]
+    values = [psnr(photo, picture) for picture in tiny_codec.decode(coded)]
+    assert sizes == sorted(sizes)
+    assert values[0] < min(values[1:]) - 0.1
+
+
+def test_strength_changes_the_picture_not_the_bits(tiny_codec: Codec, photo: Photo) -> None:
+    data = tiny_codec.encode([photo])[0]
+    views = [tiny_codec.decode([data], s)[0].astype(int) for s in (0.0, 0.3, 1.0)]
+    assert np.abs(views[0] - views[2]).max() > 2
+    assert np.abs(views[0] - views[1]).max() > 0
+    np.testing.assert_array_equal(views[0], tiny_codec.decode([data], 0.0)[0])
+
+
+def test_overhead_is_at_most_32_bytes(tiny_codec: Codec, photo: Photo) -> None:
+    data = tiny_codec.encode([photo])[0]
+    (segment,) = parse(data, max_pixels=1 << 30).segments
+    assert len(data) - len(segment) <= 32
+
+
+def test_tiles_match_the_whole_picture(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transforms look across tile borders, so that tiling leaves no seam."""
+    whole = tiny_codec.decode(tiny_codec.encode([photo], 80))[0]
+    monkeypatch.setattr(codec_module, "TILE_SIDE", 128)
+    data = tiny_codec.encode([photo], 80)[0]
+    header, segments = parse(data, max_pixels=1 << 30)
+    assert (header.tile_side, header.tiles_x, header.tiles_y) == (128, 4, 3)
+    assert len(segments) == 12
+    tiled = tiny_codec.decode([data])[0]
+    # Means differ where the entropy model does not look across; the pictures differ by rounding only.
+    assert psnr(whole, tiled) > 35
+    assert abs(psnr(photo, tiled) - psnr(photo, whole)) < 0.05
+    staged = tiny_codec.pack(tiny_codec.analyse([photo], 80)[0])
+    assert staged == data
+    # The same latent, synthesised in windows and at once, is the same picture.
+    latent = tiny_codec.unpack(data)
+    untiled = latent._replace(header=type(header)(**{**vars(header), "tile_side": 0}))
+    at_once, in_windows = (
+        tiny_codec.synthesise([item])[0].astype(int) for item in (untiled, latent)
+    )
+    assert np.abs(at_once - in_windows).max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_encode_to_size_uses_the_budget(tiny_codec: Codec, photo: Photo, share: float) -> None:
+    low, high = (len(data) for data in tiny_codec.encode([photo] * 2, [1, 100]))
+    budget = int(low + share * (high - low))
+    for data in (
+        tiny_codec.encode_to_size(photo, max_bytes=budget),
+        tiny_codec.encode_to_size(photo, target_bpp=budget * 8 / photo[..., 0].size + 1e-9),
+    ):
+        assert 0.97 * budget <= len(data) <= budget
+        assert tiny_codec.decode([data])[0].shape == photo.shape
+
+
+def test_encode_to_size_keeps_the_best_quality_when_all_fits(
+    tiny_codec: Codec, photo: Photo
+) -> None:
+    data = tiny_codec.encode_to_size(photo, max_bytes=10_000_000)
+    assert peek(data).quality > 99.9
+
+
+def test_encode_to_size_says_what_is_needed(tiny_codec: Codec, photo: Photo) -> None:
+    with pytest.raises(CodecError, match=r"needs \d+ bytes at quality 1, over the budget of 50"):
+        tiny_codec.encode_to_size(photo, max_bytes=50)
+    with pytest.raises(CodecError, match="exactly one"):
+        tiny_codec.encode_to_size(photo)
+    with pytest.raises(CodecError, match="positive"):
+        tiny_codec.encode_to_size(photo, target_bpp=-1)
+
+
+@pytest.mark.parametrize("quality", [0.5, 101, float("nan")])
+def test_quality_out_of_range(tiny_codec: Codec, photo: Photo, quality: float) -> None:
+    with pytest.raises(CodecError, match="quality must be in 1..100"):
+        tiny_codec.encode([photo], quality)
+
+
+def test_strength_out_of_range(tiny_codec: Codec, photo: Photo) -> None:
+    data = tiny_codec.encode([photo[:64, :64]])
+    with pytest.raises(CodecError, match="strength must be in 0..1"):
+        tiny_codec.decode(data, 1.5)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
+def test_not_an_image(tiny_codec: Codec, image: NDArray[np.generic]) -> None:
+    with pytest.raises(CodecError, match="an image is uint8"):
+        tiny_codec.encode([image])  # type: ignore[list-item]
+
+
+def test_too_many_pixels(tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_codec.encode([photo])[0]
+    monkeypatch.setattr(tiny_codec, "max_pixels", 100_000)
+    with pytest.raises(LimitExceededError, match=r"135300 is over the limit of 100000.*UGICM_MAX"):
+        tiny_codec.encode([photo])
+    with pytest.raises(LimitExceededError, match="UGICM_MAX_PIXELS"):
+        tiny_codec.decode([data])
+
+
+def test_foreign_model_is_refused_by_name(tiny_codec: Codec, photo: Photo) -> None:
+    header, segments = parse(tiny_codec.encode([photo])[0], max_pixels=1 << 30)
+    other = type(header)(**{**vars(header), "model_digest": bytes(8)})
+    with pytest.raises(ModelMismatchError, match=r"needs model 0000000000000000, but tiny \("):
+        tiny_codec.decode([serialise(other, segments)])
+
+
+def test_hostile_payload_behind_a_valid_checksum(tiny_codec: Codec, photo: Photo) -> None:
+    """Random, truncated and extended payloads end in an error or a picture, never in a crash."""
+    header, (segment,) = parse(tiny_codec.encode([photo])[0], max_pixels=1 << 30)
+    random = np.random.default_rng(5)
+    refused = 0
+    attempts = [b"", segment[:-4], segment[:40], segment + bytes(8), b"\xff" * len(segment)]
+    attempts += [random.bytes(int(n) * 4) for n in random.integers(1, 2000, 20)]
+    attempts.append(segment[:3])
+    for payload in attempts:
+        try:
+            picture = tiny_codec.decode([serialise(header, [payload])])[0]
+        except MalformedBitstreamError:
+            refused += 1
+        else:
+            assert picture.shape == photo.shape
+    assert refused > len(attempts) // 2
+
+
+def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(index: int) -> Photo:
+        return tiny_codec.decode(tiny_codec.encode([photo[index:]], 50), index / 10)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for index, picture in enumerate(pool.map(work, range(8))):
+            assert np.abs(picture.astype(int) - work(index)).max() <= 1

@@ -1,0 +1,73 @@
+"""Models are verified before use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ugicm.codec.errors import ModelStoreError
+from ugicm.codec.store import available, find_store, load_codec, read_model
+
+
+@pytest.fixture
+def folder(tiny_store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_store / "tiny", tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_names_and_paths(tiny_store: Path) -> None:
+    assert available(tiny_store) == ["tiny"]
+    assert load_codec("tiny", store=tiny_store, device="cpu").name == "tiny"
+    assert load_codec(tiny_store / "tiny", device="cpu").name == "tiny"
+
+
+def test_unknown_model_lists_the_known(tiny_store: Path) -> None:
+    with pytest.raises(ModelStoreError, match=r"no model 'big' in .*; there: tiny"):
+        load_codec("big", store=tiny_store)
+
+
+def test_store_from_the_environment(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UGICM_MODEL_STORE", str(tiny_store))
+    assert find_store() == tiny_store
+
+
+def test_damaged_weights(folder: Path) -> None:
+    path = folder / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelStoreError, match="is damaged: SHA-256 is"):
+        read_model(folder)
+
+
+def test_missing_weights(folder: Path) -> None:
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(ModelStoreError, match="cannot read the model"):
+        read_model(folder)
+
+
+def test_newer_format(folder: Path) -> None:
+    edit(folder, format=99)
+    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 1"):
+        read_model(folder)
+
+
+def test_digest_of_other_weights(folder: Path) -> None:
+    edit(folder, digest="00" * 8)
+    with pytest.raises(ModelStoreError, match="does not belong to the weights"):
+        read_model(folder)
+
+
+def test_unknown_config_key(folder: Path) -> None:
+    edit(folder, model={"name": "x", "colour": 3})
+    with pytest.raises(ModelStoreError, match="unknown keys in the model config: colour"):
+        read_model(folder)
