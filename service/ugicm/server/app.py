@@ -1,0 +1,99 @@
+"""The application factory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from ugicm import __version__
+from ugicm.server import openapi, problems
+from ugicm.server.cache import BitstreamCache, GuardedCache, MemoryCache
+from ugicm.server.deps import Services
+from ugicm.server.engine import Codec, Engine
+from ugicm.server.metrics import Metrics
+from ugicm.server.middleware import BodyLimit, CancelDeparted, Lifecycle, RequestContext
+from ugicm.server.models import BitstreamRef
+from ugicm.server.pictures import PictureCache
+from ugicm.server.problems import Problem
+from ugicm.server.routes import bitstreams, status
+from ugicm.server.routes import codec as codec_routes
+from ugicm.server.settings import Settings
+
+_FORMS = {"EncodeForm": {"image": openapi.BINARY}, "DecodeForm": {"bitstream": openapi.BINARY}}
+_log = structlog.get_logger(__name__)
+
+
+def create_app(
+    settings: Settings, codec: Codec | None = None, cache: BitstreamCache | None = None
+) -> FastAPI:
+    """The service as an ASGI application. The model is loaded when its lifespan starts.
+
+    Args:
+        settings: everything an operator can change.
+        codec: instead of the model that the settings name.
+        cache: instead of the cache that the settings name.
+    """
+    metrics, lifecycle = Metrics(), Lifecycle()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loaded = await asyncio.to_thread(_load, settings) if codec is None else codec
+        engine = Engine(loaded, settings, metrics)
+        guarded = GuardedCache(
+            cache or MemoryCache(settings.cache_bytes), metrics, timeout_s=settings.cache_timeout_s
+        )
+        app.state.services = Services(
+            settings,
+            engine,
+            guarded,
+            PictureCache(settings.picture_cache_bytes, metrics),
+            metrics,
+            lifecycle,
+        )
+        if settings.warm_up:
+            await engine.probe()
+        _log.info("ready", model=loaded.name, digest=loaded.digest, device=loaded.device)
+        try:
+            yield
+        finally:
+            lifecycle.draining = True
+            await engine.close()
+            await guarded.close()
+
+    app = FastAPI(
+        title="ugicm",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+        middleware=[
+            Middleware(RequestContext, metrics=metrics, lifecycle=lifecycle),
+            Middleware(CancelDeparted, metrics=metrics),
+            Middleware(BodyLimit, max_bytes=settings.max_bytes),
+        ],
+    )
+    app.state.lifecycle = lifecycle
+    problems.install(app)
+    for router in (codec_routes.router, bitstreams.router, status.info_router, status.health_router):
+        app.include_router(router)
+    openapi.install(app, (Problem, BitstreamRef), _FORMS, keyed=bool(settings.api_keys))
+    return app
+
+
+def _load(settings: Settings) -> Codec:
+    """The model that the settings name; imports torch."""
+    from ugicm.codec.store import load_codec
+
+    return load_codec(
+        settings.model,
+        store=settings.model_store,
+        device=settings.device,
+        precision=settings.precision,
+        max_pixels=settings.max_pixels,
+    )

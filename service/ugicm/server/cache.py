@@ -1,0 +1,169 @@
+"""Where bitstreams stay between encode and decode, under the SHA-256 of their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from ugicm.server.metrics import Metrics
+
+Value = TypeVar("Value")
+Key = TypeVar("Key")
+
+ID_PATTERN = "^[0-9a-f]{64}$"
+"""What an id looks like; checked before an id comes near a path or a key."""
+_log = structlog.get_logger(__name__)
+
+
+def bitstream_id(bitstream: bytes) -> str:
+    """SHA-256 of the bytes, 64 hex digits."""
+    return hashlib.sha256(bitstream).hexdigest()
+
+
+class CacheDownError(Exception):
+    """The cache did not answer."""
+
+
+class BitstreamCache(Protocol):
+    """Bytes by id. Methods may raise anything when the store behind them fails."""
+
+    async def get(self, id: str) -> bytes | None:
+        """The bitstream, or None."""
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        """Keep it; True if it was there already."""
+
+    async def delete(self, id: str) -> bool:
+        """Forget it; True if it was there."""
+
+    async def check(self) -> None:
+        """Raise unless the store answers."""
+
+    async def close(self) -> None:
+        """Release connections."""
+
+
+class ByteLru(Generic[Key]):
+    """Least recently used bytes, bounded by their sum.
+
+    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too.
+    """
+
+    OVERHEAD = 256
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size = 0
+        """Bytes held now."""
+        self._entries: OrderedDict[Key, bytes] = OrderedDict()
+
+    def get(self, key: Key) -> bytes | None:
+        """The value, which becomes the most recent one; or None."""
+        if (value := self._entries.get(key)) is not None:
+            self._entries.move_to_end(key)
+        return value
+
+    def put(self, key: Key, value: bytes) -> None:
+        """Keep the value and drop the oldest until the sum fits; one over the bound is not kept."""
+        self.delete(key)
+        if len(value) + self.OVERHEAD > self.max_bytes:
+            return
+        self._entries[key] = value
+        self.size += len(value) + self.OVERHEAD
+        while self.size > self.max_bytes:
+            self.delete(next(iter(self._entries)))
+
+    def delete(self, key: Key) -> bool:
+        """Drop the value; True if it was there."""
+        if (value := self._entries.pop(key, None)) is None:
+            return False
+        self.size -= len(value) + self.OVERHEAD
+        return True
+
+    def __iter__(self) -> Iterator[Key]:
+        """Keys, oldest first."""
+        return iter(self._entries)
+
+
+class MemoryCache:
+    """A `BitstreamCache` in this process."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._entries: ByteLru[str] = ByteLru(max_bytes)
+
+    async def get(self, id: str) -> bytes | None:
+        return self._entries.get(id)
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        found = self._entries.get(id) is not None
+        if not found:
+            self._entries.put(id, bitstream)
+        return found
+
+    async def delete(self, id: str) -> bool:
+        return self._entries.delete(id)
+
+    async def check(self) -> None:
+        """Memory always answers."""
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+class GuardedCache:
+    """A cache that may be down: bounded in time, measured, and out of the way for a while after a failure.
+
+    Every failure of the store becomes `CacheDownError`.
+    """
+
+    PAUSE_S = 5.0
+    """After a failure, requests do without the store for this long."""
+
+    def __init__(self, cache: BitstreamCache, metrics: Metrics, *, timeout_s: float) -> None:
+        self._cache, self._metrics, self._timeout_s = cache, metrics, timeout_s
+        self._down_until = 0.0
+        metrics.cache_up.set(1)
+
+    async def get(self, id: str) -> bytes | None:
+        found = await self._guarded(lambda: self._cache.get(id))
+        self._metrics.cache_requests.labels("bitstream", "miss" if found is None else "hit").inc()
+        return found
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        return await self._guarded(lambda: self._cache.put(id, bitstream))
+
+    async def delete(self, id: str) -> bool:
+        return await self._guarded(lambda: self._cache.delete(id))
+
+    async def up(self) -> bool:
+        """Whether the store answers now."""
+        self._down_until = 0.0
+        try:
+            await self._guarded(self._cache.check)
+        except CacheDownError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        await self._cache.close()
+
+    async def _guarded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
+        if time.monotonic() < self._down_until:
+            raise CacheDownError("the bitstream cache failed a moment ago")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await operation()
+        except Exception as error:
+            self._down_until = time.monotonic() + self.PAUSE_S
+            self._metrics.cache_errors.inc()
+            self._metrics.cache_up.set(0)
+            _log.warning("bitstream cache failed", error=repr(error))
+            raise CacheDownError("the bitstream cache does not answer") from error
+        self._metrics.cache_up.set(1)
+        return result

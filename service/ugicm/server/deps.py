@@ -1,0 +1,197 @@
+"""What routes ask for by type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
+from ugicm.server.cache import GuardedCache
+from ugicm.server.engine import Engine
+from ugicm.server.images import MEDIA_TYPES
+from ugicm.server.metrics import Metrics
+from ugicm.server.middleware import Lifecycle
+from ugicm.server.models import BitstreamRef, ImageFormat, Preference
+from ugicm.server.openapi import OCTETS
+from ugicm.server.pictures import PictureCache
+from ugicm.server.problems import Code, ServiceError
+from ugicm.server.settings import Settings
+from ugicm.server.timings import Timings
+
+CURL_DEFAULT = "application/x-www-form-urlencoded"
+"""What ``curl --data-binary`` says of any file; taken as raw bytes."""
+STRENGTH_DIGITS = 2
+"""Strengths are rounded to this many decimals, so that a slider's pictures can be cached."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of a running application."""
+
+    settings: Settings
+    engine: Engine
+    cache: GuardedCache
+    pictures: PictureCache
+    metrics: Metrics
+    lifecycle: Lifecycle
+
+
+def get_services(request: Request) -> Services:
+    """Parts made by the application's lifespan."""
+    services: Services = request.app.state.services
+    return services
+
+
+def get_timings(request: Request) -> Timings:
+    """Of this request."""
+    timings: Timings = request.state.timings
+    return timings
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+TimingsDep = Annotated[Timings, Depends(get_timings)]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a bitstream shall be decoded."""
+
+    strength: float
+    """0 (human) to 1 (machine)."""
+    format: ImageFormat
+    negotiated: bool
+    """The Accept header decided on the format."""
+
+    @property
+    def label(self) -> str:
+        """For file names."""
+        return {0.0: "human", 1.0: "machine"}.get(self.strength, f"{self.strength:g}")
+
+
+def get_view(
+    request: Request,
+    preference: Annotated[
+        Preference, Query(description="Whom the picture is for.", examples=["machine"])
+    ] = Preference.human,
+    strength: Annotated[
+        float | None,
+        Query(
+            ge=0,
+            le=1,
+            description="0 (human) to 1 (machine), rounded to hundredths; overrides `preference`.",
+            examples=[0.5],
+        ),
+    ] = None,
+    format: Annotated[
+        ImageFormat | None,
+        Query(description="File format; without it the Accept header decides, else PNG.", examples=["png"]),
+    ] = None,
+) -> View:
+    """Preference and format of the picture."""
+    if strength is None:
+        strength = 1.0 if preference is Preference.machine else 0.0
+    return View(
+        round(strength, STRENGTH_DIGITS),
+        format or _acceptable_format(request.headers.get("accept", "")),
+        format is None,
+    )
+
+
+ViewDep = Annotated[View, Depends(get_view)]
+
+
+async def read_image_body(request: Request) -> bytes:
+    """The image of `POST /encode`: the raw body, or the file part ``image`` of a form."""
+    kind = _media_type(request)
+    if kind == "multipart/form-data":
+        return await _file_part(request, "image")
+    if kind in ("", OCTETS, CURL_DEFAULT) or kind.startswith("image/"):
+        return await _raw_body(request)
+    raise _unsupported(kind, f"image/*, {OCTETS}, multipart/form-data")
+
+
+async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
+    """The bitstream of `POST /decode`: the raw body, the file part ``bitstream``, or JSON with an id."""
+    kind = _media_type(request)
+    if kind == "multipart/form-data":
+        return await _file_part(request, "bitstream")
+    if kind == "application/json":
+        try:
+            return BitstreamRef.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise ServiceError(
+                Code.INVALID_PARAMETER, f'the JSON body must be {{"id": ...}}: {error.errors()[0]["msg"]}'
+            ) from None
+    if kind in ("", OCTETS, CURL_DEFAULT, BITSTREAM_MEDIA_TYPE):
+        return await _raw_body(request)
+    raise _unsupported(kind, f"{BITSTREAM_MEDIA_TYPE}, {OCTETS}, multipart/form-data, application/json")
+
+
+ImageBody = Annotated[bytes, Depends(read_image_body)]
+BitstreamBody = Annotated[bytes | BitstreamRef, Depends(read_bitstream_body)]
+
+
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _raw_body(request: Request) -> bytes:
+    body = await request.body()
+    if not body:
+        raise ServiceError(Code.MALFORMED_BODY, "the request has no body")
+    return body
+
+
+async def _file_part(request: Request, name: str) -> bytes:
+    """Bytes of the file part of that name, or of the only file part there is."""
+    try:
+        async with request.form(max_files=1, max_fields=8) as form:
+            part = form.get(name)
+            if isinstance(part, UploadFile):
+                return await part.read()
+    except HTTPException as error:
+        raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
+    raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}")
+
+
+def _unsupported(kind: str, accepted: str) -> ServiceError:
+    return ServiceError(
+        Code.UNSUPPORTED_MEDIA_TYPE,
+        f"Content-Type {kind!r} is not supported; send one of: {accepted}",
+        headers={"Accept": accepted},
+    )
+
+
+def _acceptable_format(accept: str) -> ImageFormat:
+    """The format that an Accept header likes best; ours, in order, where it likes several the same."""
+    if not accept.strip():
+        return ImageFormat.png
+    weights = {name: _weight(accept, MEDIA_TYPES[name.value]) for name in ImageFormat}
+    best = max(weights, key=lambda name: weights[name])
+    if weights[best] == 0:
+        raise ServiceError(
+            Code.NOT_ACCEPTABLE,
+            f"Accept: {accept} allows none of {', '.join(MEDIA_TYPES.values())}; "
+            "the format parameter decides regardless of Accept",
+        )
+    return best
+
+
+def _weight(accept: str, media_type: str) -> float:
+    """q of the most specific range of an Accept header that covers a media type (RFC 9110, 12.5.1)."""
+    ranges = ("*/*", media_type.partition("/")[0] + "/*", media_type)
+    best = (-1, 0.0)
+    for item in accept.split(","):
+        name, *parameters = (part.strip().lower() for part in item.split(";"))
+        if name in ranges:
+            quality = next((part[2:] for part in parameters if part.startswith("q=")), "1")
+            try:
+                best = max(best, (ranges.index(name), float(quality)))
+            except ValueError:
+                continue
+    return best[1]

@@ -1,0 +1,231 @@
+"""Image files to bitstreams and back: files and entropy coding in a pool, networks in one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+
+from ugicm.codec.bitstream import peek
+from ugicm.codec.errors import CodecError
+from ugicm.server.batching import MicroBatcher
+from ugicm.server.images import FORMATS, ImageFormat, read_image, write_image
+from ugicm.server.metrics import Metrics
+from ugicm.server.settings import Settings
+from ugicm.server.timings import Timings
+
+Image = NDArray[np.uint8]
+"""RGB picture (H, W, 3)."""
+Result = TypeVar("Result")
+
+CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS = 1_000_000, 16_000_000
+_MIN_WEIGHT = 1 << 14
+"""A picture counts as at least 128x128 pixels: small ones cost more than their pixels."""
+_TIMING_OF_STAGE = {
+    "image_decode": "image",
+    "image_encode": "image",
+    "analysis": "analysis",
+    "search": "analysis",
+    "entropy_encode": "entropy",
+    "entropy_decode": "entropy",
+    "synthesis": "synthesis",
+}
+
+
+class Codec(Protocol):
+    """What the service needs of a codec; `ugicm.codec.codec.Codec` has it."""
+
+    name: str
+    digest: str
+    device: str
+    precision: str
+    max_pixels: int
+
+    def analyse(self, images: Sequence[Image], quality: Sequence[float]) -> Sequence[Any]: ...
+
+    def pack(self, latent: Any) -> bytes: ...
+
+    def unpack(self, data: bytes) -> Any: ...
+
+    def synthesise(self, latents: Sequence[Any], strength: Sequence[float]) -> Sequence[Image]: ...
+
+    def encode_to_size(
+        self, image: Image, *, max_bytes: int | None = None, target_bpp: float | None = None
+    ) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class RateTarget:
+    """How large a bitstream may become: by quality, or by the first of the two sizes that is set."""
+
+    quality: float = 50.0
+    max_bytes: int | None = None
+    target_bpp: float | None = None
+
+    @property
+    def by_size(self) -> bool:
+        return self.max_bytes is not None or self.target_bpp is not None
+
+
+class Engine:
+    """Runs one codec for many callers; all methods belong to one event loop."""
+
+    def __init__(self, codec: Codec, settings: Settings, metrics: Metrics) -> None:
+        self.codec = codec
+        self._settings, self._metrics = settings, metrics
+        on_cpu = codec.device == "cpu"
+        self.batcher = MicroBatcher(
+            budget=settings.batch_pixels or (CPU_BATCH_PIXELS if on_cpu else CUDA_BATCH_PIXELS),
+            limit=settings.queue_pixels,
+            on_batch=self._on_batch,
+        )
+        self._pool = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="ugicm-pool")
+        self._failed = False
+        metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
+        metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)
+
+    async def encode(self, data: bytes, target: RateTarget, timings: Timings) -> bytes:
+        """Bitstream of an image file.
+
+        Raises:
+            CodecError: the image cannot be read or is too large, or the target cannot be met.
+            OverloadedError: too many pixels are in the service.
+            TimeoutError: the deadline passed.
+        """
+        weight = self._weight(_pixels_of_image(data))
+        with self.batcher.admit(weight):
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                image = await self._pooled(
+                    "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
+                )
+                if target.by_size:
+                    bitstream: bytes = await self._on_device(
+                        "search", timings, self._search, (image, target), weight
+                    )
+                else:
+                    latent = await self._on_device(
+                        "analysis", timings, self._analyse, (image, target.quality), weight
+                    )
+                    bitstream = await self._pooled("entropy_encode", timings, lambda: self.codec.pack(latent))
+        header = peek(bitstream)
+        self._metrics.bitstream_bpp.observe(8 * len(bitstream) / (header.width * header.height))
+        return bitstream
+
+    async def decode(
+        self, bitstream: bytes, strength: float, image_format: ImageFormat, timings: Timings
+    ) -> bytes:
+        """Image file of a bitstream, at a preference of 0 (human) to 1 (machine).
+
+        Raises:
+            CodecError: the bitstream is damaged, too large, or of another model.
+            OverloadedError: too many pixels are in the service.
+            TimeoutError: the deadline passed.
+        """
+        header = peek(bitstream)
+        weight = self._weight(header.width * header.height)
+        with self.batcher.admit(weight):
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
+                image = await self._on_device(
+                    "synthesis", timings, self._synthesise, (latent, strength), weight
+                )
+                return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
+
+    async def probe(self, side: int = 64) -> None:
+        """One round trip of a grey picture through the codec; raises what the codec raises."""
+        image = np.full((side, side, 3), 128, np.uint8)
+        timings, weight = Timings(), self._weight(side * side)
+        latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
+        latent = self.codec.unpack(self.codec.pack(latent))
+        for strength in (0.0, 1.0):
+            await self._on_device("synthesis", timings, self._synthesise, (latent, strength), weight)
+
+    async def healthy(self) -> bool:
+        """False if the device failed at its last work and fails again at a probe."""
+        if self._failed:
+            try:
+                await self.probe()
+            except Exception:
+                return False
+        return True
+
+    async def close(self) -> None:
+        """Finish what runs, then stop the threads."""
+        await self.batcher.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _weight(self, pixels: int) -> int:
+        # Sizes over the limit are refused with their own error later; they must not read as overload.
+        return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))
+
+    async def _pooled(self, stage: str, timings: Timings, work: Callable[[], Result]) -> Result:
+        """Result of `work` in the pool, timed."""
+
+        def timed() -> tuple[Result, float]:
+            started = time.perf_counter()
+            return work(), time.perf_counter() - started
+
+        result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        self._record(stage, seconds, timings)
+        return result
+
+    async def _on_device(
+        self,
+        stage: str,
+        timings: Timings,
+        function: Callable[[Sequence[Any]], Sequence[Any]],
+        item: Any,
+        weight: int,
+    ) -> Any:
+        """Result of `function` for `item` in the device's thread, batched and timed."""
+        try:
+            ran = await self.batcher.run(function, item, weight=weight)
+        except CodecError:
+            raise
+        except Exception:
+            self._failed = True
+            raise
+        self._failed = False
+        timings.add("queue", ran.queue_s)
+        self._metrics.queue_seconds.observe(ran.queue_s)
+        self._record(stage, ran.run_s, timings)
+        return ran.result
+
+    def _record(self, stage: str, seconds: float, timings: Timings) -> None:
+        timings.add(_TIMING_OF_STAGE[stage], seconds)
+        self._metrics.codec_seconds.labels(stage).observe(seconds)
+
+    def _on_batch(self, items: int, weight: int) -> None:
+        self._metrics.batch_images.observe(items)
+        self._metrics.batch_pixels.observe(weight)
+
+    # Work of the device's thread
+
+    def _analyse(self, items: Sequence[tuple[Image, float]]) -> Sequence[Any]:
+        return self.codec.analyse([image for image, _ in items], [quality for _, quality in items])
+
+    def _synthesise(self, items: Sequence[tuple[Any, float]]) -> Sequence[Image]:
+        return self.codec.synthesise([latent for latent, _ in items], [value for _, value in items])
+
+    def _search(self, items: Sequence[tuple[Image, RateTarget]]) -> Sequence[bytes]:
+        return [
+            self.codec.encode_to_size(image, max_bytes=target.max_bytes, target_bpp=target.target_bpp)
+            for image, target in items
+        ]
+
+
+def _pixels_of_image(data: bytes) -> int:
+    """Pixels by the image's header; 0 if unreadable, `read_image` then says what is wrong."""
+    try:
+        with PillowImage.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:
+        return 0

@@ -1,0 +1,170 @@
+"""Pure ASGI middleware: request context, body limit, departed clients."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import time
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ugicm.server.metrics import Metrics
+from ugicm.server.problems import as_service_error, too_many_bytes
+from ugicm.server.timings import Timings
+
+CLIENT_CLOSED_REQUEST = 499
+"""Logged when a client left before its answer; never sent."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_QUIET = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready", "/metrics")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_log = structlog.get_logger("ugicm.access")
+
+
+class Lifecycle:
+    """Whether the process is on its way out."""
+
+    def __init__(self) -> None:
+        self.draining = False
+
+
+class RequestContext:
+    """Outermost: request id, timings, metrics, one log line, and 500 as a problem."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, lifecycle: Lifecycle) -> None:
+        self.app, self.metrics, self.lifecycle = app, metrics, lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        timings = Timings()
+        state = scope.setdefault("state", {})
+        state.update(request_id=request_id, timings=timings)
+        status = 0
+        started = time.perf_counter()
+
+        async def send_with_context(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                if server_timing := timings.header():
+                    headers["Server-Timing"] = server_timing
+                if self.lifecycle.draining:
+                    headers["Connection"] = "close"
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, send_with_context)
+            except Exception as error:
+                _log.exception("request failed", path=scope["path"])
+                if not status:
+                    await as_service_error(error).response(scope)(scope, receive, send_with_context)
+            finally:
+                self._finish(scope, status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
+
+    def _finish(self, scope: Scope, status: int, seconds: float) -> None:
+        path = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.metrics.requests.labels(path, method, str(status)).inc()
+        self.metrics.request_seconds.labels(path).observe(seconds)
+        if problem := scope["state"].get("problem"):
+            self.metrics.rejected.labels(problem).inc()
+        log = _log.debug if scope["path"] in _QUIET else _log.info
+        fields: dict[str, Any] = {"problem": problem} if problem else {}
+        log(
+            "request",
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            ms=round(1e3 * seconds, 1),
+            **fields,
+        )
+
+
+class BodyLimit:
+    """Refuse request bodies over `max_bytes`: declared ones at once, others as soon as they pass it."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
+            await too_many_bytes(int(declared), self.max_bytes).response(scope)(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise too_many_bytes(received, self.max_bytes)
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+
+class CancelDeparted:
+    """Cancel the work of a request when its client disconnects after sending it."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        body_read = asyncio.Event()
+        if scope["method"] in ("GET", "HEAD", "DELETE"):
+            body_read.set()
+        answered = departed = False
+
+        async def receive_body() -> Message:
+            if body_read.is_set():  # from here on the watcher listens
+                await asyncio.Event().wait()
+            message = await receive()
+            if not message.get("more_body", False):
+                body_read.set()
+            return message
+
+        async def send_noting_the_end(message: Message) -> None:
+            nonlocal answered
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                answered = True
+
+        async def watch() -> None:
+            nonlocal departed
+            await body_read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not answered:
+                departed = True
+                task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            await self.app(scope, receive_body, send_noting_the_end)
+        except asyncio.CancelledError:
+            if not departed:
+                raise
+            task.uncancel()
+            self.metrics.client_disconnects.inc()
+        finally:
+            watcher.cancel()

@@ -1,0 +1,161 @@
+"""The OpenAPI document, in the shape that generated clients survive.
+
+FastAPI's own schema for files lacks ``format: binary``, with which generators send strings; a body or an
+answer with only a vendor media type is dropped by some. So bodies and binary answers are written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
+from ugicm.server.images import MEDIA_TYPES
+from ugicm.server.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
+from ugicm.server.problems import Code
+
+OCTETS = "application/octet-stream"
+BINARY = {"type": "string", "format": "binary"}
+
+_DESCRIPTION = """
+A neural image codec as a service: one bitstream per image, two views.
+
+`POST /encode` turns an image into a bitstream and keeps it under its content hash.
+`POST /decode` turns a bitstream, or the id of one, into an image for human eyes
+(`preference=human`), for machine vision (`preference=machine`), or anything between (`strength`).
+""".strip()
+
+_TAGS = [
+    {"name": "codec", "description": "Images to bitstreams and back."},
+    {"name": "bitstreams", "description": "Kept bitstreams, by content hash."},
+    {"name": "service", "description": "What runs here, and how it is."},
+]
+
+
+def problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
+    """``responses=`` of these problems; each operation adds those of every request by itself."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for kind in sorted(kinds, key=lambda kind: kind.status):
+        entry = by_status.setdefault(kind.status, {"description": "", "content": _problem_content()})
+        line = f"{kind.title} (`{kind.code}`)"
+        entry["description"] = "; ".join(filter(None, [entry["description"], line]))
+    return by_status
+
+
+def body(form: str, *, json_schema: str | None = None) -> dict[str, Any]:
+    """``openapi_extra`` of a request body that is raw bytes, the multipart `form`, or JSON."""
+    content: dict[str, Any] = {
+        OCTETS: {"schema": BINARY},
+        "multipart/form-data": {"schema": _reference(form)},
+    }
+    if json_schema:
+        content["application/json"] = {"schema": _reference(json_schema)}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def binary_answer(description: str, media_types: tuple[str, ...], *headers: str) -> dict[str, Any]:
+    """``responses=`` entry of a binary answer; ``application/octet-stream`` stands beside the others."""
+    return {
+        "description": description,
+        "headers": {name: {"schema": {"type": "string"}} for name in headers},
+        "content": {media_type: {"schema": BINARY} for media_type in (*media_types, OCTETS)},
+    }
+
+
+IMAGE_TYPES = tuple(dict.fromkeys(MEDIA_TYPES.values()))
+IMAGE = binary_answer(
+    "The decoded image.", IMAGE_TYPES, "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"
+)
+BITSTREAM = binary_answer("The bitstream.", (BITSTREAM_MEDIA_TYPE,), "ETag", "Accept-Ranges")
+
+
+def install(
+    app: FastAPI, models: tuple[type[BaseModel], ...], forms: dict[str, dict[str, Any]], *, keyed: bool
+) -> None:
+    """Replace ``app.openapi``.
+
+    Args:
+        app: whose document it is.
+        models: schemas that the hand-written parts refer to.
+        forms: multipart schemas, by name.
+        keyed: whether operations ask for an API key.
+    """
+
+    def document() -> dict[str, Any]:
+        if not app.openapi_schema:
+            schema = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=_DESCRIPTION,
+                routes=app.routes,
+                tags=_TAGS,
+                license_info={"name": "MIT", "identifier": "MIT"},
+                contact={"name": "ugicm"},
+                servers=[{"url": "/"}],
+            )
+            _complete(schema, models, forms, keyed=keyed)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _complete(
+    schema: dict[str, Any],
+    models: tuple[type[BaseModel], ...],
+    forms: dict[str, dict[str, Any]],
+    *,
+    keyed: bool,
+) -> None:
+    schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+    for model in models:
+        own = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(own.pop("$defs", {}))
+        schemas[model.__name__] = own
+    for name, properties in forms.items():
+        schemas[name] = {
+            "title": name,
+            "type": "object",
+            "required": list(properties),
+            "properties": properties,
+        }
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for operation in _operations(schema):
+        for parameter in operation.get("parameters", ()):
+            _drop_null(parameter["schema"])
+        invalid = operation["responses"].get("422", {})
+        if "application/json" in invalid.get("content", {}):
+            operation["responses"]["422"] = problems(Code.INVALID_PARAMETER)[422]
+    if keyed:
+        schema["components"]["securitySchemes"] = {
+            "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        }
+        for operation in _operations(schema):
+            if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
+                operation["security"] = [{"apiKey": []}]
+
+
+def _drop_null(schema: dict[str, Any]) -> None:
+    """An optional parameter may be absent; it is never null."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        schema.update(kinds[0])
+
+
+def _operations(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in schema["paths"].values():
+        yield from path.values()
+
+
+def _problem_content() -> dict[str, Any]:
+    return {PROBLEM_MEDIA_TYPE: {"schema": _reference("Problem")}}
+
+
+def _reference(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}

@@ -1,0 +1,76 @@
+"""Decoded pictures in memory; simultaneous requests for one picture make it once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from ugicm.server.cache import ByteLru
+from ugicm.server.metrics import Metrics
+
+
+class PictureKey(NamedTuple):
+    """What a decoded picture depends on."""
+
+    id: str
+    strength: float
+    format: str
+
+
+class _Flight:
+    """A picture in the making and how many wait for it."""
+
+    def __init__(self, task: asyncio.Task[bytes]) -> None:
+        self.task, self.waiting = task, 0
+
+
+class PictureCache:
+    """Byte-bounded and single-flighted; at most `max_bytes` are kept, 0 keeps none."""
+
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._kept: ByteLru[PictureKey] = ByteLru(max_bytes)
+        self._flights: dict[PictureKey, _Flight] = {}
+        self._metrics = metrics
+        metrics.cache_bytes.labels("picture").set_function(lambda: self._kept.size)
+
+    async def get(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> tuple[bytes, bool]:
+        """The picture, and whether it was kept; else `make` is awaited once for all who ask meanwhile.
+
+        The making goes on while anybody waits for it and is cancelled when the last one leaves.
+        """
+        if (picture := self._kept.get(key)) is not None:
+            self._metrics.cache_requests.labels("picture", "hit").inc()
+            return picture, True
+        flight = self._flights.get(key)
+        if flight is None:
+            self._metrics.cache_requests.labels("picture", "miss").inc()
+            flight = self._flights[key] = _Flight(asyncio.ensure_future(self._make(key, make)))
+        else:
+            self._metrics.cache_requests.labels("picture", "shared").inc()
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task), False
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                flight.task.cancel()
+                self._land(key, flight)
+
+    def forget(self, id: str) -> None:
+        """Drop every picture of a bitstream."""
+        for key in [key for key in self._kept if key.id == id]:
+            self._kept.delete(key)
+
+    async def _make(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> bytes:
+        flight = self._flights[key]
+        try:
+            picture = await make()
+        finally:
+            self._land(key, flight)
+        self._kept.put(key, picture)
+        return picture
+
+    def _land(self, key: PictureKey, flight: _Flight) -> None:
+        if self._flights.get(key) is flight:
+            del self._flights[key]

@@ -1,0 +1,105 @@
+"""Kept bitstreams."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
+from ugicm.codec.bitstream import SUFFIX
+from ugicm.server.cache import ID_PATTERN
+from ugicm.server.conditional import etag_of, respond
+from ugicm.server.deps import ServicesDep, TimingsDep, ViewDep
+from ugicm.server.models import BitstreamInfo
+from ugicm.server.openapi import BITSTREAM, IMAGE, problems
+from ugicm.server.problems import Code, ServiceError
+from ugicm.server.routes.codec import decoded, describe, kept, media_type, picture_headers
+
+router = APIRouter(prefix="/bitstreams/{id}", tags=["bitstreams"])
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+"""A bitstream never changes under its id."""
+REVALIDATE = "public, max-age=3600"
+"""A picture may change when the model's synthesis is improved; its ETag tells."""
+
+Id = Annotated[str, Path(pattern=ID_PATTERN, description="As `POST /encode` answered.")]
+_COMMON = (Code.UNKNOWN_BITSTREAM, Code.INVALID_PARAMETER, Code.UNAVAILABLE)
+_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Not modified."}}
+
+
+@router.head("", include_in_schema=False)
+@router.get(
+    "",
+    operation_id="getBitstream",
+    summary="Get a bitstream",
+    response_class=Response,
+    responses={
+        200: BITSTREAM,
+        206: {**BITSTREAM, "description": "The range of the bitstream that was asked for."},
+        **_NOT_MODIFIED,
+        **problems(Code.RANGE_NOT_SATISFIABLE, *_COMMON),
+    },
+)
+async def get_bitstream(request: Request, id: Id, services: ServicesDep) -> Response:
+    bitstream = await kept(services, id)
+    headers = {
+        "Bitstream-Id": id,
+        "Cache-Control": IMMUTABLE,
+        "Cache-Status": "ugicm; hit",
+        "Content-Disposition": f'inline; filename="{id[:8]}{SUFFIX}"',
+    }
+    return respond(request, bitstream, etag=f'"{id}"', media_type=BITSTREAM_MEDIA_TYPE, headers=headers)
+
+
+@router.get(
+    "/info",
+    operation_id="getBitstreamInfo",
+    summary="Describe a bitstream",
+    description="Read from the bitstream's header; no network runs.",
+    responses=problems(*_COMMON),
+)
+async def get_bitstream_info(id: Id, services: ServicesDep) -> BitstreamInfo:
+    return describe(id, await kept(services, id))
+
+
+@router.head("/image", include_in_schema=False)
+@router.get(
+    "/image",
+    operation_id="getImage",
+    summary="Decode a kept bitstream",
+    response_class=Response,
+    responses={
+        200: IMAGE,
+        206: {**IMAGE, "description": "The range of the image that was asked for."},
+        **_NOT_MODIFIED,
+        **problems(
+            Code.NOT_ACCEPTABLE,
+            Code.MODEL_MISMATCH,
+            Code.TOO_MANY_PIXELS,
+            Code.RANGE_NOT_SATISFIABLE,
+            Code.OVERLOADED,
+            Code.TIMEOUT,
+            *_COMMON,
+        ),
+    },
+)
+async def get_image(
+    request: Request, id: Id, view: ViewDep, services: ServicesDep, timings: TimingsDep
+) -> Response:
+    picture, hit = await decoded(services, id, await kept(services, id), view, timings)
+    headers = {**picture_headers(id, view, hit=hit), "Cache-Control": REVALIDATE}
+    return respond(request, picture, etag=etag_of(picture), media_type=media_type(view), headers=headers)
+
+
+@router.delete(
+    "",
+    operation_id="deleteBitstream",
+    summary="Forget a bitstream",
+    status_code=204,
+    responses=problems(*_COMMON),
+)
+async def delete_bitstream(id: Id, services: ServicesDep) -> None:
+    services.pictures.forget(id)
+    if not await services.cache.delete(id):
+        raise ServiceError(Code.UNKNOWN_BITSTREAM, f"{id} is not in the cache")

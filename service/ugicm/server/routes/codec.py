@@ -1,0 +1,217 @@
+"""Images to bitstreams and back."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+
+from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
+from ugicm.codec.bitstream import peek
+from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN
+from ugicm.server.cache import CacheDownError, bitstream_id
+from ugicm.server.deps import BitstreamBody, ImageBody, Services, ServicesDep, TimingsDep, View, ViewDep
+from ugicm.server.engine import RateTarget
+from ugicm.server.images import MEDIA_TYPES, ImageFormat
+from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
+from ugicm.server.openapi import IMAGE, body, problems
+from ugicm.server.pictures import PictureKey
+from ugicm.server.problems import Code, ServiceError
+from ugicm.server.settings import setting
+from ugicm.server.timings import Timings
+
+router = APIRouter(tags=["codec"])
+
+_BODY_PROBLEMS = (
+    Code.MALFORMED_BODY,
+    Code.TOO_MANY_BYTES,
+    Code.TOO_MANY_PIXELS,
+    Code.UNSUPPORTED_MEDIA_TYPE,
+    Code.INVALID_PARAMETER,
+    Code.OVERLOADED,
+    Code.TIMEOUT,
+)
+
+
+def get_target(
+    quality: Annotated[
+        float,
+        Query(ge=QUALITY_MIN, le=QUALITY_MAX, description="1 (smallest) to 100 (best).", examples=[50]),
+    ] = 50.0,
+    target_bpp: Annotated[
+        float | None,
+        Query(
+            gt=0,
+            le=24,
+            description="Bits per pixel: the best quality that fits decides; overrides `quality`.",
+            examples=[0.5],
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        int | None,
+        Query(
+            ge=1,
+            le=2**40,
+            description="Bytes: the best quality that fits decides; overrides `quality`.",
+            examples=[20000],
+        ),
+    ] = None,
+) -> RateTarget:
+    """How large the bitstream may become."""
+    if target_bpp is not None and max_bytes is not None:
+        raise ServiceError(Code.INVALID_PARAMETER, "give target_bpp or max_bytes, not both")
+    return RateTarget(quality, max_bytes, target_bpp)
+
+
+TargetDep = Annotated[RateTarget, Depends(get_target)]
+
+
+async def encode_image(
+    services: Services, data: bytes, target: RateTarget, timings: Timings, *, store: bool
+) -> tuple[EncodeResult, bytes]:
+    """Encode one image file and keep its bitstream if asked to; a cache that is down does not matter."""
+    bitstream = await services.engine.encode(data, target, timings)
+    id = bitstream_id(bitstream)
+    cached = stored = False
+    if store:
+        try:
+            cached = await services.cache.put(id, bitstream)
+            stored = True
+        except CacheDownError:
+            pass
+    result = EncodeResult(
+        **describe(id, bitstream).model_dump(), cached=cached, stored=stored, links=links(id)
+    )
+    return result, bitstream
+
+
+def describe(id: str, bitstream: bytes) -> BitstreamInfo:
+    """What the header says."""
+    header = peek(bitstream)
+    return BitstreamInfo(
+        id=id,
+        size=len(bitstream),
+        bpp=8 * len(bitstream) / (header.width * header.height),
+        width=header.width,
+        height=header.height,
+        quality=header.quality,
+        model=header.model_digest.hex(),
+        tiles=header.tiles_x * header.tiles_y,
+    )
+
+
+def links(id: str) -> BitstreamLinks:
+    """Paths of a bitstream and its two views."""
+    path = f"/bitstreams/{id}"
+    return BitstreamLinks(
+        bitstream=path,
+        human=f"{path}/image?preference=human",
+        machine=f"{path}/image?preference=machine",
+    )
+
+
+@router.post(
+    "/encode",
+    operation_id="encode",
+    summary="Encode an image",
+    description="The answer describes the bitstream and says under which id it is kept. "
+    f"With `Accept: {BITSTREAM_MEDIA_TYPE}` it is the bitstream itself.",
+    response_model=EncodeResult,
+    responses=problems(Code.MALFORMED_IMAGE, *_BODY_PROBLEMS),
+    openapi_extra=body("EncodeForm"),
+)
+async def encode(
+    request: Request,
+    data: ImageBody,
+    target: TargetDep,
+    services: ServicesDep,
+    timings: TimingsDep,
+    store: Annotated[bool, Query(description="Keep the bitstream, to decode it by id.")] = True,
+) -> Response:
+    result, bitstream = await encode_image(services, data, target, timings, store=store)
+    headers = {
+        "Bitstream-Id": result.id,
+        "ETag": f'"{result.id}"',
+        "Cache-Status": "ugicm; hit" if result.cached else "ugicm; fwd=miss",
+        "Cache-Control": "no-store",
+        "Vary": "Accept",
+    }
+    if result.stored:
+        headers["Location"] = result.links.bitstream
+    if BITSTREAM_MEDIA_TYPE in request.headers.get("accept", ""):
+        return Response(bitstream, headers=headers, media_type=BITSTREAM_MEDIA_TYPE)
+    return Response(result.model_dump_json(), headers=headers, media_type="application/json")
+
+
+@router.post(
+    "/decode",
+    operation_id="decode",
+    summary="Decode a bitstream",
+    description='Send the bitstream, or `{"id": ...}` of a kept one.',
+    response_class=Response,
+    responses={
+        200: IMAGE,
+        **problems(
+            Code.MALFORMED_BITSTREAM,
+            Code.UNKNOWN_BITSTREAM,
+            Code.NOT_ACCEPTABLE,
+            Code.MODEL_MISMATCH,
+            Code.UNAVAILABLE,
+            *_BODY_PROBLEMS,
+        ),
+    },
+    openapi_extra=body("DecodeForm", json_schema="BitstreamRef"),
+)
+async def decode(
+    content: BitstreamBody, view: ViewDep, services: ServicesDep, timings: TimingsDep
+) -> Response:
+    if isinstance(content, BitstreamRef):
+        id, bitstream = content.id, await kept(services, content.id)
+    else:
+        id, bitstream = bitstream_id(content), content
+    picture, hit = await decoded(services, id, bitstream, view, timings)
+    headers = {**picture_headers(id, view, hit=hit), "Cache-Control": "no-store"}
+    if isinstance(content, BitstreamRef):
+        headers["Content-Location"] = (
+            f"/bitstreams/{id}/image?strength={view.strength:g}&format={view.format.value}"
+        )
+    return Response(picture, headers=headers, media_type=media_type(view))
+
+
+async def kept(services: Services, id: str) -> bytes:
+    """The kept bitstream of this id, or 404."""
+    if (bitstream := await services.cache.get(id)) is None:
+        raise ServiceError(
+            Code.UNKNOWN_BITSTREAM,
+            f"{id} is not in the cache: never stored here, or dropped to make room "
+            f"({setting('cache_bytes')}, {setting('cache_url')}); encode again or send the bitstream",
+        )
+    return bitstream
+
+
+async def decoded(
+    services: Services, id: str, bitstream: bytes, view: View, timings: Timings
+) -> tuple[bytes, bool]:
+    """The picture file, and whether it was at hand."""
+    format: ImageFormat = view.format.value
+    return await services.pictures.get(
+        PictureKey(id, view.strength, format),
+        lambda: services.engine.decode(bitstream, view.strength, format, timings),
+    )
+
+
+def media_type(view: View) -> str:
+    """Of the picture."""
+    return MEDIA_TYPES[view.format.value]
+
+
+def picture_headers(id: str, view: View, *, hit: bool) -> dict[str, str]:
+    """Response headers of a decoded picture."""
+    headers = {
+        "Bitstream-Id": id,
+        "Cache-Status": "ugicm; hit" if hit else "ugicm; fwd=miss",
+        "Content-Disposition": f'inline; filename="{id[:8]}-{view.label}.{view.format.value}"',
+    }
+    if view.negotiated:
+        headers["Vary"] = "Accept"
+    return headers

@@ -1,0 +1,125 @@
+"""Settings of the service: environment variables with the prefix ``UGICM_``, or keyword arguments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "UGICM_"
+
+
+def _split(value: object) -> object:
+    """``"a, b"`` -> ``("a", "b")``: lists are comma-separated in the environment."""
+    if isinstance(value, str):
+        return tuple(part for item in value.split(",") if (part := item.strip()))
+    return value
+
+
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Bytes = Annotated[ByteSize, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Everything that an operator can change.
+
+    Sizes accept units (``64MiB``, ``1.5GB``); lists are comma-separated; an empty variable counts as unset.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+    )
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` for all interfaces (the container image sets that)."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """TCP port to listen on; 0 lets the system choose one."""
+
+    model: str = "ugicm-s"
+    """Name of a model in the model store, or the path of a model folder."""
+    model_store: Path | None = None
+    """Folder of models; unset: the one shipped with the package."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: CUDA where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the transforms; ``auto`` is bfloat16 where the processor multiplies it in hardware."""
+    warm_up: bool = True
+    """Run both transforms once before the service reports ready."""
+
+    max_bytes: Bytes = ByteSize(64 << 20)
+    """Largest request body in bytes, counted while it arrives; protects memory and disk."""
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    """Largest picture, width * height, checked in the header before anything is decoded."""
+    max_batch_images: int = Field(default=32, ge=1, le=1000)
+    """Most images in one ``POST /encode/batch``."""
+
+    batch_pixels: int | None = Field(default=None, ge=1)
+    """Pixels that go through the network together; more is faster on a GPU and slower to answer.
+    Unset: 1 megapixel on a CPU, 16 on CUDA."""
+    queue_pixels: int = Field(default=64_000_000, ge=1)
+    """Pixels of all the pictures in the service at once; beyond it the answer is 503 with a computed
+    Retry-After. Low refuses sooner, high lets clients wait longer and takes more memory. A single larger
+    picture is still accepted when the service is idle."""
+    pool_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Threads for reading and writing images and for entropy coding; unset: one per processor."""
+    request_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
+
+    cache_url: str = "memory:"
+    """Where bitstreams are kept between encode and decode: ``memory:``, ``file:///path``,
+    ``redis://host:6379/0`` (or ``rediss://``, ``valkey://``), ``s3://bucket/prefix``."""
+    cache_bytes: Bytes = ByteSize(256 << 20)
+    """Size limit of a ``memory:`` or ``file:`` cache, oldest use dropped first. Redis has ``maxmemory``,
+    S3 has lifecycle rules."""
+    cache_ttl_s: int = Field(default=7 * 86400, ge=1)
+    """How long Redis keeps a bitstream after it was stored, in seconds."""
+    cache_timeout_s: float = Field(default=2.0, gt=0)
+    """Longest time to wait for a Redis or S3 cache before going on without it, in seconds."""
+    picture_cache_bytes: int = Field(default=128 << 20, ge=0)
+    """Size limit of the decoded pictures kept in memory; 0 keeps none."""
+
+    api_keys: Secrets = ()
+    """Keys that clients must send as ``X-API-Key`` or ``Authorization: Bearer``; several allow rotation.
+    Unset: no key is asked for."""
+    url_keys: Secrets = ()
+    """Secrets that sign GET links (``exp`` and ``sig`` parameters), so that they work without an API key.
+    The first one signs; all are accepted, which allows rotation."""
+    url_ttl_s: int = Field(default=86400, ge=1)
+    """How long a signed link works, in seconds."""
+
+    drain_delay_s: float = Field(default=2.0, ge=0)
+    """After SIGTERM, go on accepting for this long with ``/readyz`` at 503, so that load balancers notice.
+    SIGINT (Ctrl-C) does not wait."""
+    shutdown_timeout_s: int = Field(default=30, ge=0)
+    """Then give requests in flight this many seconds to finish."""
+    max_connections: int = Field(default=1000, ge=1)
+    """Simultaneous connections; more are answered 503 at once."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log line to print."""
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """``auto`` is coloured text on a terminal and JSON lines elsewhere."""
+    tracing: bool = False
+    """OpenTelemetry spans for requests, configured by the standard ``OTEL_`` variables; needs the extra
+    ``ugicm[otel]``."""
+
+    @model_validator(mode="after")
+    def _secrets_are_not_empty(self) -> Settings:
+        for name in ("api_keys", "url_keys"):
+            if any(len(key.get_secret_value()) < 8 for key in getattr(self, name)):
+                raise ValueError(f"{PREFIX}{name.upper()}: a key needs at least 8 characters")
+        return self
+
+
+def setting(field: str) -> str:
+    """Name of the environment variable of a field, for messages. ``KeyError`` if there is no such field."""
+    Settings.model_fields[field]
+    return PREFIX + field.upper()

@@ -1,0 +1,23 @@
+"""Where the time of one request went, for the ``Server-Timing`` header."""
+
+from __future__ import annotations
+
+STAGES = ("queue", "image", "analysis", "entropy", "synthesis", "cache")
+"""Names that a client may see."""
+
+
+class Timings:
+    """Seconds per stage of one request."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add time to a stage of `STAGES`."""
+        if stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    def header(self) -> str:
+        """``queue;dur=1.2, analysis;dur=30.5``: milliseconds."""
+        return ", ".join(f"{stage};dur={1e3 * seconds:.1f}" for stage, seconds in self._seconds.items())

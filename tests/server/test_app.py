@@ -1,0 +1,431 @@
+"""The application over HTTP: what each route answers, and every kind of problem."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from ugicm.codec.bitstream import Header, serialise
+
+UNKNOWN = "0" * 64
+
+
+def assert_problem(response: Any, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["cache-control"] == "no-store"
+    body: dict[str, Any] = response.json()
+    assert body["code"] == code
+    assert body["status"] == status
+    assert body["type"] == f"urn:ugicm:problem:{code}"
+    assert body["title"]
+    assert body["detail"]
+    assert body["instance"] == response.request.url.path
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+def encode(client: TestClient, image: bytes, **params: Any) -> dict[str, Any]:
+    response = client.post("/encode", content=image, params=params)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def test_importing_the_factory_starts_nothing() -> None:
+    code = (
+        "import threading, ugicm.server.app as a; from ugicm.server.settings import Settings;"
+        "a.create_app(Settings(model='no-such-model')); assert threading.active_count() == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_encode_then_both_views_by_id(client: TestClient, image_file: Any, pixels: Any) -> None:
+    image = image_file()
+    response = client.post("/encode", content=image, headers={"Content-Type": "image/png"})
+    result = response.json()
+    assert response.status_code == 200
+    assert (result["width"], result["height"], result["quality"]) == (48, 32, 50.0)
+    assert result["bpp"] == pytest.approx(8 * result["size"] / (48 * 32))
+    assert (result["cached"], result["stored"]) == (False, True)
+    assert response.headers["location"] == f"/bitstreams/{result['id']}"
+    assert response.headers["etag"] == f'"{result["id"]}"'
+
+    human = client.post("/decode", json={"id": result["id"]})
+    machine = client.post("/decode", params={"preference": "machine"}, json={"id": result["id"]})
+    assert human.headers["content-type"] == "image/png"
+    assert human.headers["bitstream-id"] == result["id"]
+    np.testing.assert_array_equal(pixels(human.content), pixels(image))
+    np.testing.assert_array_equal(pixels(machine.content), 255 - pixels(image))
+    linked = client.get(result["links"]["machine"])
+    assert linked.content == machine.content
+
+
+def test_encode_again_is_idempotent(client: TestClient, image_file: Any) -> None:
+    first, second = encode(client, image_file()), encode(client, image_file())
+    assert first["id"] == second["id"]
+    assert (first["cached"], second["cached"]) == (False, True)
+    response = client.post("/encode", content=image_file())
+    assert response.headers["cache-status"] == "ugicm; hit"
+
+
+def test_encode_without_storing(client: TestClient, image_file: Any) -> None:
+    response = client.post("/encode", params={"store": False}, content=image_file())
+    assert response.json()["stored"] is False
+    assert "location" not in response.headers
+    assert_problem(client.get(f"/bitstreams/{response.json()['id']}"), 404, "unknown-bitstream")
+
+
+def test_the_three_bodies_of_decode_agree(client: TestClient, image_file: Any) -> None:
+    result = encode(client, image_file())
+    bitstream = client.get(result["links"]["bitstream"]).content
+    raw = client.post("/decode", content=bitstream, headers={"Content-Type": "application/vnd.ugicm"})
+    form = client.post("/decode", files={"bitstream": ("a.ugic", bitstream)})
+    reference = client.post("/decode", json={"id": result["id"]})
+    assert raw.content == form.content == reference.content
+    assert raw.headers["bitstream-id"] == result["id"]
+    assert reference.headers["content-location"].startswith(f"/bitstreams/{result['id']}/image?")
+
+
+def test_multipart_encode_equals_raw_encode(client: TestClient, image_file: Any) -> None:
+    form = client.post("/encode", files={"image": ("photo.png", image_file(), "image/png")})
+    assert form.json()["id"] == encode(client, image_file())["id"]
+
+
+def test_accept_makes_encode_answer_with_the_bitstream(client: TestClient, image_file: Any) -> None:
+    response = client.post("/encode", content=image_file(), headers={"Accept": "application/vnd.ugicm"})
+    assert response.headers["content-type"] == "application/vnd.ugicm"
+    kept = client.get(f"/bitstreams/{response.headers['bitstream-id']}")
+    assert response.content == kept.content
+
+
+def test_strength_overrides_preference(client: TestClient, image_file: Any, pixels: Any) -> None:
+    id = encode(client, image_file())["id"]
+    params = {"preference": "machine", "strength": 0.0}
+    response = client.post("/decode", params=params, json={"id": id})
+    np.testing.assert_array_equal(pixels(response.content), pixels(image_file()))
+    between = client.post("/decode", params={"strength": 0.5}, json={"id": id})
+    assert abs(pixels(between.content).astype(int) - 127).max() <= 1
+
+
+def test_quality_reaches_the_codec(client: TestClient, image_file: Any) -> None:
+    assert encode(client, image_file(), quality=7.5)["quality"] == 7.5
+
+
+@pytest.mark.parametrize("params", [{"max_bytes": 100_000}, {"target_bpp": 24}])
+def test_a_size_decides_the_quality(client: TestClient, image_file: Any, params: dict[str, Any]) -> None:
+    assert encode(client, image_file(), **params)["quality"] == 1.0
+
+
+def test_a_size_out_of_reach(client: TestClient, image_file: Any) -> None:
+    response = client.post("/encode", params={"max_bytes": 3}, content=image_file())
+    assert "over the budget of 3" in assert_problem(response, 422, "invalid-parameter")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("format", "media_type"),
+    [
+        ("png", "image/png"),
+        ("webp", "image/webp"),
+        ("jpeg", "image/jpeg"),
+        ("npy", "application/x-npy"),
+    ],
+)
+def test_formats(client: TestClient, image_file: Any, format: str, media_type: str) -> None:
+    id = encode(client, image_file())["id"]
+    explicit = client.get(f"/bitstreams/{id}/image", params={"format": format})
+    assert explicit.headers["content-type"] == media_type
+    assert "vary" not in explicit.headers
+    assert explicit.headers["content-disposition"] == f'inline; filename="{id[:8]}-human.{format}"'
+    negotiated = client.get(f"/bitstreams/{id}/image", headers={"Accept": media_type})
+    assert negotiated.content == explicit.content
+    assert negotiated.headers["vary"] == "Accept"
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "image/png"),
+        ("image/webp;q=0.9, image/*;q=0.5", "image/webp"),
+        ("image/png;q=0, */*", "image/webp"),
+        ("text/html, image/jpeg", "image/jpeg"),
+        ("image/*;q=x, image/jpeg;q=0.1", "image/jpeg"),
+    ],
+)
+def test_accept_weights(client: TestClient, image_file: Any, accept: str, media_type: str) -> None:
+    id = encode(client, image_file())["id"]
+    response = client.get(f"/bitstreams/{id}/image", headers={"Accept": accept})
+    assert response.headers["content-type"] == media_type
+
+
+def test_bitstream_info_is_the_header(client: TestClient, image_file: Any) -> None:
+    result = encode(client, image_file(), quality=20)
+    info = client.get(f"/bitstreams/{result['id']}/info").json()
+    assert info == {key: result[key] for key in info}
+    assert (info["model"], info["tiles"]) == ("00112233aabbccdd", 1)
+
+
+def test_delete_forgets_bitstream_and_pictures(client: TestClient, image_file: Any) -> None:
+    path = encode(client, image_file())["links"]["bitstream"]
+    assert client.get(f"{path}/image").status_code == 200
+    response = client.delete(path)
+    assert (response.status_code, response.content) == (204, b"")
+    assert_problem(client.get(f"{path}/image"), 404, "unknown-bitstream")
+    assert_problem(client.delete(path), 404, "unknown-bitstream")
+
+
+def test_info(client: TestClient) -> None:
+    info = client.get("/info").json()
+    assert info["model"] == {
+        "name": "fake",
+        "digest": "00112233aabbccdd",
+        "device": "cpu",
+        "precision": "float32",
+    }
+    assert info["limits"]["max_pixels"] == 1_000_000
+    assert info["preferences"] == ["human", "machine"]
+
+
+@pytest.mark.parametrize("path", ["/livez", "/v2/health/live"])
+def test_live(client: TestClient, path: str) -> None:
+    assert client.get(path).json() == {"status": "live"}
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/health", "/v2/health/ready"])
+def test_ready(client: TestClient, path: str) -> None:
+    response = client.get(path)
+    assert (response.status_code, response.json()) == (200, {"status": "ready", "cache": "up"})
+
+
+def test_not_ready_while_draining(client: TestClient) -> None:
+    client.app.state.lifecycle.draining = True  # type: ignore[attr-defined]
+    response = client.get("/readyz")
+    assert (response.status_code, response.json()["status"]) == (503, "draining")
+    assert client.get("/livez").headers["connection"] == "close"
+
+
+def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_file: Any) -> None:
+    codec.fail = RuntimeError("device lost")
+    assert_problem(client.post("/encode", content=image_file()), 500, "internal")
+    assert client.get("/readyz").json()["status"] == "unhealthy"
+    codec.fail = None
+    assert client.get("/readyz").status_code == 200
+
+
+# Problems
+
+
+def test_unknown_path_and_method(client: TestClient) -> None:
+    assert_problem(client.get("/nothing"), 404, "not-found")
+    response = client.put("/encode")
+    assert_problem(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"quality": 0}, {"quality": "x"}, {"quality": "nan"}, {"target_bpp": 0}, {"max_bytes": 0}],
+)
+def test_invalid_parameter(client: TestClient, image_file: Any, params: dict[str, Any]) -> None:
+    response = client.post("/encode", params=params, content=image_file())
+    body = assert_problem(response, 422, "invalid-parameter")
+    assert body["errors"][0]["loc"] == f"/query/{next(iter(params))}"
+
+
+def test_two_size_targets_contradict(client: TestClient, image_file: Any) -> None:
+    params = {"target_bpp": 1, "max_bytes": 1}
+    assert_problem(client.post("/encode", params=params, content=image_file()), 422, "invalid-parameter")
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"", 400, "malformed-body"),
+        (b"plain text", 415, "unsupported-media-type"),
+        (b"%PDF-1.4", 415, "unsupported-media-type"),
+    ],
+)
+def test_not_an_image(client: TestClient, content: bytes, status: int, code: str) -> None:
+    assert_problem(client.post("/encode", content=content), status, code)
+
+
+def test_truncated_image(client: TestClient, image_file: Any) -> None:
+    assert_problem(client.post("/encode", content=image_file()[:90]), 400, "malformed-image")
+
+
+def test_unsupported_content_type_lists_what_is(client: TestClient) -> None:
+    for path, accepted in (("/encode", "image/*"), ("/decode", "application/vnd.ugicm")):
+        response = client.post(path, content=b"x", headers={"Content-Type": "text/plain"})
+        assert_problem(response, 415, "unsupported-media-type")
+        assert accepted in response.headers["accept"]
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "code"),
+    [
+        ({"photo": ("a.png", b"x")}, 422, "invalid-parameter"),
+        ({"image": (None, "text")}, 422, "invalid-parameter"),
+    ],
+)
+def test_form_without_the_part(client: TestClient, files: Any, status: int, code: str) -> None:
+    assert_problem(client.post("/encode", files=files), status, code)
+
+
+def test_broken_form(client: TestClient) -> None:
+    response = client.post(
+        "/encode", content=b"junk", headers={"Content-Type": "multipart/form-data; boundary=b"}
+    )
+    assert_problem(response, 400, "malformed-body")
+
+
+def test_too_many_pixels(client: TestClient, codec: Any, image_file: Any) -> None:
+    codec.calls.clear()
+    response = client.post("/encode", content=image_file(1001, 1000))
+    body = assert_problem(response, 413, "too-many-pixels")
+    assert (body["limit"], body["actual"], body["setting"]) == (
+        1_000_000,
+        1_001_000,
+        "UGICM_MAX_PIXELS",
+    )
+    assert codec.calls == []
+
+
+def test_too_many_bytes_declared_and_chunked(make_client: Any) -> None:
+    client = make_client(max_bytes=1000)
+    body = assert_problem(client.post("/encode", content=b"x" * 1001), 413, "too-many-bytes")
+    assert (body["limit"], body["actual"], body["setting"]) == (1000, 1001, "UGICM_MAX_BYTES")
+    chunks = (b"x" * 400 for _ in range(1000))
+    assert_problem(client.post("/encode", content=chunks), 413, "too-many-bytes")
+    form = {"image": ("a", b"x" * 1001)}
+    assert_problem(client.post("/encode", files=form), 413, "too-many-bytes")
+
+
+def test_malformed_bitstream(client: TestClient, image_file: Any) -> None:
+    bitstream = bytearray(client.get(encode(client, image_file())["links"]["bitstream"]).content)
+    assert_problem(client.post("/decode", content=bytes(bitstream[:40])), 400, "malformed-bitstream")
+    bitstream[40] ^= 1
+    assert_problem(client.post("/decode", content=bytes(bitstream)), 400, "malformed-bitstream")
+    assert_problem(client.post("/decode", content=b"foreign"), 400, "malformed-bitstream")
+
+
+def test_bitstream_of_another_model(client: TestClient) -> None:
+    foreign = serialise(Header(1, 8, 8, 50.0, b"\xff" * 8), [b"segment"])
+    body = assert_problem(client.post("/decode", content=foreign), 409, "model-mismatch")
+    assert (body["needed"], body["loaded"]) == ("ff" * 8, "00112233aabbccdd")
+
+
+def test_bitstream_of_a_huge_picture(client: TestClient) -> None:
+    huge = serialise(Header(1, 1 << 20, 1 << 20, 50.0, b"\xff" * 8), [b"segment"])
+    body = assert_problem(client.post("/decode", content=huge), 413, "too-many-pixels")
+    assert body["actual"] == 1 << 40
+
+
+@pytest.mark.parametrize("json", [{}, {"id": "x"}, {"id": UNKNOWN, "more": 1}, [], "x"])
+def test_malformed_reference(client: TestClient, json: Any) -> None:
+    assert_problem(client.post("/decode", json=json), 422, "invalid-parameter")
+
+
+def test_json_that_is_none(client: TestClient) -> None:
+    response = client.post("/decode", content=b"{", headers={"Content-Type": "application/json"})
+    assert_problem(response, 422, "invalid-parameter")
+
+
+def test_unknown_bitstream(client: TestClient) -> None:
+    body = assert_problem(client.post("/decode", json={"id": UNKNOWN}), 404, "unknown-bitstream")
+    assert "UGICM_CACHE_BYTES" in body["detail"]
+    assert_problem(client.get(f"/bitstreams/{UNKNOWN}"), 404, "unknown-bitstream")
+    assert_problem(client.get("/bitstreams/../etc/passwd"), 404, "not-found")
+    assert_problem(client.get("/bitstreams/ABC"), 422, "invalid-parameter")
+
+
+def test_not_acceptable(client: TestClient, image_file: Any) -> None:
+    id = encode(client, image_file())["id"]
+    response = client.get(f"/bitstreams/{id}/image", headers={"Accept": "text/html"})
+    assert_problem(response, 406, "not-acceptable")
+
+
+def test_unexpected_failure_shows_no_trace(client: TestClient, codec: Any, image_file: Any) -> None:
+    codec.fail = RuntimeError("secret detail")
+    body = assert_problem(client.post("/encode", content=image_file()), 500, "internal")
+    assert "secret" not in str(body)
+
+
+def test_deadline(make_client: Any, codec: Any, image_file: Any) -> None:
+    client = make_client(request_timeout_s=0.05)
+    codec.device_s = 0.3
+    body = assert_problem(client.post("/encode", content=image_file()), 504, "timeout")
+    assert body["setting"] == "UGICM_REQUEST_TIMEOUT_S"
+
+
+# Conditional requests
+
+
+def test_bitstream_is_immutable_and_conditional(client: TestClient, image_file: Any) -> None:
+    path = encode(client, image_file())["links"]["bitstream"]
+    full = client.get(path)
+    assert "immutable" in full.headers["cache-control"]
+    again = client.get(path, headers={"If-None-Match": f'"other", {full.headers["etag"]}'})
+    assert (again.status_code, again.content) == (304, b"")
+    head = client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(full.content))
+    assert head.headers["etag"] == full.headers["etag"]
+
+
+def test_ranges(client: TestClient, image_file: Any) -> None:
+    path = encode(client, image_file())["links"]["bitstream"]
+    full = client.get(path).content
+    size = len(full)
+    for asked, first, last in (
+        ("bytes=0-7", 0, 7),
+        ("bytes=5-", 5, size - 1),
+        ("bytes=-4", size - 4, size - 1),
+        (f"bytes=3-{size + 9}", 3, size - 1),
+        (f"bytes=-{size + 9}", 0, size - 1),
+    ):
+        response = client.get(path, headers={"Range": asked})
+        assert response.status_code == 206
+        assert response.headers["content-range"] == f"bytes {first}-{last}/{size}"
+        assert response.content == full[first : last + 1]
+    for ignored in ("bytes=-", "bytes=4-2", "lines=1-2", "bytes=0-1,4-5", "bytes=" + "9" * 30 + "-"):
+        response = client.get(path, headers={"Range": ignored})
+        assert (response.status_code, response.content) == (200, full)
+    for beyond in (f"bytes={size}-", "bytes=-0"):
+        response = client.get(path, headers={"Range": beyond})
+        assert_problem(response, 416, "range-not-satisfiable")
+        assert response.headers["content-range"] == f"bytes */{size}"
+    stale = client.get(path, headers={"Range": "bytes=0-7", "If-Range": '"other"'})
+    assert stale.status_code == 200
+
+
+def test_image_etag_follows_the_picture(client: TestClient, image_file: Any) -> None:
+    path = encode(client, image_file())["links"]["bitstream"] + "/image"
+    human, machine = client.get(path), client.get(path, params={"preference": "machine"})
+    assert human.headers["etag"] != machine.headers["etag"]
+    assert client.get(path, headers={"If-None-Match": human.headers["etag"]}).status_code == 304
+    assert client.get(path, headers={"If-None-Match": machine.headers["etag"]}).status_code == 200
+    assert client.head(path).headers["content-length"] == str(len(human.content))
+
+
+# Request context
+
+
+@pytest.mark.parametrize(("given", "kept"), [("abc-DEF_1", True), ("a b", False), ("x" * 65, False)])
+def test_request_id(client: TestClient, given: str, kept: bool) -> None:
+    answered = client.get("/livez", headers={"X-Request-Id": given}).headers["x-request-id"]
+    assert (answered == given) is kept
+    assert answered
+
+
+def test_server_timing_names_the_stages(client: TestClient, image_file: Any) -> None:
+    response = client.post("/encode", content=image_file())
+    stages = {part.split(";")[0].strip() for part in response.headers["server-timing"].split(",")}
+    assert stages >= {"queue", "image", "analysis", "entropy"}
+    decoded = client.post("/decode", json={"id": response.json()["id"]})
+    assert "synthesis;dur=" in decoded.headers["server-timing"]
+    assert response.headers["x-content-type-options"] == "nosniff"
