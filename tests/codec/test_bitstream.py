@@ -31,9 +31,8 @@ TILED = serialise(header(tile_side=256), [bytes([i]) * i for i in range(6)])
 
 
 def test_layout_is_fixed() -> None:
-    assert PLAIN == sealed(
-        b"\x89UGIC\r\n\x1a\x01\x00" + b"\x00\x32" + DIGEST + b"\x80\x05\xe0\x03" + b"\x07payload"
-    )
+    expected = b"\x89UGIC\r\n\x1a\x01\x00" + b"\x00\x32" + DIGEST + b"\x80\x05\xe0\x03" + b"\x07payload"
+    assert sealed(expected) == PLAIN
 
 
 def test_crc_is_castagnoli() -> None:

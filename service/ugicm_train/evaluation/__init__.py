@@ -1,0 +1,1 @@
+"""How good a codec is: real bitstreams, counted whole, against other codecs in the same run."""

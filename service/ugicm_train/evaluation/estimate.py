@@ -1,0 +1,56 @@
+"""What the entropy model says a latent costs, before any coder runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ugicm.codec.codec import Latent
+from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
+from ugicm.codec.entropy import SKIP_INDEX
+
+ESCAPE_BITS = math.log2(2 * SYMBOL_LIMIT + 1)
+
+
+class _Costs:
+    """Bits of every symbol of every table."""
+
+    def __init__(self, frequencies: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
+        self._bits = -np.log2(frequencies / TOTAL)
+        self._starts = np.cumsum(lengths) - lengths
+        self._radii = lengths // 2 - 1
+
+    def sum(self, symbols: Symbols, indexes: Indexes) -> float:
+        radii = self._radii[indexes]
+        outside = np.abs(symbols.astype(np.int64)) > radii
+        entries = self._starts[indexes] + radii + np.where(outside, radii + 1, symbols)
+        return float(self._bits[entries].sum()) + ESCAPE_BITS * int(outside.sum())
+
+
+class CodeLength:
+    """Ideal code length under a model's integer tables: -log2 of the frequencies, no coder, no container."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """``tensors``: of the stored model."""
+        self._z, self._y = (
+            _Costs(
+                tensors[f"tables.{kind}.frequencies"].numpy(),
+                tensors[f"tables.{kind}.lengths"].numpy(),
+            )
+            for kind in ("z", "y")
+        )
+
+    def bits(self, latent: Latent) -> float:
+        """Bits of all symbols of a picture's latent."""
+        total = 0.0
+        for tile in latent.tiles:
+            channels = np.arange(len(tile.z), dtype=np.uint8)
+            total += self._z.sum(tile.z.reshape(-1), np.repeat(channels, tile.z[0].size))
+            for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
+                coded = indexes != SKIP_INDEX
+                total += self._y.sum(symbols[coded], indexes[coded])
+        return total

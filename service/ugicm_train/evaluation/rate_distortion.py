@@ -1,0 +1,396 @@
+"""``ugicm-train rd``: rate-distortion curves of a model and its peers through real bitstreams.
+
+How the numbers are made: every byte that a decoder needs counts. PSNR is that of the 8-bit RGB picture,
+over its three channels. A point of a curve is the mean of the pictures' bpp and the mean of their PSNR (in
+dB) or MS-SSIM at one setting, as CompressAI does. BD-rates are defined in `bdrate`. Times are wall-clock,
+one picture at a time, in process, after one warm-up call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import PIL.Image
+
+from ugicm_train.data import IMAGE_SUFFIXES
+from ugicm_train.evaluation import metrics
+from ugicm_train.evaluation.anchors import METRICS, Point, curve, points_of, read_anchors
+from ugicm_train.evaluation.bdrate import bd_rate
+from ugicm_train.evaluation.coders import DEFAULT_QUALITIES, PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.metrics import Image
+
+FORMAT = 1
+"""Version of the layout of rd.json."""
+BPP_RANGES = ((0.2, 0.9), (0.15, 0.9))
+"""Rates that BD-rates are also restricted to."""
+RATE_TARGETS = (0.2, 0.4, 0.8)
+"""Bits per pixel that rate control is checked at."""
+RATE_TOLERANCE = 0.03
+"""Share of the target that rate control may leave unused."""
+
+
+class Row(NamedTuple):
+    """One picture, one setting, one view."""
+
+    codec: str
+    view: str
+    quality: float
+    image: str
+    bytes: int
+    bpp: float
+    psnr_db: float
+    ms_ssim: float | None
+    butteraugli: float | None
+    estimated_bpp: float | None
+    encode_s: float
+    decode_s: float
+
+    @property
+    def key(self) -> tuple[str, str, float, str]:
+        return self.codec, self.view, self.quality, self.image
+
+
+class RateTarget(NamedTuple):
+    """One picture coded to a given size."""
+
+    codec: str
+    image: str
+    target_bpp: float
+    bpp: float | None
+    """None where the target is outside what the codec's qualities reach."""
+
+
+class Measurement(NamedTuple):
+    """Everything measured, and on what."""
+
+    images: dict[str, str]
+    """SHA-256 of the pixels by name."""
+    rows: list[Row]
+    targets: list[RateTarget]
+
+
+def measure_image(coder: Coder, name: str, image: Image, *, butteraugli: bool = False) -> Iterator[Row]:
+    """All qualities and views of one picture; each quality is encoded once."""
+    pixels = image.shape[0] * image.shape[1]
+    for quality in coder.qualities:
+        started = time.perf_counter()
+        data = coder.encode(image, quality)
+        encode_s = time.perf_counter() - started
+        bits = coder.estimate_bits(image, quality) if coder.estimate_bits else None
+        for view, strength in coder.views.items():
+            started = time.perf_counter()
+            decoded = coder.decode(data, strength)
+            decode_s = time.perf_counter() - started
+            yield Row(
+                codec=coder.name,
+                view=view,
+                quality=quality,
+                image=name,
+                bytes=len(data),
+                bpp=round(8 * len(data) / pixels, 6),
+                psnr_db=round(metrics.psnr_db(image, decoded), 4),
+                ms_ssim=_rounded(metrics.ms_ssim(image, decoded)),
+                butteraugli=metrics.butteraugli(image, decoded) if butteraugli else None,
+                estimated_bpp=_rounded(None if bits is None else bits / pixels),
+                encode_s=round(encode_s, 5),
+                decode_s=round(decode_s, 5),
+            )
+
+
+def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarget]:
+    """Sizes that the codec reaches for `RATE_TARGETS`; nothing where it has no rate control."""
+    if coder.encode_to_bpp is not None:
+        for target in RATE_TARGETS:
+            data = coder.encode_to_bpp(image, target)
+            bpp = None if data is None else round(8 * len(data) / (image.shape[0] * image.shape[1]), 6)
+            yield RateTarget(coder.name, name, target, bpp)
+
+
+def read_images(folder: Path) -> list[Path]:
+    """Picture files under a folder, sorted; ``ValueError`` where there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"no pictures in {folder}")
+    return paths
+
+
+def measure(
+    coders: Sequence[Coder],
+    folder: Path,
+    *,
+    butteraugli: bool = False,
+    known: Measurement | None = None,
+    save: Callable[[Measurement], object] = lambda _: None,
+) -> Measurement:
+    """Measure every codec on every picture of a folder.
+
+    Args:
+        coders: our codec and its peers.
+        folder: pictures, searched recursively.
+        butteraugli: also run the `butteraugli` program (slow).
+        known: earlier results of the same codecs on the same machine; what they cover is not repeated.
+        save: called with what there is after every picture.
+    """
+    known_rows = {row.key: row for row in known.rows} if known else {}
+    result = Measurement({}, [], [])
+    paths = read_images(folder)
+    warm = False
+    for path in _track(paths):
+        name = path.relative_to(folder).as_posix()
+        with PIL.Image.open(path) as picture:
+            image = np.asarray(picture.convert("RGB"))
+        if not warm:
+            for coder in coders:
+                data = coder.encode(image, coder.qualities[0])
+                for strength in coder.views.values():
+                    coder.decode(data, strength)
+            warm = True
+        result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+        seen = known is not None and known.images.get(name) == result.images[name]
+        for coder in coders:
+            keys = [
+                (coder.name, view, q, name) for q, view in itertools.product(coder.qualities, coder.views)
+            ]
+            rows = [known_rows[key] for key in keys if seen and key in known_rows]
+            if len(rows) < len(keys) or (butteraugli and rows[0].butteraugli is None):
+                rows = list(measure_image(coder, name, image, butteraugli=butteraugli))
+            result.rows.extend(rows)
+            targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)] if known else []
+            result.targets.extend(targets or measure_targets(coder, name, image))
+        save(result)
+    return result
+
+
+def mean_curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Means over the pictures: one curve per codec and view, one point per quality."""
+    groups: dict[tuple[str, str], dict[float, list[Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.codec, row.view), {}).setdefault(row.quality, []).append(row)
+    fields = ("bpp", "psnr_db", "ms_ssim", "butteraugli", "encode_s", "decode_s")
+    return [
+        {
+            "codec": codec,
+            "view": view,
+            "points": [
+                {"quality": quality} | {name: _mean(getattr(row, name) for row in members) for name in fields}
+                for quality, members in sorted(points.items())
+            ],
+        }
+        for (codec, view), points in groups.items()
+    ]
+
+
+def compare(
+    curves: Sequence[Mapping[str, Any]], ours: str, anchors: Mapping[str, Sequence[Point]]
+) -> list[dict[str, Any]]:
+    """BD-rates in percent of both views of codec `ours` against its peers in `curves` and the anchors."""
+    references = [
+        ("measured", c["codec"], points_of(c)) for c in curves if c["codec"] != ours and c["view"] == "human"
+    ] + [("published", codec, list(points)) for codec, points in anchors.items()]
+    results = []
+    for mine in (c for c in curves if c["codec"] == ours):
+        for (source, codec, points), metric in itertools.product(references, METRICS):
+            test, reference = curve(points_of(mine), metric), curve(points, metric)
+            if test is None or reference is None:
+                continue
+            for bpp_range in (None, *BPP_RANGES):
+                percent = bd_rate(reference, test, bpp_range=bpp_range)
+                results.append(
+                    {
+                        "view": mine["view"],
+                        "reference": codec,
+                        "source": source,
+                        "metric": metric,
+                        "bpp_range": bpp_range,
+                        "percent": None if percent is None else round(percent, 2),
+                    }
+                )
+    return results
+
+
+def check(rows: Sequence[Row], targets: Sequence[RateTarget], ours: str) -> dict[str, Any]:
+    """What must hold besides the curves: estimate, monotony, rate control."""
+    mine = [row for row in rows if row.codec == ours and row.view == "human"]
+    by_image: dict[str, list[Row]] = {}
+    for row in sorted(mine, key=lambda row: row.quality):
+        by_image.setdefault(row.image, []).append(row)
+    steps = [pair for image_rows in by_image.values() for pair in itertools.pairwise(image_rows)]
+    estimated = [(row.bpp, row.estimated_bpp) for row in mine if row.estimated_bpp]
+    hits = [
+        (1 - RATE_TOLERANCE) * target.target_bpp <= target.bpp <= target.target_bpp
+        for target in targets
+        if target.codec == ours and target.bpp is not None
+    ]
+    real, estimate = sum(r for r, _ in estimated), sum(e for _, e in estimated)
+    return {
+        "real_above_estimated_bpp_percent": round(100 * (real / estimate - 1), 3) if estimate else None,
+        "quality_steps": len(steps),
+        "quality_steps_with_lower_psnr": [
+            {"image": low.image, "from": low.quality, "to": high.quality}
+            for low, high in steps
+            if high.psnr_db < low.psnr_db
+        ],
+        "rate_targets": len(hits),
+        "rate_targets_met_within_3_percent": sum(hits),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and versions that times and bytes may depend on."""
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0].partition(":")[2].strip() if names else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write rd.json in one step, one row a line."""
+    lists = {key: report[key] for key in ("rows", "rate_targets")}
+    text = json.dumps({key: value for key, value in report.items() if key not in lists}, indent=1)
+    for key, items in lists.items():
+        lines = ",\n  ".join(json.dumps(item) for item in items)
+        text = f'{text[:-2]},\n "{key}": [\n  {lines}\n ]\n}}'
+    temporary = path.with_suffix(".part")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement | None:
+    """Results in an earlier rd.json that still hold: same machine, and only codecs of the same identity."""
+    if not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report.get("format") != FORMAT or report["machine"] != machine:
+        return None
+    same = {name for name, identity in codecs.items() if report["codecs"].get(name) == identity}
+    return Measurement(
+        report["images"],
+        [Row(**row) for row in report["rows"] if row["codec"] in same],
+        [RateTarget(**target) for target in report["rate_targets"] if target["codec"] in same],
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train rd``."""
+    parser.add_argument("model", help="name of a model in the store, or its folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures, such as Kodak")
+    parser.add_argument("--out", type=Path, required=True, help="rd.json; an earlier one is continued")
+    parser.add_argument("--anchors", type=Path, help="CSV of published points: codec,bpp,psnr_db,ms_ssim")
+    parser.add_argument(
+        "--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100, at least two"
+    )
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--butteraugli",
+        action=argparse.BooleanOptionalAction,
+        default=metrics.butteraugli_installed(),
+        help="also run the butteraugli program (default: where it is installed)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
+    from ugicm.codec.store import load_codec, model_path
+    from ugicm_train.evaluation.report import plot, table
+
+    anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
+    folder = model_path(arguments.model)
+    codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
+    ours = ugicm_coder(codec, folder, tuple(sorted(set(arguments.qualities))))
+    coders = [ours, *map(pillow_coder, arguments.peers)]
+    head = {
+        "format": FORMAT,
+        "model": codec.name,
+        "model_digest": codec.digest,
+        "command": shlex.join(["ugicm-train", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "data": arguments.data.resolve().name,
+        "codecs": {coder.name: coder.identity for coder in coders},
+    }
+
+    def save(measured: Measurement, **results: Any) -> dict[str, Any]:
+        lists = {
+            "rows": [row._asdict() for row in measured.rows],
+            "rate_targets": [target._asdict() for target in measured.targets],
+        }
+        report = head | {"images": measured.images} | results | lists
+        write_report(arguments.out, report)
+        return report
+
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    measured = measure(
+        coders,
+        arguments.data,
+        butteraugli=arguments.butteraugli,
+        known=read_measurement(arguments.out, head["codecs"], head["machine"]),
+        save=save,
+    )
+    curves = mean_curves(measured.rows)
+    report = save(
+        measured,
+        checks=check(measured.rows, measured.targets, ours.name),
+        bd_rates=compare(curves, ours.name, anchors),
+        curves=curves,
+        anchors={name: [point._asdict() for point in points] for name, points in anchors.items()},
+    )
+    text = table(report)
+    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot([report], arguments.out.with_suffix(".png"))
+    print(text)
+    return 0
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean, or None where a value is missing."""
+    items = list(values)
+    known = [value for value in items if value is not None]
+    return _rounded(statistics.fmean(known)) if len(known) == len(items) else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _track(paths: Sequence[Path]) -> Iterator[Path]:
+    """The paths, with a bar where `rich` is installed and a terminal listens, lines else."""
+    if sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            pass
+        else:
+            yield from track(paths, "pictures", console=Console(stderr=True))
+            return
+    for index, path in enumerate(paths, 1):
+        print(f"[{index}/{len(paths)}] {path.name}", file=sys.stderr, flush=True)
+        yield path

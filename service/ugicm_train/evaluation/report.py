@@ -1,0 +1,181 @@
+"""``ugicm-train report``: the tables and the plot of README and model cards, from rd.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
+from ugicm_train.evaluation.bdrate import Curve
+
+BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
+"""Lines of a Markdown file between which `insert` writes."""
+MAX_BPP = 1.6
+"""Right end of the plot."""
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: BD-rates of the human view, then our operating points, then how it was measured."""
+    machine, checks = report["machine"], report["checks"]
+    lines = [*_bd_rates(report), "", *_points(report), ""]
+    lines.append(
+        f"{len(report['images'])} pictures of `{report['data']}`; every byte of the bitstream counts; "
+        f"means of the pictures' values. {machine['processor']}, {machine['cores']} cores"
+        f"{', ' + machine['gpu'] if machine['gpu'] else ''}, torch {machine['torch']}, "
+        f"Pillow {machine['pillow']}; times are of one picture at a time."
+    )
+    if (above := checks["real_above_estimated_bpp_percent"]) is not None:
+        lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
+    lower = len(checks["quality_steps_with_lower_psnr"])
+    lines.append(
+        f"Steps to a higher quality that lowered a picture's PSNR: {lower} of {checks['quality_steps']}."
+    )
+    if checks["rate_targets"]:
+        lines.append(
+            f"Size targets met within 3 % below: {checks['rate_targets_met_within_3_percent']} "
+            f"of {checks['rate_targets']}."
+        )
+    return "\n".join([*lines, "", f"`{report['command']}`", ""])
+
+
+def _bd_rates(report: Mapping[str, Any]) -> list[str]:
+    """Rows: references; columns: metric and range of rates."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    columns: dict[tuple[str, str], None] = {}
+    for entry in report["bd_rates"]:
+        if entry["view"] != "human":
+            continue
+        low_high = entry["bpp_range"]
+        span = f"{low_high[0]:g}–{low_high[1]:g} bpp" if low_high else "all rates"  # noqa: RUF001
+        column = METRICS[entry["metric"]], span
+        columns[column] = None
+        value = "–" if entry["percent"] is None else f"{entry['percent']:+.1f} %"  # noqa: RUF001
+        rows.setdefault((entry["source"], entry["reference"]), {})[column] = value
+    titles = [f"{metric}, {span}" for metric, span in columns]
+    return [
+        f"| BD-rate of {report['model']} (human view) against | {' | '.join(titles)} |",
+        f"|---|{'---:|' * len(titles)}",
+        *(
+            f"| {LABELS.get(reference, reference)}, {source} | "
+            f"{' | '.join(cells.get(column, '') for column in columns)} |"
+            for (source, reference), cells in rows.items()
+        ),
+    ]
+
+
+def _points(report: Mapping[str, Any]) -> list[str]:
+    """Rows: qualities; human and machine view side by side."""
+    views = {c["view"]: c["points"] for c in report["curves"] if c["codec"] == report["model"]}
+    columns = {
+        "psnr_db": ("PSNR (dB)", ".2f"),
+        "ms_ssim": ("MS-SSIM", ".4f"),
+        "butteraugli": ("Butteraugli", ".2f"),
+    }
+    titles = [f"{title}, {view}" for view in views for title, _ in columns.values()]
+    lines = [
+        f"| quality | bpp | {' | '.join(titles)} | encode (ms) | decode (ms) |",
+        f"|---:|---:|{'---:|' * len(titles)}---:|---:|",
+    ]
+    for points in zip(*views.values(), strict=True):
+        cells = [
+            "" if point[field] is None else f"{point[field]:{spec}}"
+            for point in points
+            for field, (_, spec) in columns.items()
+        ]
+        first = points[0]
+        times = f"{1000 * first['encode_s']:.0f} | {1000 * first['decode_s']:.0f}"
+        lines.append(f"| {first['quality']:g} | {first['bpp']:.3f} | {' | '.join(cells)} | {times} |")
+    return lines
+
+
+def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """PSNR and MS-SSIM over bpp: our models, the peers of the first report, and its published anchors."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    first = reports[0]
+    published = {name: [Point(**point) for point in points] for name, points in first["anchors"].items()}
+    peers = {c["codec"]: points_of(c) for c in first["curves"] if c["codec"] != first["model"]}
+    for axes, metric in zip(panels, METRICS, strict=True):
+        for index, (name, points) in enumerate(published.items()):
+            label = f"{LABELS.get(name, name)}, published"
+            _draw(axes, curve(points, metric), label=label, color=colors[index % 20], linewidth=1)
+        for index, (name, points) in enumerate(peers.items()):
+            label = f"{LABELS.get(name, name)}, measured"
+            style = {"color": "0.35", "linestyle": ("--", ":", "-.")[index % 3], "linewidth": 1.2}
+            _draw(axes, curve(points, metric), label=label, **style)
+        for index, report in enumerate(reports):
+            for measured in report["curves"]:
+                if measured["codec"] == report["model"]:
+                    human = measured["view"] == "human"
+                    style = {"color": ("black", "crimson")[index % 2], "linewidth": 2.4 if human else 1.2}
+                    label = f"{report['model']}, {measured['view']}"
+                    _draw(
+                        axes,
+                        curve(points_of(measured), metric),
+                        label=label,
+                        marker="o",
+                        markersize=4,
+                        **style,
+                    )
+        axes.set_xlim(0, MAX_BPP)
+        axes.set_xlabel("bits per pixel")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("PSNR (dB)")
+    panels[1].set_ylabel("MS-SSIM, -10 log10(1 - x) (dB)")
+    figure.suptitle(f"{first['data']}, {len(first['images'])} pictures, real bitstreams")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Any, line: Curve | None, **style: Any) -> None:
+    """Draw the part of a curve inside the plot, with one point beyond so that it reaches the edge."""
+    if line is None:
+        return
+    pairs = sorted(zip(line.bpp, line.quality, strict=True))
+    inside = sum(bpp <= MAX_BPP for bpp, _ in pairs)
+    axes.plot(*zip(*pairs[: inside + 1], strict=True), **style)
+
+
+def insert(path: Path, text: str) -> None:
+    """Replace what a Markdown file has between the lines `BEGIN` and `END`.
+
+    Raises:
+        ValueError: the file lacks them.
+    """
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{path} needs the lines {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train report``."""
+    parser.add_argument("reports", type=Path, nargs="+", metavar="rd.json", help="one per model")
+    parser.add_argument(
+        "--insert", type=Path, nargs="*", default=[], help="Markdown files to write the tables into"
+    )
+    parser.add_argument("--plot", type=Path, help="picture to draw the curves into (.png, .svg)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the tables into the given files, or print them, and draw the plot."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.reports]
+    for path, report in zip(arguments.reports, reports, strict=True):
+        if "curves" not in report:
+            raise ValueError(f"{path} is not finished; run its command again: {report['command']}")
+    text = "\n".join(map(table, reports))
+    for path in arguments.insert:
+        insert(path, text)
+    if not arguments.insert:
+        print(text)
+    if arguments.plot:
+        plot(reports, arguments.plot)
+    return 0

@@ -1,0 +1,285 @@
+"""The measurement itself, with codecs whose numbers are known, and once with the real codec and peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+
+from ugicm.codec.codec import Codec
+from ugicm_train.evaluation import metrics, rate_distortion, report
+from ugicm_train.evaluation.anchors import Point, points_of, read_anchors
+from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.rate_distortion import (
+    Row,
+    check,
+    compare,
+    mean_curves,
+    measure,
+    measure_image,
+    read_measurement,
+)
+
+CSV = (
+    "codec,bpp,psnr_db,ms_ssim\nvtm,0.1,28,0.93\nvtm,0.8,36,0.99\nvtm,0.4,33,0.98\nold,0.5,30,\nold,0.9,32,\n"
+)
+
+
+class Shift:
+    """Codes by adding 2^(8 - quality) to every pixel; `quality` * 100 bytes; counts its calls."""
+
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def encode(self, image: NDArray[np.uint8], quality: float) -> bytes:
+        self.encoded += 1
+        header = f"{image.shape[0]} {image.shape[1]} {quality:g};".encode()
+        return (header + image.tobytes()[:1]).ljust(int(100 * quality), b"\0")
+
+    def decode(self, data: bytes, strength: float) -> NDArray[np.uint8]:
+        height, width, quality = data.split(b";")[0].split()
+        value = 100 + 2 ** (8 - int(quality)) * (1 + strength)
+        return np.full((int(height), int(width), 3), value, np.uint8)
+
+    def coder(self, name: str = "shift") -> Coder:
+        views = {"human": 0.0, "machine": 1.0}
+        return Coder(name, "version 1", (5.0, 6.0, 7.0), self.encode, self.decode, views)
+
+
+@pytest.fixture
+def greys(tmp_path: Path) -> Path:
+    """Two pictures of grey 100, of different sizes."""
+    folder = tmp_path / "greys"
+    (folder / "sub").mkdir(parents=True)
+    for name, side in (("a.png", 40), ("sub/b.png", 80)):
+        PIL.Image.fromarray(np.full((side, side, 3), 100, np.uint8)).save(folder / name)
+    return folder
+
+
+def test_rows_count_all_bytes_and_both_views(greys: Path) -> None:
+    shift = Shift()
+    image = np.full((40, 40, 3), 100, np.uint8)
+    rows = list(measure_image(shift.coder(), "a", image))
+    assert shift.encoded == 3  # one bitstream for both views
+    assert [(row.quality, row.view) for row in rows[:3]] == [(5, "human"), (5, "machine"), (6, "human")]
+    first, machine = rows[0], rows[1]
+    assert first.bytes == 500
+    assert first.bpp == pytest.approx(8 * 500 / 1600)
+    assert first.psnr_db == pytest.approx(20 * np.log10(255 / 8), abs=1e-4)
+    assert machine.psnr_db == pytest.approx(20 * np.log10(255 / 16), abs=1e-4)
+    assert first.ms_ssim is None  # too small for five scales
+
+
+def test_curves_are_means_over_pictures(greys: Path) -> None:
+    measured = measure([Shift().coder()], greys)
+    assert list(measured.images) == ["a.png", "sub/b.png"]
+    human, machine = mean_curves(measured.rows)
+    assert (human["view"], machine["view"]) == ("human", "machine")
+    assert human["points"][0]["bpp"] == pytest.approx((8 * 500 / 1600 + 8 * 500 / 6400) / 2)
+    assert [point.psnr_db for point in points_of(human)] == pytest.approx(
+        [20 * np.log10(255 / d) for d in (8, 4, 2)], abs=1e-4
+    )
+
+
+def test_interrupted_measurement_is_continued(greys: Path) -> None:
+    saved: list[rate_distortion.Measurement] = []
+
+    def stop(measured: rate_distortion.Measurement) -> None:
+        saved.append(measured)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure([Shift().coder()], greys, save=stop)
+    shift = Shift()
+    resumed = measure([shift.coder()], greys, known=saved[0])
+    assert shift.encoded == 1 + 3  # warm-up, then only the second picture
+    fresh = measure([Shift().coder()], greys)
+    assert [row[:10] for row in resumed.rows] == [row[:10] for row in fresh.rows]
+
+
+def test_changed_picture_is_measured_again(greys: Path) -> None:
+    known = measure([Shift().coder()], greys)
+    PIL.Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(greys / "a.png")
+    again = measure([Shift().coder()], greys, known=known)
+    assert again.rows[0].psnr_db == pytest.approx(20 * np.log10(255 / 18), abs=1e-4)
+
+
+def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:
+    row = Row("shift", "human", 5.0, "a", 1, 0.1, 30.0, None, None, None, 0.0, 0.0)
+    path = tmp_path / "rd.json"
+    saved: dict[str, Any] = {"format": rate_distortion.FORMAT, "machine": {"cores": 2}, "images": {"a": "00"}}
+    saved |= {"codecs": {"shift": "version 1"}, "rows": [row._asdict()], "rate_targets": []}
+    rate_distortion.write_report(path, saved)
+    same = read_measurement(path, {"shift": "version 1"}, {"cores": 2})
+    assert same is not None
+    assert same.rows == [row]
+    other = read_measurement(path, {"shift": "version 2"}, {"cores": 2})
+    assert other is not None
+    assert other.rows == []
+    assert read_measurement(path, {"shift": "version 1"}, {"cores": 3}) is None
+    assert read_measurement(tmp_path / "none.json", {}, {}) is None
+
+
+def test_folder_without_pictures(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no pictures in"):
+        measure([Shift().coder()], tmp_path)
+
+
+def test_compare_knows_sources_and_ranges() -> None:
+    points = [{"quality": q, "bpp": 0.1 * 2**q, "psnr_db": 26 + 3 * q, "ms_ssim": None} for q in range(5)]
+    dearer = [point | {"bpp": 2 * point["bpp"]} for point in points]
+    curves = [
+        {"codec": "ours", "view": "human", "points": points},
+        {"codec": "peer", "view": "human", "points": dearer},
+    ]
+    anchors = {"vtm": [Point(p["bpp"] / 2, p["psnr_db"], 0.9) for p in points]}
+    results = compare(curves, "ours", anchors)
+    assert {entry["metric"] for entry in results} == {"psnr_db"}  # ours has no MS-SSIM here
+    percents = {(e["source"], e["reference"], e["bpp_range"]): e["percent"] for e in results}
+    assert percents[("measured", "peer", None)] == pytest.approx(-50)
+    assert percents[("published", "vtm", (0.2, 0.9))] == pytest.approx(100)
+    assert len(percents) == 2 * 3
+
+
+def test_check_counts_what_must_not_happen() -> None:
+    def row(quality: float, psnr: float) -> Row:
+        return Row("ours", "human", quality, "a", 100, 1.01, psnr, None, None, 1.0, 0.0, 0.0)
+
+    targets = [rate_distortion.RateTarget("ours", "a", 0.5, bpp) for bpp in (0.5, 0.486, 0.484, 0.501, None)]
+    result = check([row(50, 32), row(1, 30), row(100, 31)], targets, "ours")
+    assert result["real_above_estimated_bpp_percent"] == pytest.approx(1)
+    assert result["quality_steps"] == 2
+    assert result["quality_steps_with_lower_psnr"] == [{"image": "a", "from": 50, "to": 100}]
+    assert (result["rate_targets_met_within_3_percent"], result["rate_targets"]) == (2, 4)
+
+
+def test_read_anchors(tmp_path: Path) -> None:
+    path = tmp_path / "anchors.csv"
+    path.write_text(CSV)
+    anchors = read_anchors(path)
+    assert [point.bpp for point in anchors["vtm"]] == [0.1, 0.4, 0.8]
+    assert anchors["old"][0] == Point(0.5, 30.0, None)
+    path.write_text("codec,bpp\nvtm,0.1\n")
+    with pytest.raises(ValueError, match="not a row of codec, bpp, psnr_db, ms_ssim"):
+        read_anchors(path)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_trade_rate_for_distortion(name: str, photo: NDArray[np.uint8]) -> None:
+    coder = pillow_coder(name)
+    few = replace(coder, qualities=coder.qualities[::4])
+    rows = list(measure_image(few, "photo", photo[:192, :192]))
+    assert [row.bytes for row in rows] == sorted(row.bytes for row in rows)
+    assert [row.psnr_db for row in rows] == sorted(row.psnr_db for row in rows)
+    assert rows[-1].psnr_db > 35
+    assert all(row.ms_ssim is not None and 0.5 < row.ms_ssim < 1 for row in rows)
+
+
+def test_unknown_peer() -> None:
+    with pytest.raises(ValueError, match="no peer 'gif'; there are jpeg"):
+        pillow_coder("gif")
+
+
+def test_psnr_and_ms_ssim_of_known_pictures(photo: NDArray[np.uint8]) -> None:
+    crop = photo[:176, :176]
+    assert metrics.psnr_db(crop, crop) == metrics.LOSSLESS_DB
+    assert metrics.ms_ssim(crop, crop) == pytest.approx(1, abs=1e-5)
+    black, white = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 255, np.uint8)
+    assert metrics.psnr_db(black, white) == pytest.approx(0)
+    with pytest.raises(ValueError, match="different sizes"):
+        metrics.psnr_db(black, crop)
+
+
+@pytest.mark.skipif(not metrics.butteraugli_installed(), reason="the program butteraugli is not installed")
+def test_butteraugli_orders_damage(photo: NDArray[np.uint8]) -> None:
+    crop = photo[:128, :128]
+    coder = pillow_coder("jpeg")
+    good, bad = (coder.decode(coder.encode(crop, q), 0.0) for q in (90, 10))
+    distances = [metrics.butteraugli(crop, picture) for picture in (crop, good, bad)]
+    assert distances[0] == 0
+    assert distances == sorted(distances, key=lambda d: d or 0.0)
+    assert metrics.butteraugli(crop[:8], bad[:8]) is None
+
+
+def test_estimate_is_close_to_the_real_bitstream(
+    tiny_codec: Codec, tiny_store: Path, photo: NDArray[np.uint8]
+) -> None:
+    coder = ugicm_coder(tiny_codec, tiny_store / "tiny")
+    assert coder.estimate_bits is not None
+    for quality in (20.0, 80.0):
+        payload_bits = 8 * (len(coder.encode(photo, quality)) - 32)
+        assert coder.estimate_bits(photo, quality) == pytest.approx(payload_bits, rel=0.01)
+
+
+def test_rate_control_is_measured_only_inside_the_reach(
+    tiny_codec: Codec, tiny_store: Path, photo: NDArray[np.uint8]
+) -> None:
+    coder = ugicm_coder(tiny_codec, tiny_store / "tiny")
+    assert coder.encode_to_bpp is not None
+    assert coder.encode_to_bpp(photo, 1e-3) is None
+    assert coder.encode_to_bpp(photo, 1e3) is None
+    middle = 8 * len(coder.encode(photo, 50.0)) / (photo.shape[0] * photo.shape[1])
+    data = coder.encode_to_bpp(photo, middle)
+    assert data is not None
+    assert 0.97 * middle <= 8 * len(data) / (photo.shape[0] * photo.shape[1]) <= middle
+
+
+def _parse(add_arguments: Any, *arguments: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+def test_command_writes_json_table_and_plot(
+    tiny_store: Path, photo: NDArray[np.uint8], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out, anchors = tmp_path / "photos", tmp_path / "rd" / "rd.json", tmp_path / "anchors.csv"
+    folder.mkdir()
+    PIL.Image.fromarray(photo[:176, :200]).save(folder / "cat.png")
+    anchors.write_text(CSV)
+    options = ["--data", folder, "--out", out, "--anchors", anchors, "--device", "cpu", "--no-butteraugli"]
+    arguments = _parse(
+        rate_distortion.add_arguments, tiny_store / "tiny", *options, "--qualities", 20, 90, "--peers", "jpeg"
+    )
+    assert rate_distortion.run(arguments) == 0
+    result = json.loads(out.read_text())
+    assert {(row["codec"], row["view"]) for row in result["rows"]} == {
+        ("tiny", "human"),
+        ("tiny", "machine"),
+        ("jpeg", "human"),
+    }
+    assert len(result["rows"]) == 2 * 2 + len(PEERS["jpeg"][1])
+    table = out.with_suffix(".md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "| VTM (VVC), published |" in table
+    assert "| JPEG, measured |" in table
+    with PIL.Image.open(out.with_suffix(".png")) as plot:
+        assert plot.width > plot.height > 500
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    again = _parse(report.add_arguments, out, "--insert", readme, "--plot", tmp_path / "plot.svg")
+    assert report.run(again) == 0
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{table.strip()}\n{report.END}\nafter\n"
+    assert "<svg" in (tmp_path / "plot.svg").read_text()[:1000]
+
+
+def test_insert_needs_its_marks(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text("nothing here")
+    with pytest.raises(ValueError, match="needs the lines"):
+        report.insert(path, "text")
+
+
+def test_unfinished_report_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rd.json"
+    path.write_text(json.dumps({"command": "ugicm-train rd"}))
+    with pytest.raises(ValueError, match="not finished"):
+        report.run(_parse(report.add_arguments, path))
