@@ -34,16 +34,9 @@ MEDIA_TYPES: Mapping[ImageFormat, str] = {
     "npy": "application/x-npy",
 }
 """What `write_image` writes."""
-ACCEPTED: Mapping[str, str] = {
-    "PNG": "image/png",
-    "JPEG": "image/jpeg",
-    "WEBP": "image/webp",
-    "AVIF": "image/avif",
-    "BMP": "image/bmp",
-    "TIFF": "image/tiff",
-    "GIF": "image/gif",
-}
-"""What `read_image` reads: Pillow's name of the format -> media type."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+"""What `read_image` reads, in Pillow's words."""
+ACCEPTED_MEDIA_TYPES = tuple(f"image/{name.lower()}" for name in FORMATS)
 MAX_SIDE: Mapping[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
 """Largest width or height in pixels that a format can hold."""
 
@@ -80,7 +73,7 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
     """Decode an image file to uint8 RGB (H, W, 3).
 
     Raises:
-        UnsupportedImageError: none of the formats in `ACCEPTED`.
+        UnsupportedImageError: none of the formats in `FORMATS`.
         MalformedImageError: damaged or truncated.
         LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
     """
@@ -88,8 +81,12 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image)
-    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    if image.mode in ("1", "LA"):
+    alpha = None
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = image.convert("L") if image.mode in ("1", "L", "LA") else rgba.convert("RGB")
+    elif image.mode == "1":
         image = image.convert("L")
     elif image.mode not in _ICC_SPACES:
         image = image.convert("RGB")
@@ -125,7 +122,7 @@ def write_image(rgb: Pixels, format: ImageFormat) -> bytes:
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The image with its pixels loaded."""
     try:
-        image = Image.open(io.BytesIO(data), formats=tuple(ACCEPTED))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise LimitExceededError(
@@ -137,15 +134,17 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         image.load()
     except (CodecError, MemoryError):
         raise
+    except UnidentifiedImageError:
+        if _starts_like_an_image(data):
+            raise MalformedImageError("the header of the image is damaged or truncated") from None
+        raise UnsupportedImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged files, Pillow's parsers raise nearly anything
-        if isinstance(error, UnidentifiedImageError) and not _starts_like_an_image(data):
-            raise UnsupportedImageError(f"not an image in one of the formats {', '.join(ACCEPTED)}") from None
         raise MalformedImageError(f"the image is damaged or truncated ({error})") from error
     return image
 
 
 def _starts_like_an_image(data: bytes) -> bool:
-    accepts = (Image.OPEN[name][1] for name in ACCEPTED)
+    accepts = (Image.OPEN[name][1] for name in FORMATS)
     return any(accept is not None and accept(data[:16]) for accept in accepts)
 
 
