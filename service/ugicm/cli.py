@@ -244,6 +244,8 @@ def _load(model: str, store: Path | None, device: str, precision: str, max_pixel
         return load_codec(model, store=store, device=device, precision=precision, max_pixels=max_pixels)
     except CodecError as error:
         raise _failed(model, error) from None
+    except (RuntimeError, AssertionError) as error:  # how torch says that there is no such device
+        raise _failed(f"device {device}", RuntimeError(str(error).partition("\n")[0])) from None
 
 
 def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb: str) -> None:

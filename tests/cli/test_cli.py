@@ -1,0 +1,385 @@
+"""The command line from end to end, with the tiny model in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
+
+import ugicm
+from ugicm.cli import app
+from ugicm.codec import bitstream
+from ugicm.codec.codec import Codec
+
+
+@pytest.fixture(autouse=True)
+def store(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("MODEL_STORE", str(tiny_store)), ("MODEL", "tiny"), ("PRECISION", "float32")):
+        monkeypatch.setenv(f"UGICM_{name}", value)
+
+
+@pytest.fixture
+def photos(photo: NDArray[np.uint8], tmp_path: Path) -> list[Path]:
+    """Three photos of different formats and sizes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    files = [folder / "a.png", folder / "b.jpg", folder / "c.webp"]
+    for index, file in enumerate(files):
+        Image.fromarray(photo[: 70 + index, : 90 + 20 * index]).save(file)
+    return files
+
+
+def ugicm_(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def pixels(path: Path) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(path))
+
+
+def names(folder: Path) -> list[str]:
+    """Files of a folder, hidden ones included."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def bitstream_50(photo: NDArray[np.uint8], tiny_codec: Codec) -> bytes:
+    return tiny_codec.encode([photo[:70, :90]], 50.0)[0]
+
+
+@pytest.fixture
+def encoded(bitstream_50: bytes, tmp_path: Path) -> Path:
+    """The first of `photos` at quality 50."""
+    out = tmp_path / "photo.ugic"
+    out.write_bytes(bitstream_50)
+    return out
+
+
+def test_encode_one_file(photos: list[Path], tmp_path: Path, tiny_codec: Codec) -> None:
+    out = tmp_path / "photo.ugic"
+    result = ugicm_("encode", photos[0], "-o", out, "--quality", 70)
+    assert result.exit_code == 0
+    data = out.read_bytes()
+    assert data == tiny_codec.encode([pixels(photos[0])], 70.0)[0]
+    assert f"{len(data)} bytes  {8 * len(data) / (90 * 70):.3f} bpp" in result.stdout
+    assert result.stderr == ""
+
+
+def test_quality_is_50_unless_given(photos: list[Path], tmp_path: Path, bitstream_50: bytes) -> None:
+    assert ugicm_("encode", photos[0], "-o", tmp_path / "photo.ugic").exit_code == 0
+    assert (tmp_path / "photo.ugic").read_bytes() == bitstream_50
+
+
+@pytest.mark.parametrize("preference", ["human", "machine"])
+def test_decode_one_file(encoded: Path, tmp_path: Path, tiny_codec: Codec, preference: str) -> None:
+    out = tmp_path / "view.png"
+    assert ugicm_("decode", encoded, "-o", out, "--preference", preference).exit_code == 0
+    expected = tiny_codec.decode([encoded.read_bytes()], float(preference == "machine"))[0]
+    assert np.array_equal(pixels(out), expected)
+
+
+def test_the_two_views_differ(encoded: Path, tmp_path: Path) -> None:
+    human, machine = tmp_path / "human.png", tmp_path / "machine.png"
+    assert ugicm_("decode", encoded, "-o", human).exit_code == 0
+    assert ugicm_("decode", encoded, "-o", machine, "--preference", "machine").exit_code == 0
+    assert not np.array_equal(pixels(human), pixels(machine))
+
+
+def test_strength_overrides_preference(encoded: Path, tmp_path: Path, tiny_codec: Codec) -> None:
+    out = tmp_path / "view.png"
+    assert ugicm_("decode", encoded, "-o", out, "--preference", "machine", "--strength", 0.25).exit_code == 0
+    assert np.array_equal(pixels(out), tiny_codec.decode([encoded.read_bytes()], 0.25)[0])
+
+
+def test_folders(photos: list[Path], tmp_path: Path) -> None:
+    middle, out = tmp_path / "new" / "bitstreams", tmp_path / "views"
+    result = ugicm_("encode", *photos, "-o", middle)
+    assert result.exit_code == 0
+    assert names(middle) == ["a.ugic", "b.ugic", "c.ugic"]
+    assert result.stdout.count(" bpp\n") == 3
+    assert ugicm_("decode", *sorted(middle.iterdir()), "-o", out).exit_code == 0
+    assert [pixels(out / f"{name}.png").shape for name in "abc"] == [(70, 90, 3), (71, 110, 3), (72, 130, 3)]
+
+
+@pytest.mark.parametrize("folder", ["made/", "."])
+def test_one_file_into_a_folder(photos: list[Path], tmp_path: Path, folder: str) -> None:
+    assert ugicm_("encode", photos[0], "-o", f"{tmp_path}/{folder}").exit_code == 0
+    assert (tmp_path / folder / "a.ugic").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "kind"),
+    [
+        ((), "view", "PNG"),
+        ((), "view.webp", "WEBP"),
+        ((), "view.JPG", "JPEG"),
+        ((), "view.jpeg", "JPEG"),
+        (("--format", "jpeg"), "view.png", "JPEG"),
+        (("--format", "webp"), "view.tmp", "WEBP"),
+    ],
+)
+def test_decoded_format(
+    encoded: Path, tmp_path: Path, arguments: tuple[str, ...], name: str, kind: str
+) -> None:
+    assert ugicm_("decode", encoded, "-o", tmp_path / name, *arguments).exit_code == 0
+    with Image.open(tmp_path / name) as image:
+        assert image.format == kind
+
+
+def test_decode_to_npy(encoded: Path, tmp_path: Path, tiny_codec: Codec) -> None:
+    assert ugicm_("decode", encoded, "-o", f"{tmp_path}/", "--format", "npy").exit_code == 0
+    expected = tiny_codec.decode([encoded.read_bytes()])[0]
+    assert np.array_equal(np.load(tmp_path / "photo.npy", allow_pickle=False), expected)
+
+
+def test_max_bytes(photos: list[Path], tmp_path: Path) -> None:
+    sizes = []
+    for budget in (1500, 2500):
+        out = tmp_path / f"{budget}.ugic"
+        assert ugicm_("encode", photos[0], "-o", out, "--max-bytes", budget).exit_code == 0
+        sizes.append(out.stat().st_size)
+        assert 0.9 * budget < sizes[-1] <= budget
+
+
+def test_bpp(photos: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.ugic"
+    assert ugicm_("encode", photos[0], "-o", out, "--bpp", 3.0).exit_code == 0
+    assert 0.9 * 3.0 < 8 * out.stat().st_size / (90 * 70) <= 3.0
+
+
+def test_impossible_budget(photos: list[Path], tmp_path: Path) -> None:
+    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--max-bytes", 10)
+    assert result.exit_code == 1
+    assert "over the budget of 10" in result.stderr
+    assert not (tmp_path / "out.ugic").exists()
+
+
+def test_one_bad_file_does_not_lose_the_others(photos: list[Path], tmp_path: Path) -> None:
+    broken, text, missing = (tmp_path / name for name in ("broken.png", "notes.txt", "missing.png"))
+    broken.write_bytes(photos[0].read_bytes()[:500])
+    text.write_text("no picture")
+    out = tmp_path / "out"
+    result = ugicm_("encode", photos[0], broken, missing, text, photos[1], "-o", out)
+    assert result.exit_code == 1
+    assert names(out) == ["a.ugic", "b.ugic"]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    for line, file, message in zip(
+        lines,
+        (broken, missing, text),
+        ("damaged or truncated", "No such file or directory", "not an image in one of the formats PNG"),
+        strict=True,
+    ):
+        assert line.startswith(f"ugicm: {file}: ")
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "truncated"),
+        (lambda data: data[:4], "truncated"),
+        (lambda data: b"", "truncated"),
+        (lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:], "checksum mismatch"),
+        (lambda data: b"\x89PNG\r\n\x1a\n" + data, "not a ugicm bitstream"),
+        (lambda data: data.replace(b"\r\n", b"\n", 1), "text-mode transfer"),
+    ],
+    ids=["short", "very short", "empty", "flipped bit", "foreign", "text mode"],
+)
+@pytest.mark.parametrize("command", ["decode", "info"])
+def test_damaged_bitstream(
+    encoded: Path, tmp_path: Path, damage: object, message: str, command: str
+) -> None:
+    assert callable(damage)
+    encoded.write_bytes(damage(encoded.read_bytes()))
+    output = ("-o", tmp_path / "out.png") if command == "decode" else ()
+    result = ugicm_(command, encoded, *output)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"ugicm: {encoded}: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_bitstream_of_another_model(encoded: Path, tmp_path: Path) -> None:
+    parsed = bitstream.parse(encoded.read_bytes(), max_pixels=1 << 20)
+    header = bitstream.Header(**{**vars(parsed.header), "model_digest": b"\1" * 8})
+    encoded.write_bytes(bitstream.serialise(header, parsed.segments))
+    result = ugicm_("decode", encoded, "-o", tmp_path / "out.png")
+    assert result.exit_code == 1
+    assert "needs model 0101010101010101, but tiny" in result.stderr
+
+
+def test_unknown_model(photos: list[Path], tmp_path: Path) -> None:
+    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--model", "large")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("ugicm: large: no model 'large' in ")
+
+
+def test_unknown_device(photos: list[Path], tmp_path: Path) -> None:
+    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--device", "abacus")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "abacus" in result.stderr
+
+
+def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
+    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--max-pixels", 6299)
+    assert result.exit_code == 1
+    assert "90x70 image: 6300 is over the limit of 6299; UGICM_MAX_PIXELS changes it" in result.stderr
+    result = ugicm_("decode", encoded, "-o", tmp_path / "out.png", "--max-pixels", 6299)
+    assert result.exit_code == 1
+    assert "UGICM_MAX_PIXELS" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("encode", "a.png"), "Missing option '--output'"),
+        (("encode", "-o", "out"), "Missing argument"),
+        (("encode", "a.png", "-o", "out", "--quality", "0.5"), "not in the range 1<=x<=100"),
+        (("encode", "a.png", "-o", "out", "--quality", "50", "--bpp", "1"), "only one of"),
+        (("encode", "a.png", "-o", "out", "--max-bytes", "9", "--bpp", "1"), "only one of"),
+        (("decode", "a.ugic", "-o", "out", "--strength", "1.5"), "not in the range 0<=x<=1"),
+        (("decode", "a.ugic", "-o", "out", "--preference", "dog"), "'dog' is not one of"),
+        (("decode", "a.ugic", "-o", "out.tif"), "'.tif' is none of"),
+        (("decode", "a.ugic", "-o", "out", "--format", "tif"), "'tif' is not one of"),
+        (("encode", "x/a.png", "y/a.jpg", "-o", "out"), "would both be written to"),
+        (("transcode",), "No such command"),
+    ],
+)
+def test_usage_errors(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = ugicm_(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_an_input_is_never_overwritten(photos: list[Path]) -> None:
+    before = photos[0].read_bytes()
+    result = ugicm_("encode", photos[0], "-o", photos[0])
+    assert result.exit_code == 2
+    assert "overwritten by its own result" in result.stderr
+    assert photos[0].read_bytes() == before
+
+
+def test_output_folder_that_is_a_file(photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("file")
+    result = ugicm_("encode", *photos, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == f"ugicm: {tmp_path / 'out'}: File exists\n"
+
+
+def test_replaces_an_older_result(photos: list[Path], encoded: Path) -> None:
+    before = encoded.read_bytes()
+    assert ugicm_("encode", photos[1], "-o", encoded).exit_code == 0
+    assert encoded.read_bytes() != before
+
+
+def test_a_failed_write_leaves_the_older_result(
+    photos: list[Path], encoded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = encoded.read_bytes()
+
+    def disk_full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:100])
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    result = ugicm_("encode", photos[1], "-o", encoded)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert encoded.read_bytes() == before
+    assert names(encoded.parent) == ["photo.ugic", "photos"]
+
+
+def test_written_files_follow_the_umask(photos: list[Path], tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic").exit_code == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out.ugic").stat().st_mode) == 0o640
+
+
+def test_the_model_is_loaded_once(
+    photos: list[Path], tmp_path: Path, tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def load_codec(*arguments: object, **options: object) -> Codec:
+        calls.append((arguments, options))
+        return tiny_codec
+
+    monkeypatch.setattr("ugicm.codec.store.load_codec", load_codec)
+    options = {"store": Path("s"), "device": "d", "precision": "p", "max_pixels": 99999}
+    given = ["--model", "m", "--model-store", "s", "--device", "d", "--precision", "p", "--max-pixels", 99999]
+    assert ugicm_("encode", *photos, "-o", tmp_path / "out", *given).exit_code == 0
+    assert calls == [(("m",), options)]
+
+
+def test_info(encoded: Path, tiny_codec: Codec) -> None:
+    result = ugicm_("info", encoded, "--json")
+    assert result.exit_code == 0
+    size = encoded.stat().st_size
+    assert json.loads(result.stdout) == {
+        "width": 90,
+        "height": 70,
+        "quality": 50.0,
+        "bytes": size,
+        "bpp": round(8 * size / 6300, 4),
+        "model_digest": tiny_codec.digest,
+        "tile_side": 0,
+        "tiles": 1,
+        "version": 1,
+    }
+    shown = ugicm_("info", encoded).stdout
+    assert f"model digest  {tiny_codec.digest}\n" in shown
+
+
+def test_info_of_a_missing_file(tmp_path: Path) -> None:
+    result = ugicm_("info", tmp_path / "none.ugic")
+    assert result.exit_code == 1
+    assert result.stderr == f"ugicm: {tmp_path / 'none.ugic'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["--version"], ["info", "FILE"]])
+def test_light_commands_import_nothing_heavy(encoded: Path, arguments: list[str]) -> None:
+    arguments = [str(encoded) if argument == "FILE" else argument for argument in arguments]
+    code = (
+        f"import sys; sys.argv = ['ugicm', *{arguments!r}]\n"
+        "from ugicm.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit: assert not exit.code, exit.code\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'fastapi', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+
+
+def test_version() -> None:
+    assert ugicm_("--version").stdout == f"ugicm {ugicm.__version__}\n"
+
+
+def test_no_arguments_shows_help() -> None:
+    result = ugicm_()
+    assert "encode" in result.output
+    assert "decode" in result.output
