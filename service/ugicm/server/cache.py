@@ -143,11 +143,11 @@ class GuardedCache:
 
     async def up(self) -> bool:
         """Whether the store answers now."""
-        self._down_until = 0.0
         try:
-            await self._guarded(self._cache.check)
+            await self._bounded(self._cache.check)
         except CacheDownError:
             return False
+        self._down_until = 0.0
         return True
 
     async def close(self) -> None:
@@ -156,6 +156,9 @@ class GuardedCache:
     async def _guarded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
         if time.monotonic() < self._down_until:
             raise CacheDownError("the bitstream cache failed a moment ago")
+        return await self._bounded(operation)
+
+    async def _bounded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()

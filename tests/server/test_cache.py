@@ -1,0 +1,122 @@
+"""Bitstream caches in memory, and the guard around a cache that is down."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ugicm.server.cache import ByteLru, CacheDownError, GuardedCache, MemoryCache, bitstream_id
+from ugicm.server.metrics import Metrics
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class BrokenCache(MemoryCache):
+    """Raises, or hangs, while `broken`."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.broken = True
+        self.hang = False
+        self.asked = 0
+
+    async def check(self) -> None:
+        self.asked += 1
+        if self.hang:
+            await asyncio.sleep(60)
+        if self.broken:
+            raise ConnectionError("refused")
+
+    async def get(self, id: str) -> bytes | None:
+        await self.check()
+        return await super().get(id)
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        await self.check()
+        return await super().put(id, bitstream)
+
+
+@pytest.fixture
+def broken() -> BrokenCache:
+    return BrokenCache()
+
+
+def test_the_lru_is_bounded_by_bytes() -> None:
+    overhead = ByteLru.OVERHEAD
+    lru: ByteLru[str] = ByteLru(3 * (100 + overhead))
+    for name in "abc":
+        lru.put(name, b"x" * 100)
+    assert lru.get("a") is not None  # now b is the oldest
+    lru.put("d", b"x" * 100)
+    assert list(lru) == ["c", "a", "d"]
+    assert lru.size == 3 * (100 + overhead)
+    lru.put("e", b"x" * 200)
+    assert list(lru) == ["d", "e"]
+    lru.put("too large", b"x" * 10_000)
+    assert lru.get("too large") is None
+    lru.put("d", b"")
+    assert lru.size == 200 + 2 * overhead
+    assert (lru.delete("d"), lru.delete("d")) == (True, False)
+
+
+def test_many_tiny_entries_are_bounded_too() -> None:
+    lru: ByteLru[int] = ByteLru(10 * ByteLru.OVERHEAD)
+    for key in range(1000):
+        lru.put(key, b"")
+    assert len(list(lru)) == 10
+
+
+async def test_memory_cache() -> None:
+    cache = MemoryCache(10_000)
+    id = bitstream_id(b"bits")
+    assert await cache.get(id) is None
+    assert await cache.put(id, b"bits") is False
+    assert await cache.put(id, b"bits") is True
+    assert await cache.get(id) == b"bits"
+    assert (await cache.delete(id), await cache.delete(id)) == (True, False)
+
+
+async def test_a_broken_cache_is_named_and_then_left_alone(broken: BrokenCache) -> None:
+    metrics = Metrics()
+    guarded = GuardedCache(broken, metrics, timeout_s=1)
+    for _ in range(3):
+        with pytest.raises(CacheDownError):
+            await guarded.get("a" * 64)
+    assert broken.asked == 1
+    assert metrics.registry.get_sample_value("ugicm_cache_errors_total") == 1
+    assert metrics.registry.get_sample_value("ugicm_cache_up") == 0
+    assert await guarded.up() is False
+    broken.broken = False
+    assert await guarded.up() is True
+    assert await guarded.get("a" * 64) is None
+    assert metrics.registry.get_sample_value("ugicm_cache_up") == 1
+
+
+async def test_a_cache_that_hangs_is_bounded_in_time(broken: BrokenCache) -> None:
+    broken.hang = True
+    with pytest.raises(CacheDownError):
+        await GuardedCache(broken, Metrics(), timeout_s=0.01).get("a" * 64)
+
+
+def test_the_service_works_without_its_cache(make_client: Any, image_file: Any, broken: BrokenCache) -> None:
+    client = make_client(broken)
+    encoded = client.post("/encode", content=image_file())
+    assert encoded.status_code == 200
+    assert encoded.json()["stored"] is False
+    bits = client.post("/encode", content=image_file(), headers={"Accept": "application/vnd.ugicm"})
+    assert client.post("/decode", content=bits.content).status_code == 200
+    by_id = client.post("/decode", json={"id": encoded.json()["id"]})
+    assert (by_id.status_code, by_id.json()["code"]) == (503, "cache-unavailable")
+    assert by_id.headers["retry-after"]
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "cache": "down"})
+    broken.broken = False
+    assert client.get("/readyz").json()["cache"] == "up"
+    assert client.post("/encode", content=image_file()).json()["stored"] is True

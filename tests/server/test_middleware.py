@@ -1,0 +1,150 @@
+"""Middleware against hand-made ASGI traffic."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from ugicm.server.metrics import Metrics
+from ugicm.server.middleware import BodyLimit, CancelDeparted, Lifecycle, RequestContext
+from ugicm.server.problems import ServiceError
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+def scope(method: str = "POST", **headers: str) -> Scope:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "method": method, "path": "/x", "headers": raw}
+
+
+class Client:
+    """Sends messages, then disconnects when told to."""
+
+    def __init__(self, *messages: Message) -> None:
+        self.messages = list(messages)
+        self.gone = asyncio.Event()
+        self.received: list[Message] = []
+
+    async def receive(self) -> Message:
+        if self.messages:
+            return self.messages.pop(0)
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        self.received.append(message)
+
+
+def chunk(body: bytes, more: bool = False) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+async def answer(send: Send, status: int = 200) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def test_work_of_a_departed_client_is_cancelled(metrics: Metrics) -> None:
+    cancelled = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        assert (await receive())["body"] == b"all"
+        client.gone.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    client = Client(chunk(b"all"))
+    await CancelDeparted(app, metrics)(scope(), client.receive, client.send)
+    assert cancelled.is_set()
+    assert client.received == []
+    assert metrics.registry.get_sample_value("ugicm_client_disconnects_total") == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_client_that_leaves_after_its_answer_is_no_matter(metrics: Metrics, method: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if method == "POST":
+            await receive()
+        await answer(send)
+        client.gone.set()
+        await asyncio.sleep(0.01)
+
+    client = Client(chunk(b""))
+    await CancelDeparted(app, metrics)(scope(method), client.receive, client.send)
+    assert [message["type"] for message in client.received] == [
+        "http.response.start",
+        "http.response.body",
+    ]
+    assert metrics.registry.get_sample_value("ugicm_client_disconnects_total") == 0
+
+
+async def test_a_cancelled_server_task_stays_cancelled(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(60)
+
+    client = Client()
+    task = asyncio.create_task(CancelDeparted(app, metrics)(scope(), client.receive, client.send))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_body_of_exactly_the_limit_passes() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await answer(send)
+
+    client = Client(chunk(b"12345", more=True), chunk(b"67890"))
+    await BodyLimit(app, 10)(scope(content_length="10"), client.receive, client.send)
+    assert client.received[0]["status"] == 200
+
+
+async def test_a_longer_body_stops_at_the_limit() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while True:
+            await receive()
+
+    client = Client(*[chunk(b"1234", more=True)] * 100)
+    with pytest.raises(ServiceError, match="limit is 10"):
+        await BodyLimit(app, 10)(scope(), client.receive, client.send)
+    assert len(client.messages) == 97
+
+
+async def test_a_failure_after_the_answer_began_sends_nothing_more(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("too late")
+
+    client = Client()
+    await RequestContext(app, metrics, Lifecycle())(scope(), client.receive, client.send)
+    assert len(client.received) == 1
+
+
+async def test_other_protocols_pass_untouched(metrics: Metrics) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append((scope, receive, send))
+
+    client = Client()
+    stack = RequestContext(CancelDeparted(BodyLimit(app, 1), metrics), metrics, Lifecycle())
+    await stack({"type": "lifespan"}, client.receive, client.send)
+    assert seen == [({"type": "lifespan"}, client.receive, client.send)]
