@@ -80,6 +80,7 @@ def load(identifier: str) -> FeatureTeacher:
             f"the weights of open_clip:{identifier} cannot be loaded ({error}). open_clip fetches them where "
             f"there is network access; elsewhere put a checkpoint file and give open_clip:{name}/<path>"
         ) from error
-    preprocess = open_clip.PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
-    side = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
-    return FeatureTeacher(ClipTower(model.visual), side=side, mean=preprocess.mean, std=preprocess.std)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    size, mean, std = preprocess["size"], preprocess["mean"], preprocess["std"]
+    side = size if isinstance(size, int) else size[0]
+    return FeatureTeacher(ClipTower(model.visual), side=side, mean=mean, std=std)

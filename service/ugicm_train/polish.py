@@ -1,0 +1,171 @@
+"""``ugicm-train polish``: better views of bitstreams that exist already.
+
+The second stage of UG-ICM (Yin et al., AAAI 2025): encoder, gains, hyper transform and entropy model are
+frozen; only the synthesis transform and its conditioning go on learning, for both preferences. No bitstream
+changes by a byte, so what was encoded before is decoded better afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy import SUM_BITS, WEIGHT_BITS
+from ugicm.codec.store import CONFIG_FILE, model_path, read_model
+from ugicm.memory import keep_freed_memory
+from ugicm_train.data import CropSampler, read_photos
+from ugicm_train.export import load_average, model_tensors, write_model
+from ugicm_train.losses import Teacher
+from ugicm_train.model import TrainableCodec
+from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint, optimizers
+
+POLISHED = "synthesis."
+"""Tensors that polishing may change."""
+
+
+def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
+    """The trainable twin of a stored model, close enough to give the latents that a decoder sees.
+
+    The half unit that makes integer layers round (2^-7) stays in the biases, and the hyper prior, which only
+    rates, is not restored.
+    """
+    model = TrainableCodec(config)
+    state = {name: value for name, value in tensors.items() if not name.startswith("tables.")}
+    for name, value in state.items():
+        if name.startswith("entropy."):
+            bits = WEIGHT_BITS if name.endswith("weight") else SUM_BITS
+            state[name] = (value.double() / 2.0**bits).float()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or any(not name.startswith("prior.") for name in missing):
+        raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+class Polisher(Trainer):
+    """A `Trainer` that starts from a trained model and moves nothing but its synthesis transform."""
+
+    def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path) -> None:
+        super().__init__(model.config, options, out)
+        self.model.load_state_dict(model.state_dict())
+        self.average.load_state_dict(model.state_dict())
+        self.model.requires_grad_(False)
+        self.model.synthesis.requires_grad_(True)
+        self.optimizers = optimizers(self.model.synthesis, options)
+
+
+def polish(
+    source: Path | str,
+    folder: Path,
+    options: TrainOptions,
+    data: list[Path],
+    run: Path,
+    *,
+    teacher: Teacher | None = None,
+    teacher_name: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Polish the synthesis transform of a model and write the model folder.
+
+    Args:
+        source: a model (name or folder), or the folder of a training run.
+        folder: model folder to write; may be `source`.
+        options: budget and learning rates.
+        data: folders of photos or shards.
+        run: folder for the checkpoint and the log of this polish.
+        teacher: judge of the machine view; None leaves the squared error alone.
+        teacher_name: recorded in ``config.json``.
+        resume: go on from the checkpoint in `run`.
+    """
+    config, tensors, training, model = _read(source)
+    run.mkdir(parents=True, exist_ok=True)
+    if not resume and (run / CHECKPOINT).exists():
+        raise FileExistsError(f"{run} holds an unfinished polish: use --resume, or another --run")
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    polisher = Polisher(model, options, run)
+    if resume:
+        polisher.load(load_checkpoint(run))
+    photos = [photo.to(polisher.device) for _, photo in read_photos(data, min_side=options.crop)]
+    sampler = CropSampler(photos, size=options.crop, seed=options.seed + polisher.step)
+    polisher.run(sampler, teacher)
+    for name, value in polisher.average.synthesis.state_dict().items():
+        tensors[f"{POLISHED}{name}"] = value.float().cpu().contiguous()
+    record = {"steps": polisher.step, "minutes": round(polisher.minutes, 1), "teacher": teacher_name}
+    write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
+    (run / CHECKPOINT).unlink()
+
+
+def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
+    """Config, stored tensors, training record and trainable model of a model or a run."""
+    if (Path(source) / CHECKPOINT).exists():
+        state = load_checkpoint(Path(source))
+        model = load_average(state)
+        training = {"steps": state["step"], "minutes": round(state["minutes"], 1)}
+        return model.config, model_tensors(model), training, model
+    path = model_path(source)
+    stored = read_model(path)
+    training = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
+    return stored.config, stored.tensors, training, restore(stored.config, stored.tensors)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train polish``."""
+    parser.add_argument("source", help="model (name or folder) or run folder")
+    parser.add_argument("--teacher", required=True, help="such as open_clip:ViT-B-32/openai")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
+    parser.add_argument("--out", type=Path, help="model folder to write (default: the source, if a model)")
+    parser.add_argument("--run", type=Path, help="checkpoint and log (default: beside the output)")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted polish")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=float, help="wall-clock budget")
+    budget.add_argument("--steps", type=int)
+    parser.add_argument("--teacher-weight", type=float, default=2.0)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--crop", type=int, default=256, help="pixels a side, a multiple of 64")
+    parser.add_argument("--matrix-lr", type=float, default=0.001, help="peak rate for dense weights")
+    parser.add_argument("--other-lr", type=float, default=3e-4, help="peak rate for all the rest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Polish and write the model folder."""
+    from ugicm_train.teachers import parse_teacher
+
+    is_run = (Path(arguments.source) / CHECKPOINT).exists()
+    if is_run and arguments.out is None:
+        raise ValueError(f"{arguments.source} is a run, not a model: give --out")
+    folder = arguments.out or model_path(arguments.source)
+    options = TrainOptions(
+        minutes=arguments.minutes,
+        steps=arguments.steps,
+        batch=arguments.batch,
+        crop=arguments.crop,
+        matrix_lr=arguments.matrix_lr,
+        other_lr=arguments.other_lr,
+        warmup_steps=50,
+        ema=0.99,
+        teacher_weight=arguments.teacher_weight,
+        seed=arguments.seed,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+    polish(
+        arguments.source,
+        folder,
+        options,
+        arguments.data,
+        arguments.run or folder.with_name(f"{folder.name}.polish"),
+        teacher=parse_teacher(arguments.teacher),
+        teacher_name=arguments.teacher,
+        resume=arguments.resume,
+    )
+    return 0

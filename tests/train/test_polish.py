@@ -1,0 +1,108 @@
+"""Polishing improves what existing bitstreams decode to and changes none of them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import TINY, write_tiny_model
+from ugicm.codec.codec import Codec
+from ugicm.codec.store import load_codec, read_model
+from ugicm_train.export import export
+from ugicm_train.polish import add_arguments, polish, restore, run
+from ugicm_train.train import TrainOptions, train
+
+OPTIONS = TrainOptions(
+    steps=12, batch=2, crop=128, matrix_lr=0.005, other_lr=1e-3, warmup_steps=1, ema=0.5, device="cpu"
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path, photo: NDArray[np.uint8]) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    PIL.Image.fromarray(photo).save(folder / "photo.png")
+    return folder
+
+
+def squared_error(codec: Codec, bitstream: bytes, photo: NDArray[np.uint8], strength: float) -> float:
+    return float(np.square(codec.decode([bitstream], strength)[0].astype(float) - photo).mean())
+
+
+def test_bitstreams_stay_the_same_and_decode_better(
+    tmp_path: Path, data: Path, photo: NDArray[np.uint8]
+) -> None:
+    before, after = write_tiny_model(tmp_path / "before"), tmp_path / "after"
+    polish(before, after, OPTIONS, [data], tmp_path / "run", teacher_name="none")
+    old, new = (load_codec(path, device="cpu", precision="float32") for path in (before, after))
+    for quality in (1.0, 50.0, 100.0):
+        bitstream = old.encode([photo], quality)[0]
+        assert new.encode([photo], quality)[0] == bitstream
+        for strength in (0.0, 1.0):
+            assert squared_error(new, bitstream, photo, strength) < squared_error(
+                old, bitstream, photo, strength
+            )
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    tensors = [read_model(path).tensors for path in (before, after)]
+    changed = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
+    assert changed
+    assert all(name.startswith("synthesis.") for name in changed)
+
+
+def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+    stored = read_model(tiny_store / "tiny")
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+    crop = photo[:128, :192]
+    exact = codec.unpack(codec.encode([crop], 50.0)[0]).y_hat
+    assert exact is not None
+    model = restore(stored.config, stored.tensors).eval()
+    x = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 255
+    with torch.no_grad():
+        y = model.analysis(x) * model.gains(torch.tensor([49 / 99 * (stored.config.levels - 1)]))[0]
+        y_hat = model.entropy(model.hyper_analysis(y).round(), y, noise=False).y_hat[0]
+    # Means differ by a few of their units of 1/64; a symbol near the edge of its bin may flip.
+    error = (y_hat - exact).abs()
+    assert float(error.median()) < 3 / 64
+    assert float((error > 0.5).float().mean()) < 0.02
+
+
+def test_polishes_the_checkpoint_of_a_run(
+    tmp_path: Path, data: Path, photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, plain, polished = (tmp_path / name for name in ("trained", "plain", "polished"))
+    train(TINY, dataclasses.replace(OPTIONS, steps=2), [data], trained)
+    export(trained, plain)
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: mean_colour_distance)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    common = ["--teacher", "mean colour", "--data", str(data), "--steps", "2", "--crop", "128"]
+    with pytest.raises(ValueError, match="--out"):
+        run(parser.parse_args([str(trained), *common]))
+    run(parser.parse_args([str(trained), *common, "--out", str(polished)]))
+    old, new = (load_codec(path, device="cpu", precision="float32") for path in (plain, polished))
+    assert old.encode([photo], 50.0) == new.encode([photo], 50.0)
+    record = json.loads((polished / "config.json").read_text())["training"]
+    assert record["polish"] == [
+        {"steps": 2, "minutes": record["polish"][0]["minutes"], "teacher": "mean colour"}
+    ]
+
+
+def mean_colour_distance(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    return (machine - original).mean((2, 3)).square().sum(1)
+
+
+def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    work = tmp_path / "run"
+    work.mkdir()
+    (work / "checkpoint.pt").touch()
+    with pytest.raises(FileExistsError, match="--resume"):
+        polish(source, source, OPTIONS, [data], work)

