@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -205,6 +205,31 @@ def info(
     else:
         for name, value in facts.items():
             typer.echo(f"{name.replace('_', ' '):<13} {value}")
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (UGICM_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="TCP port; 0 picks one (UGICM_PORT).")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name or folder (UGICM_MODEL).")] = None,
+    model_store: Annotated[Path | None, typer.Option(help=f"Folder of models ({STORE_VARIABLE}).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ... (UGICM_DEVICE).")] = None,
+) -> None:
+    """Run the HTTP service until SIGTERM or Ctrl-C; UGICM_* variables set everything else."""
+    from pydantic import ValidationError
+
+    from ugicm.server.serve import serve as run
+    from ugicm.server.settings import Settings
+
+    options = {"host": host, "port": port, "model": model, "model_store": model_store, "device": device}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for problem in error.errors():
+            _failed(".".join(map(str, problem["loc"])) or "settings", ValueError(problem["msg"]))
+        raise typer.Exit(2) from None
+    run(settings)
 
 
 class _Job(NamedTuple):

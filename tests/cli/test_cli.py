@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 from numpy.typing import NDArray
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import ugicm
 from ugicm.cli import app
 from ugicm.codec import bitstream
 from ugicm.codec.codec import Codec
+from ugicm.server.settings import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -357,6 +357,29 @@ def test_info_of_a_missing_file(tmp_path: Path) -> None:
     result = ugicm_("info", tmp_path / "none.ugic")
     assert result.exit_code == 1
     assert result.stderr == f"ugicm: {tmp_path / 'none.ugic'}: No such file or directory\n"
+
+
+def test_serve_passes_options_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("ugicm.server.serve.serve", seen.append)
+    monkeypatch.setenv("UGICM_PORT", "9001")
+    monkeypatch.setenv("UGICM_MAX_PIXELS", "1234567")
+    assert ugicm_("serve", "--host", "0.0.0.0", "--device", "cpu").exit_code == 0
+    assert ugicm_("serve", "--port", 9002, "--model", "other").exit_code == 0
+    first, second = seen
+    assert (first.host, first.port, first.device, first.model) == ("0.0.0.0", 9001, "cpu", "tiny")
+    assert (second.host, second.port, second.model) == ("127.0.0.1", 9002, "other")
+    assert first.max_pixels == second.max_pixels == 1234567
+
+
+def test_serve_names_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UGICM_MAX_PIXELS", "many")
+    result = ugicm_("serve", "--port", 99999)
+    assert result.exit_code == 2
+    ports, pixels = sorted(result.stderr.splitlines(), reverse=True)
+    assert ports.startswith("ugicm: port: ")
+    assert "65535" in ports
+    assert pixels.startswith("ugicm: max_pixels: ")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["--version"], ["info", "FILE"]])
