@@ -1,0 +1,61 @@
+"""What README and docs say exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ugicm.cli import app
+from ugicm.server.app import create_app
+from ugicm.server.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_store/*/*.md")]
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(program: str) -> list[list[str]]:
+    """Command lines of the README's shell blocks that start with `program`, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {words[1] for words in commands("make")}
+    assert named >= {"serve", "test"}
+    assert named <= targets
+
+
+def test_ugicm_options_exist() -> None:
+    examples = commands(".venv/bin/ugicm")
+    assert {words[1] for words in examples} == {"encode", "decode", "info"}
+    for words in examples:
+        shown = CliRunner().invoke(app, [words[1], "--help"]).stdout
+        for word in words[2:]:
+            if word.startswith("-"):
+                assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), words
+
+
+def test_requests_are_in_the_schema() -> None:
+    schema = create_app(Settings()).openapi()
+    examples = commands("curl")
+    assert len(examples) >= 4
+    for words in examples:
+        url = next(word for word in words if word.startswith("http://127.0.0.1:8000"))
+        path, _, query = url.removeprefix("http://127.0.0.1:8000").partition("?")
+        known = {parameter["name"] for parameter in schema["paths"][path]["post"]["parameters"]}
+        assert {pair.partition("=")[0] for pair in query.split("&") if pair} <= known, url
