@@ -17,15 +17,8 @@ from ugicm.codec.codec import Codec
 from ugicm_train.evaluation import metrics, rate_distortion, report
 from ugicm_train.evaluation.anchors import Point, points_of, read_anchors
 from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
-from ugicm_train.evaluation.rate_distortion import (
-    Row,
-    check,
-    compare,
-    mean_curves,
-    measure,
-    measure_image,
-    read_measurement,
-)
+from ugicm_train.evaluation.measurement import Measurement, RateTarget, Row, measure, measure_image
+from ugicm_train.evaluation.rate_distortion import check, compare, mean_curves, read_measurement
 
 CSV = (
     "codec,bpp,psnr_db,ms_ssim\nvtm,0.1,28,0.93\nvtm,0.8,36,0.99\nvtm,0.4,33,0.98\nold,0.5,30,\nold,0.9,32,\n"
@@ -89,9 +82,9 @@ def test_curves_are_means_over_pictures(greys: Path) -> None:
 
 
 def test_interrupted_measurement_is_continued(greys: Path) -> None:
-    saved: list[rate_distortion.Measurement] = []
+    saved: list[Measurement] = []
 
-    def stop(measured: rate_distortion.Measurement) -> None:
+    def stop(measured: Measurement) -> None:
         saved.append(measured)
         raise KeyboardInterrupt
 
@@ -152,7 +145,7 @@ def test_check_counts_what_must_not_happen() -> None:
     def row(quality: float, psnr: float) -> Row:
         return Row("ours", "human", quality, "a", 100, 1.01, psnr, None, None, 1.0, 0.0, 0.0)
 
-    targets = [rate_distortion.RateTarget("ours", "a", 0.5, bpp) for bpp in (0.5, 0.486, 0.484, 0.501, None)]
+    targets = [RateTarget("ours", "a", 0.5, bpp) for bpp in (0.5, 0.486, 0.484, 0.501, None)]
     result = check([row(50, 32), row(1, 30), row(100, 31)], targets, "ours")
     assert result["real_above_estimated_bpp_percent"] == pytest.approx(1)
     assert result["quality_steps"] == 2

@@ -9,7 +9,6 @@ one picture at a time, in process, after one warm-up call.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -17,162 +16,26 @@ import platform
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import PIL
 import PIL.Image
 
-from ugicm_train.data import IMAGE_SUFFIXES
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.anchors import METRICS, Point, curve, points_of, read_anchors
 from ugicm_train.evaluation.bdrate import bd_rate
-from ugicm_train.evaluation.coders import DEFAULT_QUALITIES, PEERS, Coder, pillow_coder, ugicm_coder
-from ugicm_train.evaluation.metrics import Image
+from ugicm_train.evaluation.coders import DEFAULT_QUALITIES, PEERS, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.measurement import Measurement, RateTarget, Row, measure, rounded
 
 FORMAT = 1
 """Version of the layout of rd.json."""
 BPP_RANGES = ((0.2, 0.9), (0.15, 0.9))
 """Rates that BD-rates are also restricted to."""
-RATE_TARGETS = (0.2, 0.4, 0.8)
-"""Bits per pixel that rate control is checked at."""
 RATE_TOLERANCE = 0.03
 """Share of the target that rate control may leave unused."""
-
-
-class Row(NamedTuple):
-    """One picture, one setting, one view."""
-
-    codec: str
-    view: str
-    quality: float
-    image: str
-    bytes: int
-    bpp: float
-    psnr_db: float
-    ms_ssim: float | None
-    butteraugli: float | None
-    estimated_bpp: float | None
-    encode_s: float
-    decode_s: float
-
-    @property
-    def key(self) -> tuple[str, str, float, str]:
-        return self.codec, self.view, self.quality, self.image
-
-
-class RateTarget(NamedTuple):
-    """One picture coded to a given size."""
-
-    codec: str
-    image: str
-    target_bpp: float
-    bpp: float | None
-    """None where the target is outside what the codec's qualities reach."""
-
-
-class Measurement(NamedTuple):
-    """Everything measured, and on what."""
-
-    images: dict[str, str]
-    """SHA-256 of the pixels by name."""
-    rows: list[Row]
-    targets: list[RateTarget]
-
-
-def measure_image(coder: Coder, name: str, image: Image, *, butteraugli: bool = False) -> Iterator[Row]:
-    """All qualities and views of one picture; each quality is encoded once."""
-    pixels = image.shape[0] * image.shape[1]
-    for quality in coder.qualities:
-        started = time.perf_counter()
-        data = coder.encode(image, quality)
-        encode_s = time.perf_counter() - started
-        bits = coder.estimate_bits(image, quality) if coder.estimate_bits else None
-        for view, strength in coder.views.items():
-            started = time.perf_counter()
-            decoded = coder.decode(data, strength)
-            decode_s = time.perf_counter() - started
-            yield Row(
-                codec=coder.name,
-                view=view,
-                quality=quality,
-                image=name,
-                bytes=len(data),
-                bpp=round(8 * len(data) / pixels, 6),
-                psnr_db=round(metrics.psnr_db(image, decoded), 4),
-                ms_ssim=_rounded(metrics.ms_ssim(image, decoded)),
-                butteraugli=metrics.butteraugli(image, decoded) if butteraugli else None,
-                estimated_bpp=_rounded(None if bits is None else bits / pixels),
-                encode_s=round(encode_s, 5),
-                decode_s=round(decode_s, 5),
-            )
-
-
-def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarget]:
-    """Sizes that the codec reaches for `RATE_TARGETS`; nothing where it has no rate control."""
-    if coder.encode_to_bpp is not None:
-        for target in RATE_TARGETS:
-            data = coder.encode_to_bpp(image, target)
-            bpp = None if data is None else round(8 * len(data) / (image.shape[0] * image.shape[1]), 6)
-            yield RateTarget(coder.name, name, target, bpp)
-
-
-def read_images(folder: Path) -> list[Path]:
-    """Picture files under a folder, sorted; ``ValueError`` where there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"no pictures in {folder}")
-    return paths
-
-
-def measure(
-    coders: Sequence[Coder],
-    folder: Path,
-    *,
-    butteraugli: bool = False,
-    known: Measurement | None = None,
-    save: Callable[[Measurement], object] = lambda _: None,
-) -> Measurement:
-    """Measure every codec on every picture of a folder.
-
-    Args:
-        coders: our codec and its peers.
-        folder: pictures, searched recursively.
-        butteraugli: also run the `butteraugli` program (slow).
-        known: earlier results of the same codecs on the same machine; what they cover is not repeated.
-        save: called with what there is after every picture.
-    """
-    known_rows = {row.key: row for row in known.rows} if known else {}
-    result = Measurement({}, [], [])
-    paths = read_images(folder)
-    warm = False
-    for path in _track(paths):
-        name = path.relative_to(folder).as_posix()
-        with PIL.Image.open(path) as picture:
-            image = np.asarray(picture.convert("RGB"))
-        if not warm:
-            for coder in coders:
-                data = coder.encode(image, coder.qualities[0])
-                for strength in coder.views.values():
-                    coder.decode(data, strength)
-            warm = True
-        result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-        seen = known is not None and known.images.get(name) == result.images[name]
-        for coder in coders:
-            keys = [
-                (coder.name, view, q, name) for q, view in itertools.product(coder.qualities, coder.views)
-            ]
-            rows = [known_rows[key] for key in keys if seen and key in known_rows]
-            if len(rows) < len(keys) or (butteraugli and rows[0].butteraugli is None):
-                rows = list(measure_image(coder, name, image, butteraugli=butteraugli))
-            result.rows.extend(rows)
-            targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)] if known else []
-            result.targets.extend(targets or measure_targets(coder, name, image))
-        save(result)
-    return result
 
 
 def mean_curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -373,24 +236,4 @@ def _mean(values: Iterable[float | None]) -> float | None:
     """Mean, or None where a value is missing."""
     items = list(values)
     known = [value for value in items if value is not None]
-    return _rounded(statistics.fmean(known)) if len(known) == len(items) else None
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
-
-
-def _track(paths: Sequence[Path]) -> Iterator[Path]:
-    """The paths, with a bar where `rich` is installed and a terminal listens, lines else."""
-    if sys.stderr.isatty():
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            pass
-        else:
-            yield from track(paths, "pictures", console=Console(stderr=True))
-            return
-    for index, path in enumerate(paths, 1):
-        print(f"[{index}/{len(paths)}] {path.name}", file=sys.stderr, flush=True)
-        yield path
+    return rounded(statistics.fmean(known)) if len(known) == len(items) else None

@@ -115,6 +115,7 @@ def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
                 if measured["codec"] == report["model"]:
                     human = measured["view"] == "human"
                     style = {"color": ("black", "crimson")[index % 2], "linewidth": 2.4 if human else 1.2}
+                    style["linestyle"] = "-" if human else "--"
                     label = f"{report['model']}, {measured['view']}"
                     _draw(
                         axes,
