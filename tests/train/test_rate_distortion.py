@@ -256,6 +256,9 @@ def test_command_writes_json_table_and_plot(
     with PIL.Image.open(out.with_suffix(".png")) as plot:
         assert plot.width > plot.height > 500
 
+    assert rate_distortion.run(arguments) == 0  # nothing is measured again, not even the times
+    assert json.loads(out.read_text())["rows"] == result["rows"]
+
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     again = _parse(report.add_arguments, out, "--insert", readme, "--plot", tmp_path / "plot.svg")
