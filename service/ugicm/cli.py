@@ -102,7 +102,7 @@ def _common(
 @app.command()
 def encode(
     photos: Annotated[
-        list[Path], typer.Argument(metavar="PHOTO...", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
+        list[Path], typer.Argument(metavar="PHOTO", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
     ],
     output: Output,
     quality: Annotated[
@@ -141,7 +141,7 @@ def encode(
 
 @app.command()
 def decode(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic", help="Bitstreams.")],
     output: Output,
     preference: Annotated[
         Preference, typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters.")

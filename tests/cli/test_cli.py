@@ -250,13 +250,13 @@ def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
     [
         (("encode", "a.png"), "Missing option '--output'"),
         (("encode", "-o", "out"), "Missing argument"),
-        (("encode", "a.png", "-o", "out", "--quality", "0.5"), "not in the range 1<=x<=100"),
+        (("encode", "a.png", "-o", "out", "--quality", "0.5"), "Invalid value for '--quality'"),
         (("encode", "a.png", "-o", "out", "--quality", "50", "--bpp", "1"), "only one of"),
         (("encode", "a.png", "-o", "out", "--max-bytes", "9", "--bpp", "1"), "only one of"),
-        (("decode", "a.ugic", "-o", "out", "--strength", "1.5"), "not in the range 0<=x<=1"),
-        (("decode", "a.ugic", "-o", "out", "--preference", "dog"), "'dog' is not one of"),
+        (("decode", "a.ugic", "-o", "out", "--strength", "1.5"), "Invalid value for '--strength'"),
+        (("decode", "a.ugic", "-o", "out", "--preference", "dog"), "Invalid value for '--preference'"),
         (("decode", "a.ugic", "-o", "out.tif"), "'.tif' is none of"),
-        (("decode", "a.ugic", "-o", "out", "--format", "tif"), "'tif' is not one of"),
+        (("decode", "a.ugic", "-o", "out", "--format", "tif"), "Invalid value for '--format'"),
         (("encode", "x/a.png", "y/a.jpg", "-o", "out"), "would both be written to"),
         (("transcode",), "No such command"),
     ],
@@ -390,7 +390,7 @@ def test_light_commands_import_nothing_heavy(encoded: Path, arguments: list[str]
         "from ugicm.cli import main\n"
         "try: main()\n"
         "except SystemExit as exit: assert not exit.code, exit.code\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'fastapi', 'pydantic', 'rich'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'fastapi', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
