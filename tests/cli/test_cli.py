@@ -145,19 +145,18 @@ def test_decode_to_npy(encoded: Path, tmp_path: Path, tiny_codec: Codec) -> None
     assert np.array_equal(np.load(tmp_path / "photo.npy", allow_pickle=False), expected)
 
 
-def test_max_bytes(photos: list[Path], tmp_path: Path) -> None:
-    sizes = []
-    for budget in (1500, 2500):
-        out = tmp_path / f"{budget}.ugic"
-        assert ugicm_("encode", photos[0], "-o", out, "--max-bytes", budget).exit_code == 0
-        sizes.append(out.stat().st_size)
-        assert 0.9 * budget < sizes[-1] <= budget
-
-
-def test_bpp(photos: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("quality", [20.0, 70.0])
+@pytest.mark.parametrize("option", ["--max-bytes", "--bpp"])
+def test_budgets(
+    photos: list[Path], tmp_path: Path, tiny_codec: Codec, option: str, quality: float
+) -> None:
+    """The budget that one quality needs gives about that quality."""
+    budget = len(tiny_codec.encode([pixels(photos[0])], quality)[0]) + 8
     out = tmp_path / "out.ugic"
-    assert ugicm_("encode", photos[0], "-o", out, "--bpp", 3.0).exit_code == 0
-    assert 0.9 * 3.0 < 8 * out.stat().st_size / (90 * 70) <= 3.0
+    value = budget if option == "--max-bytes" else 8 * budget / (90 * 70)
+    assert ugicm_("encode", photos[0], "-o", out, option, value).exit_code == 0
+    assert 0.97 * budget < out.stat().st_size <= budget
+    assert bitstream.peek(out.read_bytes()).quality == pytest.approx(quality, abs=5)
 
 
 def test_impossible_budget(photos: list[Path], tmp_path: Path) -> None:
