@@ -38,8 +38,8 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
     with torch.no_grad():
         for head in model.entropy.heads:
             head.weight.mul_(8)
-            # Wide enough for most symbols, so that escapes stay rare.
-            head.bias.view(4, 2, -1)[:, 1] = 1.0
+            # Wide enough that escapes stay rare.
+            head.bias.view(4, 2, -1)[:, 1] = 2.5
         for film_head in model.synthesis.film.heads:
             film_head.weight.normal_(0, 0.5)
     return model

@@ -26,7 +26,7 @@ from ugicm.codec.entropy import (
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
 from ugicm_train.model import OCTAVES_PER_UNIT, FactorizedPrior, TrainableCodec
 
-TAIL_SIGMAS = 5.0
+TAIL_SIGMAS = 8.0
 """Gaussian tables reach this far; what lies beyond is coded as an escape."""
 PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""

@@ -32,7 +32,11 @@ def fourier_embedding(strength: Tensor) -> Tensor:
 
 
 class Film(nn.Module):
-    """Preference strength (a scalar) -> one `Modulation` per block; starts as "change nothing"."""
+    """Preference strength (a scalar) -> one `Modulation` per block; starts as "change nothing".
+
+    The output is multiplied by the strength itself, so that strength 0 (human) is the plain network whatever
+    is learned for machines, and small strengths stay close to it.
+    """
 
     def __init__(self, channels: Sequence[int], features: int) -> None:
         super().__init__()
@@ -40,15 +44,14 @@ class Film(nn.Module):
         self.hidden1 = nn.Linear(2 * FREQUENCIES + 1, features)
         self.hidden2 = nn.Linear(features, features)
         # Per block: scale and shift of C and of 2C channels.
-        self.heads = nn.ModuleList(nn.Linear(features, 6 * c) for c in channels)
+        self.heads = nn.ModuleList(nn.Linear(features, 6 * c, bias=False) for c in channels)
         for head in self.heads:
             nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
 
     def forward(self, strength: Tensor) -> list[Modulation]:
         with torch.autocast(strength.device.type, enabled=False):
             x = fourier_embedding(strength.float())
-            x = torch.relu(self.hidden2(torch.relu(self.hidden1(x))))
+            x = strength * torch.relu(self.hidden2(torch.relu(self.hidden1(x))))
             out = []
             for c, head in zip(self.channels, self.heads, strict=True):
                 s0, s1, t0, t1 = head(x).split([c, 2 * c, c, 2 * c])

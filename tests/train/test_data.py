@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ugicm_train.data import CropSampler, DataError, pack, read_photos
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    for name, (width, height) in {
+        "a.png": (80, 70), "sub/b.png": (200, 64), "c.webp": (64, 300), "small.png": (300, 20),
+    }.items():  # fmt: skip
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(path, lossless=True)
+    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    return tmp_path / "photos"
+
+
+def test_shards_hold_the_photos(folder: Path, tmp_path: Path) -> None:
+    direct = dict(read_photos([folder], min_side=64))
+    assert {name: tuple(photo.shape) for name, photo in direct.items()} == {
+        "a.png": (3, 70, 80),
+        "c.webp": (3, 300, 64),
+        "sub/b.png": (3, 64, 200),
+    }
+    shards = pack([folder], tmp_path / "shards", max_bytes=60_000, min_side=64)
+    assert len(shards) == 3
+    packed = dict(read_photos([tmp_path / "shards"], min_side=64))
+    assert packed.keys() == direct.keys()
+    assert all(torch.equal(packed[name], direct[name]) for name in direct)
+
+
+def test_crops_are_windows_of_the_photos(folder: Path) -> None:
+    photos = [photo for _, photo in read_photos([folder], min_side=64)]
+    sampler = CropSampler(photos, size=64, seed=3)
+    batch = sampler.batch(8)
+    assert batch.shape == (8, 3, 64, 64)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    views = [
+        window
+        for photo in photos
+        for flipped in (photo, photo.flip(2))
+        for window in flipped.unfold(1, 64, 1).unfold(2, 64, 1).reshape(3, -1, 64, 64).unbind(1)
+    ]
+    for crop in batch:
+        pixels = (crop * 255).round().to(torch.uint8)
+        assert any(torch.equal(pixels, view) for view in views)
+    assert not torch.equal(sampler.batch(8), batch)
+    again = CropSampler(photos, size=64, seed=3).batch(8)
+    assert torch.equal(again, batch)
+
+
+def test_errors_name_the_way_out(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither a folder nor a file"):
+        list(read_photos([tmp_path / "nowhere"], min_side=64))
+    with pytest.raises(DataError, match="lower --crop or add photos"):
+        CropSampler([torch.zeros(3, 64, 64, dtype=torch.uint8)], size=128, seed=0)
+    with pytest.raises(DataError, match="no photo of at least 5000 pixels"):
+        pack([folder], tmp_path / "shards", max_bytes=1000, min_side=5000)

@@ -1,0 +1,239 @@
+"""Training on a handful of crops: it learns, resumes, stops on request and survives a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import TINY, tiny_trainable
+from ugicm.codec.store import load_codec
+from ugicm_train.cli import main
+from ugicm_train.export import export, model_tensors, write_model
+from ugicm_train.losses import lambda_of, rate_distortion_loss, sample_levels
+from ugicm_train.train import (
+    TrainOptions,
+    learning_rate_factor,
+    load_checkpoint,
+    optimizers,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("photos")
+    Image.fromarray(data.chelsea()).save(folder / "cat.png")
+    Image.fromarray(data.coffee()).save(folder / "coffee.png")
+    return folder
+
+
+OPTIONS = TrainOptions(steps=60, batch=4, crop=64, warmup_steps=5, seed=1, device="cpu")
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    with (run / "log.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_training_learns_resumes_and_exports(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(TINY, OPTIONS, [photos], run)
+    first = load_checkpoint(run)
+    assert first["step"] == 60
+    train(TINY, OPTIONS, [photos], run, resume="checkpoint.pt")
+    second = load_checkpoint(run)
+    assert second["step"] == 120
+    assert second["minutes"] > first["minutes"]
+    log = rows(run)
+    assert [row["step"] for row in log] == [50, 100]
+    assert log[1]["loss"] < 0.9 * log[0]["loss"]
+
+    export(run, tmp_path / "model", name="learned")
+    codec = load_codec(tmp_path / "model", device="cpu")
+    assert codec.name == "learned"
+    picture = np.asarray(Image.open(photos / "cat.png"))
+    data = codec.encode([picture], 60)[0]
+    decoded = codec.decode([data])[0]
+    assert 10 * np.log10(255**2 / np.mean((decoded.astype(float) - picture) ** 2)) > 22
+
+
+def test_a_second_run_in_the_same_folder_needs_resume(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(TINY, OPTIONS, [photos], tmp_path)
+
+
+def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": TINY.to_dict()}))
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "ugicm_train", "run", "--config", str(config), "--data", str(photos),
+        "--out", str(run), "--steps", "1000000", "--batch", "2", "--crop", "64",
+        "--checkpoint-minutes", "0.001", "--threads", "1", "--device", "cpu",
+    ]  # fmt: skip
+
+    def start(*extra: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, *extra], stderr=subprocess.PIPE)
+
+    def wait_for_steps(process: subprocess.Popen[bytes], more_than: int) -> int:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if (run / "checkpoint.pt").exists():
+                step = int(load_checkpoint(run)["step"])
+                if step > more_than:
+                    return step
+            time.sleep(0.1)
+        pytest.fail(f"no checkpoint after step {more_than}: {process.communicate()[1]!r}")
+
+    process = start()
+    step = wait_for_steps(process, 0)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    saved = int(load_checkpoint(run)["step"])
+    assert saved >= step
+    process = start("--resume")
+    wait_for_steps(process, saved)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert int(load_checkpoint(run)["step"]) > saved
+
+
+def test_optimisers_share_out_all_parameters() -> None:
+    model = tiny_trainable()
+    muon, adam = optimizers(model, OPTIONS)
+    counts = [
+        sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        for optimizer in (muon, adam)
+    ]
+    assert sum(counts) == sum(p.numel() for p in model.parameters())
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    options = TrainOptions(steps=100, warmup_steps=10, decay=0.5)
+    factors = [learning_rate_factor(step, step / 100, options) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[10:51] == [1.0] * 41
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.02)
+
+
+class FarFromGreen:
+    """A teacher that dislikes green."""
+
+    def __call__(self, machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        return (machine[:, 1] - original[:, 1]).abs().mean((1, 2)) + machine[:, 1].mean((1, 2))
+
+
+def test_teacher_moves_the_machine_view_alone() -> None:
+    model = tiny_trainable()
+    x = torch.rand(2, 3, 64, 64)
+    level = torch.tensor([0.5, 1.5])
+    output = model(x, level)
+    plain = rate_distortion_loss(TINY, output, x, level)
+    judged = rate_distortion_loss(TINY, output, x, level, teacher=FarFromGreen())
+    assert judged.loss > plain.loss
+    assert judged.teacher > 0
+    assert judged.mse_human == plain.mse_human
+    half = rate_distortion_loss(TINY, output, x, level, teacher=FarFromGreen(), strength=0.5)
+    assert plain.loss < half.loss < judged.loss
+    gradient = torch.autograd.grad(judged.loss - plain.loss, [output.human, output.machine], allow_unused=True)
+    assert gradient[0] is None or not gradient[0].any()
+    assert gradient[1] is not None
+    assert gradient[1].any()
+
+
+def test_machine_view_of_a_part_of_the_batch() -> None:
+    model = tiny_trainable()
+    x, level = torch.rand(4, 3, 64, 64), torch.zeros(4)
+    output = model(x, level, machine_count=1)
+    assert len(output.machine) == 1
+    assert torch.isfinite(rate_distortion_loss(TINY, output, x, level).loss)
+    none = model(x, level, machine_count=0)
+    assert torch.isfinite(rate_distortion_loss(TINY, none, x, level).loss)
+
+
+def test_levels_cover_the_ladder() -> None:
+    torch.manual_seed(0)
+    levels = sample_levels(TINY, 2000, torch.device("cpu"))
+    assert 0 <= levels.min() < 0.1
+    assert TINY.levels - 1.1 < levels.max() <= TINY.levels - 1
+    ends = lambda_of(TINY, torch.tensor([0.0, TINY.levels - 1.0]))
+    assert ends.tolist() == pytest.approx([TINY.lambda_min, TINY.lambda_max])
+
+
+def test_estimated_rate_is_the_real_rate(tmp_path: Path, photos: Path) -> None:
+    """The float twin estimates what the integer model and coder spend, within 1 %."""
+    twin = tiny_trainable().eval()
+    with torch.no_grad():
+        for head in twin.entropy.heads:
+            head.weight.div_(8)  # an untrained model has outliers
+    write_model(tmp_path / "model", TINY, model_tensors(twin), {})
+    codec = load_codec(tmp_path / "model", device="cpu", precision="float32")
+    image = np.array(Image.open(photos / "coffee.png"))[:384, :576]
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    for quality in (5.0, 20.0):
+        level = (quality - 1) / 99 * (TINY.levels - 1)
+        with torch.no_grad():
+            output = twin(x, torch.tensor([level]), machine_count=0, noise=False)
+        data = codec.encode([image], quality)[0]
+        real = len(data) * 8 / (384 * 576)
+        assert real == pytest.approx(output.bpp.item(), rel=0.01)
+        twin_picture = (output.human[0].permute(1, 2, 0) * 255).round().clamp(0, 255).numpy()
+        difference = np.mean((codec.decode([data])[0].astype(float) - twin_picture) ** 2)
+        assert difference < 0.05 * np.mean((twin_picture - image) ** 2)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="exactly one of minutes and steps"):
+        TrainOptions()
+    with pytest.raises(ValueError, match="multiple of 64"):
+        TrainOptions(steps=1, crop=100)
+    with pytest.raises(ValueError, match="machine_share"):
+        TrainOptions(steps=1, machine_share=2)
+
+
+def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["run", "--data", str(tmp_path / "no"), "--out", str(tmp_path / "o"), "--steps", "1"])
+    assert code == 1
+    assert "neither a folder nor a file" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "m")]) == 1
+    assert "train first" in capsys.readouterr().err
+
+
+def test_training_needs_only_four_packages() -> None:
+    """torch, numpy, Pillow and safetensors: the training machine may have nothing else."""
+    code = (
+        "import sys\n"
+        "blocked = {'compressai', 'fastapi', 'rich', 'constriction', 'open_clip', 'typer',"
+        " 'google_crc32c', 'pydantic', 'scipy', 'torchvision'}\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in blocked:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import ugicm_train.train, ugicm_train.cli, ugicm_train.data\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = tiny_trainable()
+    x, level = torch.rand(2, 3, 64, 64), torch.tensor([0.3, 1.6])
+    rate_distortion_loss(TINY, model(x, level), x, level).loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not missing
