@@ -1,13 +1,26 @@
-"""``ugicm-train``: run, pack, export. argparse, so that training needs nothing beyond torch."""
+"""``ugicm-train``: run, pack, export, polish and the measurements.
+
+argparse, and a module is imported only for its own command: training needs nothing beyond torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from pathlib import Path
 
 from ugicm.codec.config import PRESETS, ModelConfig
+
+MODULE_COMMANDS = {
+    "polish": ("ugicm_train.polish", "improve the views of a model's existing bitstreams"),
+    "evaluate": ("ugicm_train.evaluation.machine", "score tasks on decoded views, against JPEG, WebP, AVIF"),
+    "rd": ("ugicm_train.evaluation.rate_distortion", "rate-distortion curves through real bitstreams"),
+    "report": ("ugicm_train.evaluation.report", "table and plot from the results of rd"),
+    "robustness": ("ugicm_train.evaluation.robustness", "screenshots, stripes, noise ... against JPEG"),
+}
+"""Commands that bring their own ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
 
 
 def _config(name: str) -> ModelConfig:
@@ -15,13 +28,12 @@ def _config(name: str) -> ModelConfig:
         return PRESETS[name]
     path = Path(name)
     if not path.exists():
-        raise argparse.ArgumentTypeError(
-            f"{name!r} is neither a config.json nor one of {', '.join(PRESETS)}"
-        )
+        raise argparse.ArgumentTypeError(f"{name!r} is neither a config.json nor one of {', '.join(PRESETS)}")
     return ModelConfig.from_json(path)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """``chosen``: the command on the command line; the module of no other is imported."""
     parser = argparse.ArgumentParser(prog="ugicm-train", description="Train a ugicm codec.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -43,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         kind = kinds.get(field.name) or type(field.default)
         run.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
 
+    run.add_argument(
+        "--teacher", help="judge of the machine view, such as open_clip:ViT-B-32/openai (default: none)"
+    )
+
     pack = commands.add_parser("pack", help="decode photos once into uint8 shards")
     pack.add_argument("sources", type=Path, nargs="+")
     pack.add_argument("--out", type=Path, required=True)
@@ -55,18 +71,38 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--checkpoint", default="checkpoint.pt", help="checkpoint file of the run")
     export.add_argument("--name", help="model name (default: the folder's)")
 
+    for name, (module, summary) in MODULE_COMMANDS.items():
+        command = commands.add_parser(name, help=summary)
+        if name == chosen:
+            importlib.import_module(module).add_arguments(command)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv[0] if argv else None).parse_args(argv)
     try:
+        if arguments.command in MODULE_COMMANDS:
+            module = importlib.import_module(MODULE_COMMANDS[arguments.command][0])
+            return int(module.run(arguments))
         if arguments.command == "run":
             from ugicm_train.train import TrainOptions, train
 
             names = [field.name for field in dataclasses.fields(TrainOptions)]
             options = TrainOptions(**{name: getattr(arguments, name) for name in names})
-            train(arguments.config, options, arguments.data, arguments.out, resume=arguments.resume)
+            teacher = None
+            if arguments.teacher:
+                from ugicm_train.teachers import parse_teacher
+
+                teacher = parse_teacher(arguments.teacher)
+            train(
+                arguments.config,
+                options,
+                arguments.data,
+                arguments.out,
+                resume=arguments.resume,
+                teacher=teacher,
+            )
         elif arguments.command == "pack":
             from ugicm_train.data import pack
 
@@ -81,9 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "export":
             from ugicm_train.export import export
 
-            export(
-                arguments.run, arguments.folder, checkpoint=arguments.checkpoint, name=arguments.name
-            )
+            export(arguments.run, arguments.folder, checkpoint=arguments.checkpoint, name=arguments.name)
     except (OSError, ValueError) as error:
         print(f"ugicm-train: {error}", file=sys.stderr)
         return 1

@@ -107,9 +107,7 @@ class CropSampler:
         crops = []
         for index in self._random.choice(len(self.photos), size=count, p=self._share):
             photo = self.photos[index]
-            top, left = (
-                int(self._random.integers(0, side - self.size + 1)) for side in photo.shape[1:]
-            )
+            top, left = (int(self._random.integers(0, side - self.size + 1)) for side in photo.shape[1:])
             crop = photo[:, top : top + self.size, left : left + self.size]
             crops.append(crop.flip(2) if self._random.random() < 0.5 else crop)
         batch = torch.stack(crops).contiguous(memory_format=torch.channels_last)

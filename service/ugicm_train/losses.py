@@ -66,9 +66,7 @@ def rate_distortion_loss(
     lambdas = lambda_of(config, level)
     human = (output.human - x).square().mean((1, 2, 3))
     machine = (output.machine - x[:count]).square().mean((1, 2, 3))
-    distortion = torch.cat(
-        [(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]]
-    )
+    distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion
     judged = x.new_zeros(())
     if teacher is not None and count:

@@ -122,12 +122,13 @@ class EntropyNetwork(nn.Module):
         """Mean and scale unit of the group coded at `position`, from that phase of the hidden layer."""
         group, size = position ^ STEP_XOR[step], 2 * self.group_channels
         head, rows = self.heads[step], slice(group * size, (group + 1) * size)
+        assert isinstance(head, Pointwise)
         out = F.conv2d(hidden, head.weight[rows, :, None, None], head.bias[rows]).float()
         mean, unit = out.chunk(2, 1)
         return mean, unit.clamp(SCALE_UNIT_MIN, SCALE_UNIT_MAX)
 
     def forward(self, z_hat: Tensor, y: Tensor, *, noise: bool) -> EntropyOutput:
-        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y with noise, not rounding."""
+        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded."""
         x = F.relu(F.pixel_shuffle(self.hyper1(z_hat), 2))
         x = F.relu(F.pixel_shuffle(self.hyper2(x), 2))
         hyper = self.hyper_block(x)
@@ -173,9 +174,7 @@ class TrainableCodec(nn.Module):
         super().__init__()
         self.config = config
         self.analysis = Analysis(config)
-        self.gains = Gains(
-            config.levels, config.latent_channels, config.lambda_max / config.lambda_min
-        )
+        self.gains = Gains(config.levels, config.latent_channels, config.lambda_max / config.lambda_min)
         self.hyper_analysis = HyperAnalysis(config)
         self.prior = FactorizedPrior(config.hyper_channels)
         self.entropy = EntropyNetwork(config)

@@ -37,9 +37,7 @@ def patch_basis(count: int) -> Tensor:
         for u in range(PATCH)
         for v in range(PATCH)
     )
-    rows = [
-        torch.einsum("k,i,j->kij", colour[c], dct[u], dct[v]).reshape(-1) for _, c, u, v in order
-    ]
+    rows = [torch.einsum("k,i,j->kij", colour[c], dct[u], dct[v]).reshape(-1) for _, c, u, v in order]
     return torch.stack(rows)[:count]
 
 
@@ -57,9 +55,7 @@ def start_from_dct(model: TrainableCodec) -> None:
     # Which (channel, Haar band) pairs become the latent: low channels and low bands first.
     rank = (0.0, 10.0, 10.0, 25.0)
     slope = (1.0, 1.7, 1.7, 2.2)
-    order = sorted(
-        (slope[band] * c + rank[band], c, band) for c in range(channels) for band in range(4)
-    )
+    order = sorted((slope[band] * c + rank[band], c, band) for c in range(channels) for band in range(4))
     for row, (_, c, band) in enumerate(order[:latent]):
         analysis.down.weight[row, 4 * c : 4 * c + 4] = _HAAR[band] * _DOWN_GAIN
         synthesis.up.weight[4 * c : 4 * c + 4, row] = _HAAR[band] / _DOWN_GAIN

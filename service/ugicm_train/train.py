@@ -86,9 +86,7 @@ def optimizers(model: nn.Module, options: TrainOptions) -> tuple[torch.optim.Opt
     matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
     ids = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    muon = torch.optim.Muon(
-        matrices, lr=options.matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(matrices, lr=options.matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
@@ -204,7 +202,8 @@ class Trainer:
             signal.signal(signal.SIGTERM, stop)
         options = self.options
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
-        saved, logged, sums, count = start, start, {}, 0
+        saved, logged, count = start, start, 0
+        sums: dict[str, Any] = {}
         stable_saved = False
         with (
             Progress(total=options.steps) as progress,

@@ -22,9 +22,7 @@ class ReferenceEntropy:
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Int]) -> None:
         self.config = config
         self.tensors = {
-            name[8:]: value.astype(np.int64)
-            for name, value in tensors.items()
-            if name.startswith("entropy.")
+            name[8:]: value.astype(np.int64) for name, value in tensors.items() if name.startswith("entropy.")
         }
 
     def dense(self, name: str, x: Int) -> Int:
@@ -33,7 +31,7 @@ class ReferenceEntropy:
 
     def depthwise(self, name: str, x: Int) -> Int:
         weight, bias = self.tensors[name + ".weight"], self.tensors[name + ".bias"]
-        channels, height, width = x.shape
+        _, height, width = x.shape
         out = np.zeros_like(x)
         for row in range(height):
             for column in range(width):
@@ -98,7 +96,7 @@ def assemble(config: ModelConfig, steps: tuple[NDArray[np.generic], ...]) -> Int
         for position in range(4):
             group = position ^ flip
             i, j = divmod(position, 2)
-            out[group * quarter : (group + 1) * quarter, i::2, j::2] = steps[step][
-                position
-            ].transpose(2, 0, 1)
+            out[group * quarter : (group + 1) * quarter, i::2, j::2] = steps[step][position].transpose(
+                2, 0, 1
+            )
     return out

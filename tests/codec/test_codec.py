@@ -23,9 +23,7 @@ def psnr(a: Photo, b: Photo) -> float:
     return float(-10 * np.log10(max(np.mean((a.astype(float) - b) ** 2), 1e-9) / 255**2))
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(1, 1), (1, 200), (63, 64), (64, 64), (65, 129), (300, 451)]
-)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 200), (63, 64), (64, 64), (65, 129), (300, 451)])
 def test_any_size_round_trips(tiny_codec: Codec, photo: Photo, height: int, width: int) -> None:
     image = photo[:height, :width]
     data = tiny_codec.encode([image], 90)[0]
@@ -92,9 +90,7 @@ def test_tiles_match_the_whole_picture(
     # The same latent, synthesised in windows and at once, is the same picture.
     latent = tiny_codec.unpack(data)
     untiled = latent._replace(header=type(header)(**{**vars(header), "tile_side": 0}))
-    at_once, in_windows = (
-        tiny_codec.synthesise([item])[0].astype(int) for item in (untiled, latent)
-    )
+    at_once, in_windows = (tiny_codec.synthesise([item])[0].astype(int) for item in (untiled, latent))
     assert np.abs(at_once - in_windows).max() <= 1
 
 
@@ -110,9 +106,7 @@ def test_encode_to_size_uses_the_budget(tiny_codec: Codec, photo: Photo, share: 
         assert tiny_codec.decode([data])[0].shape == photo.shape
 
 
-def test_encode_to_size_keeps_the_best_quality_when_all_fits(
-    tiny_codec: Codec, photo: Photo
-) -> None:
+def test_encode_to_size_keeps_the_best_quality_when_all_fits(tiny_codec: Codec, photo: Photo) -> None:
     data = tiny_codec.encode_to_size(photo, max_bytes=10_000_000)
     assert peek(data).quality > 99.9
 
@@ -128,13 +122,13 @@ def test_encode_to_size_says_what_is_needed(tiny_codec: Codec, photo: Photo) -> 
 
 @pytest.mark.parametrize("quality", [0.5, 101, float("nan")])
 def test_quality_out_of_range(tiny_codec: Codec, photo: Photo, quality: float) -> None:
-    with pytest.raises(CodecError, match="quality must be in 1..100"):
+    with pytest.raises(CodecError, match=r"quality must be in 1\.\.100"):
         tiny_codec.encode([photo], quality)
 
 
 def test_strength_out_of_range(tiny_codec: Codec, photo: Photo) -> None:
     data = tiny_codec.encode([photo[:64, :64]])
-    with pytest.raises(CodecError, match="strength must be in 0..1"):
+    with pytest.raises(CodecError, match=r"strength must be in 0\.\.1"):
         tiny_codec.decode(data, 1.5)
 
 

@@ -40,9 +40,7 @@ def check_against_reference(
     np.testing.assert_array_equal((y_hat.double() * 64).numpy(), y_hat_units)
 
 
-def test_equals_int64_reference_on_random_latents(
-    stored: StoredModel, reference: ReferenceEntropy
-) -> None:
+def test_equals_int64_reference_on_random_latents(stored: StoredModel, reference: ReferenceEntropy) -> None:
     model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(1, stored.config.hyper_channels, 2, 3, generator=generator) * 40
@@ -99,9 +97,7 @@ def restore_threads() -> Iterator[None]:
 
 
 def _flatten(latent: Latent) -> bytes:
-    return b"".join(
-        part.tobytes() for tile in latent.tiles for part in (tile.z, *tile.y, *tile.indexes)
-    )
+    return b"".join(part.tobytes() for tile in latent.tiles for part in (tile.z, *tile.y, *tile.indexes))
 
 
 def test_every_setting_decodes_every_other(

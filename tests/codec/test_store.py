@@ -33,9 +33,7 @@ def test_unknown_model_lists_the_known(tiny_store: Path) -> None:
         load_codec("big", store=tiny_store)
 
 
-def test_store_from_the_environment(
-    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_store_from_the_environment(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UGICM_MODEL_STORE", str(tiny_store))
     assert find_store() == tiny_store
 

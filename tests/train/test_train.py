@@ -151,7 +151,9 @@ def test_teacher_moves_the_machine_view_alone() -> None:
     assert judged.mse_human == plain.mse_human
     half = rate_distortion_loss(TINY, output, x, level, teacher=FarFromGreen(), strength=0.5)
     assert plain.loss < half.loss < judged.loss
-    gradient = torch.autograd.grad(judged.loss - plain.loss, [output.human, output.machine], allow_unused=True)
+    gradient = torch.autograd.grad(
+        judged.loss - plain.loss, [output.human, output.machine], allow_unused=True
+    )
     assert gradient[0] is None or not gradient[0].any()
     assert gradient[1] is not None
     assert gradient[1].any()

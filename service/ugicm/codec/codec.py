@@ -203,9 +203,7 @@ class Codec:
                 out[index] = container.serialise(header, segments)
         return [data for data in out if data is not None]
 
-    def decode(
-        self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0
-    ) -> list[Image]:
+    def decode(self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0) -> list[Image]:
         """Decode bitstreams to RGB pictures, uint8 (H, W, 3).
 
         Args:
@@ -295,9 +293,7 @@ class Codec:
         header, segments = container.parse(data, max_pixels=self.max_pixels)
         if header.model_digest != self._digest:
             raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
-        y_hat = torch.empty(
-            self.config.latent_channels, *latent_size(header.width, header.height)
-        )
+        y_hat = torch.empty(self.config.latent_channels, *latent_size(header.width, header.height))
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
@@ -307,9 +303,7 @@ class Codec:
         return Latent(header, tuple(tiles), y_hat)
 
     @torch.inference_mode()
-    def synthesise(
-        self, latents: Sequence[Latent], strength: float | Sequence[float] = 0.0
-    ) -> list[Image]:
+    def synthesise(self, latents: Sequence[Latent], strength: float | Sequence[float] = 0.0) -> list[Image]:
         """Device work of `decode`: the synthesis transform at the given preference."""
         strengths = _spread(strength, len(latents), "strength")
         for value in strengths:
@@ -374,9 +368,7 @@ class Codec:
 
     def _check_image(self, image: Image) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise CodecError(
-                f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}"
-            )
+            raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}")
         if image.shape[0] * image.shape[1] > self.max_pixels:
             raise LimitExceededError(
                 f"pixels of a {image.shape[1]}x{image.shape[0]} image",
@@ -387,9 +379,7 @@ class Codec:
 
     def _header(self, image: Image, quality: float) -> Header:
         if not QUALITY_MIN <= quality <= QUALITY_MAX:
-            raise CodecError(
-                f"quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {quality:g}"
-            )
+            raise CodecError(f"quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {quality:g}")
         return Header(
             version=container.VERSION,
             width=image.shape[1],

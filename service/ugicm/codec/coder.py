@@ -61,8 +61,7 @@ class Tables:
             raise ValueError("table lengths do not match the stored frequencies")
         ends = np.cumsum(lengths)
         self.tables: Sequence[Table] = [
-            make_table(frequencies[end - length : end])
-            for end, length in zip(ends, lengths, strict=True)
+            make_table(frequencies[end - length : end]) for end, length in zip(ends, lengths, strict=True)
         ]
 
 

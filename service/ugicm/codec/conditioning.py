@@ -25,9 +25,7 @@ def fourier_embedding(strength: Tensor) -> Tensor:
 
     As in UG-ICM (Yin et al., AAAI 2025): identity included, no factor of pi.
     """
-    angles = strength * 2.0 ** torch.arange(
-        FREQUENCIES, device=strength.device, dtype=strength.dtype
-    )
+    angles = strength * 2.0 ** torch.arange(FREQUENCIES, device=strength.device, dtype=strength.dtype)
     return torch.cat([strength[None], angles.sin(), angles.cos()])
 
 
@@ -45,8 +43,8 @@ class Film(nn.Module):
         self.hidden2 = nn.Linear(features, features)
         # Per block: scale and shift of C and of 2C channels.
         self.heads = nn.ModuleList(nn.Linear(features, 6 * c, bias=False) for c in channels)
-        for head in self.heads:
-            nn.init.zeros_(head.weight)
+        for weight in self.heads.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, strength: Tensor) -> list[Modulation]:
         with torch.autocast(strength.device.type, enabled=False):

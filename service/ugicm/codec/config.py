@@ -51,9 +51,7 @@ class ModelConfig:
             if field.name != "name" and not value > 0:
                 raise ValueError(f"{field.name} must be positive, got {value!r}")
         if self.latent_channels % 4:
-            raise ValueError(
-                f"latent_channels must be a multiple of 4, got {self.latent_channels}"
-            )
+            raise ValueError(f"latent_channels must be a multiple of 4, got {self.latent_channels}")
         if self.hyper_channels > 256:
             raise ValueError(f"hyper_channels must be at most 256, got {self.hyper_channels}")
         if self.levels < 2:

@@ -67,9 +67,7 @@ class EntropyModel:
     (index 0) are zero.
     """
 
-    def __init__(
-        self, config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """``tensors``: the ``entropy.*`` and ``tables.*`` entries of ``weights.safetensors``."""
         self.config = config
         self.device = device

@@ -143,9 +143,7 @@ class Synthesis(nn.Module):
         self.up = Pointwise(latent, 4 * channels)
         self.blocks = nn.ModuleList(Block(channels) for _ in range(config.decoder_blocks))
         self.fold = Pointwise(channels, 3 * PATCH**2)
-        self.film = Film(
-            [latent] + [channels] * config.decoder_blocks, features=config.condition_features
-        )
+        self.film = Film([latent] + [channels] * config.decoder_blocks, features=config.condition_features)
 
     def forward(self, y: Tensor, strength: Tensor | None = None) -> Tensor:
         """``strength``: a scalar in [0, 1]; None skips conditioning (weights already folded)."""
