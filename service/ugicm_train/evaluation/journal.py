@@ -1,0 +1,69 @@
+"""Judgements of an evaluation on disk, so that an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from ugicm_train.evaluation.tasks import Judgement
+
+
+class Key(NamedTuple):
+    """What one line of the journal is about."""
+
+    task: str
+    codec: str
+    quality: float
+    strength: float
+    image: str
+
+
+class Entry(NamedTuple):
+    """One decoded picture, judged."""
+
+    bpp: float
+    psnr_db: float
+    judgement: Judgement
+
+
+class Journal:
+    """Judgements on disk, appended as they are made."""
+
+    def __init__(self, path: Path, identities: Mapping[str, str]) -> None:
+        """`identities`: of tasks and codecs by name; lines made with others are dropped."""
+        self._identities = identities
+        self._entries: dict[Key, Entry] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # cut off by a kill
+                    continue
+                key = Key(*row["key"])
+                if row["of"] == self._of(key):
+                    self._entries[key] = Entry(*row["entry"])
+        temporary = path.with_suffix(".part")
+        self._file = temporary.open("w", encoding="utf-8")
+        for key, entry in self._entries.items():
+            self._write(key, entry)
+        self._file.flush()
+        temporary.replace(path)
+
+    def _of(self, key: Key) -> list[str | None]:
+        return [self._identities.get(key.task), self._identities.get(key.codec)]
+
+    def _write(self, key: Key, entry: Entry) -> None:
+        self._file.write(json.dumps({"key": key, "of": self._of(key), "entry": entry}) + "\n")
+
+    def get(self, key: Key) -> Entry | None:
+        return self._entries.get(key)
+
+    def add(self, key: Key, entry: Entry) -> None:
+        self._entries[key] = entry
+        self._write(key, entry)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,340 @@
+"""``ugicm-train evaluate``: what decoded pictures are worth to networks that the codec never saw.
+
+Every picture of every task is coded with real bitstreams at several qualities, decoded for people and for
+machines, and judged; the same with the peers. A point of a curve is the mean bpp of the pictures and the
+task's score over all of them. One folder holds everything:
+
+    judgements.jsonl    one line per picture, written at once: an interrupted run goes on from there
+    machine.json        scores, BD-rates, comparison at equal rate
+    machine.md          the same as tables
+    machine.png         task scores over bpp; strength.png where strengths between 0 and 1 are asked for
+    sheet.png           original, human view and machine view side by side
+
+BD-rates at equal task score compare the two views of the same bitstreams: how many bits the machine view
+saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ugicm_train.evaluation import adaptors
+from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.journal import Entry, Journal, Key
+from ugicm_train.evaluation.machine_report import (
+    MAX_BPP,
+    ORIGINAL,
+    Point,
+    compare,
+    contact_sheet,
+    plot_scores,
+    plot_strengths,
+    read_image,
+    table,
+)
+from ugicm_train.evaluation.metrics import Image, psnr_db
+from ugicm_train.evaluation.rate_distortion import describe_machine
+from ugicm_train.evaluation.tasks import (
+    BoxMap,
+    MeanIou,
+    Task,
+    Top1,
+    check_images,
+    read_labels,
+)
+
+FORMAT = 1
+"""Version of the layout of machine.json."""
+JUDGEMENTS, REPORT, TABLE, PLOT = "judgements.jsonl", "machine.json", "machine.md", "machine.png"
+STRENGTH_PLOT, SHEET = "strength.png", "sheet.png"
+DEFAULT_QUALITIES = (1.0, 12.0, 25.0, 38.0, 50.0, 62.0, 75.0)
+PEER_QUALITIES: Mapping[str, tuple[float, ...]] = {
+    "jpeg": (5, 10, 15, 20, 30, 40, 50, 65),
+    "webp": (1, 5, 10, 20, 35, 50, 65, 80),
+    "avif": (10, 20, 30, 40, 50, 60, 70),
+    "jxl": (5, 15, 30, 45, 60, 70, 80),
+}
+"""Denser at low rates than for PSNR curves: tasks are decided there."""
+SHEET_PICTURES = 4
+
+
+class Progress:
+    """A bar where a terminal listens, one line per point of a curve elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._bar.start()
+
+    def start(self, what: str, total: int) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._task = self._bar.add_task(what, total=total)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def say(self, line: str) -> None:
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(line, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def judge_picture(
+    task: Task, coder: Coder, quality: float, name: str, path: Path, journal: Journal
+) -> Iterator[tuple[float, Entry]]:
+    """(strength, entry) of one picture at one quality; coded once, and only if something is missing."""
+    keys = {s: Key(task.name, coder.name, quality, s, name) for s in coder.views.values()}
+    found = {strength: journal.get(key) for strength, key in keys.items()}
+    if None in found.values():
+        image = read_image(path)
+        data = coder.encode(image, quality)
+        for strength, key in keys.items():
+            if found[strength] is None:
+                decoded = coder.decode(data, strength)
+                bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
+                entry = Entry(round(bpp, 6), round(psnr_db(image, decoded), 4), task.judge(name, decoded))
+                journal.add(key, entry)
+                found[strength] = entry
+    for strength, known in found.items():
+        assert known is not None
+        yield strength, known
+
+
+def measure_curve(
+    task: Task, coder: Coder, images: Mapping[str, Path], journal: Journal, progress: Progress
+) -> Iterator[Point]:
+    """Points of one codec on one task, from the lowest quality up to about `MAX_BPP`."""
+    for quality in sorted(coder.qualities):
+        entries: dict[float, dict[str, Entry]] = {s: {} for s in coder.views.values()}
+        progress.start(f"{task.name}, {coder.name}, quality {quality:g}", len(images))
+        for name, path in images.items():
+            for strength, entry in judge_picture(task, coder, quality, name, path, journal):
+                entries[strength][name] = entry
+            progress.advance()
+        for strength, members in entries.items():
+            point = Point(
+                quality,
+                strength,
+                statistics.fmean(entry.bpp for entry in members.values()),
+                statistics.fmean(entry.psnr_db for entry in members.values()),
+                task.score({name: entry.judgement for name, entry in members.items()}),
+            )
+            progress.say(
+                f"{task.name}: {coder.name} quality {quality:g} strength {strength:g}: "
+                f"{point.bpp:.3f} bpp, {task.metric} {point.score:.4f}, {point.psnr_db:.2f} dB"
+            )
+            yield point
+        if point.bpp > MAX_BPP:  # of all views: they share the bitstreams
+            break
+
+
+def original_coder() -> Coder:
+    """The pictures themselves; a peer that costs nothing and loses nothing."""
+
+    def decode(data: bytes, strength: float) -> Image:
+        del strength
+        return np.load(io.BytesIO(data))
+
+    def encode(image: Image, quality: float) -> bytes:
+        del quality
+        buffer = io.BytesIO()
+        np.save(buffer, image)
+        return buffer.getvalue()
+
+    return Coder(name=ORIGINAL, identity=ORIGINAL, qualities=(0.0,), encode=encode, decode=decode)
+
+
+def jpeg_xl_coder() -> Coder | None:
+    """JPEG XL where the Pillow plugin of the package `pillow-jxl-plugin` is installed."""
+    try:
+        import pillow_jxl  # noqa: F401  registers the format
+    except ImportError:
+        return None
+    from importlib.metadata import version
+
+    def encode(image: Image, quality: float) -> bytes:
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(image).save(buffer, "JXL", quality=round(quality))
+        return buffer.getvalue()
+
+    def decode(data: bytes, strength: float) -> Image:
+        del strength
+        return read_image(io.BytesIO(data))  # type: ignore[arg-type]  # Pillow opens files, too
+
+    identity = f"pillow-jxl-plugin {version('pillow-jxl-plugin')}"
+    return Coder("jxl", identity, PEER_QUALITIES["jxl"], encode, decode)
+
+
+def evaluate(
+    ours: Coder,
+    peers: Sequence[Coder],
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Measure everything that the journal in `folder` lacks; write and return the report.
+
+    Args:
+        ours: our codec; `views` name the strengths to decode with, 0 and 1 among them.
+        peers: other codecs.
+        tasks: with different names.
+        folder: output.
+        limit: use only so many pictures of each task, evenly spread.
+    """
+    check_images(tasks)
+    folder.mkdir(parents=True, exist_ok=True)
+    coders = [original_coder(), ours, *peers]
+    identities = {task.name: task.identity for task in tasks} | {c.name: c.identity for c in coders}
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "model": ours.name,
+        "command": shlex.join(["ugicm-train", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "identities": identities,
+        "tasks": {},
+    }
+    journal, progress = Journal(folder / JUDGEMENTS, identities), Progress()
+    try:
+        for task in tasks:
+            images = task.images()
+            if limit is not None and limit < len(images):
+                chosen = np.linspace(0, len(images) - 1, limit).round().astype(int)
+                images = {name: images[name] for name in np.array(list(images))[chosen].tolist()}
+            curves = {
+                coder.name: list(measure_curve(task, coder, images, journal, progress)) for coder in coders
+            }
+            report["tasks"][task.name] = {
+                "metric": task.metric,
+                "pictures": len(images),
+                "original": curves[ORIGINAL][0].score,
+                **compare(curves, ours.name),
+                "curves": {name: [point._asdict() for point in points] for name, points in curves.items()},
+            }
+    finally:
+        progress.close()
+        journal.close()
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / TABLE).write_text(table(report), encoding="utf-8")
+    plot_scores(report, folder / PLOT)
+    if set(ours.views.values()) - {0.0, 1.0}:
+        plot_strengths(report, folder / STRENGTH_PLOT)
+    return report
+
+
+# ------------------------------------------------------------------ command line
+
+
+def tasks_of(arguments: argparse.Namespace) -> list[Task]:
+    """The tasks that ``--top1``, ``--map`` and ``--miou`` name."""
+    tasks: list[Task] = []
+
+    def describe(network: str, *data: str) -> tuple[str, str]:
+        name = Path(network.rpartition(":")[2]).stem
+        return name, " ".join([adaptors.identity_of(network), *(Path(d).name for d in data)])
+
+    for network, folder in arguments.top1:
+        name, identity = describe(network, folder)
+        labels = read_labels(Path(folder) / "labels.csv")
+        tasks.append(Top1(name, adaptors.load_classifier(network), Path(folder), labels, identity))
+    for network, folder, instances in arguments.map:
+        name, identity = describe(network, folder, instances)
+        detector = adaptors.load_detector(network, categories_of(Path(instances)))
+        tasks.append(BoxMap(name, detector, Path(folder), Path(instances), identity))
+    for network, folder, masks in arguments.miou:
+        name, identity = describe(network, folder, masks)
+        segmenter = adaptors.load_segmenter(network)
+        tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"give tasks of different names with --top1, --map, --miou; got {names or 'none'}")
+    return tasks
+
+
+def categories_of(instances: Path) -> list[str]:
+    """Names of the categories of a COCO file, in the order of their ids."""
+    categories = json.loads(instances.read_text(encoding="utf-8"))["categories"]
+    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train evaluate``."""
+    parser.epilog = (
+        "NETWORK: model.tflite, model.onnx, fastestdet:model.onnx, torchvision:NAME, or FILE.py:FUNCTION, "
+        "where the function returns the network as a callable on RGB pictures"
+    )
+    parser.add_argument("model", help="name of a model in the store, or its folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder; an interrupted run goes on there")
+    for option, text, names in (
+        ("--top1", "classifier; IMAGES has labels.csv with file,class_index", ("NETWORK", "IMAGES")),
+        ("--map", "detector; INSTANCES is COCO JSON", ("NETWORK", "IMAGES", "INSTANCES")),
+        ("--miou", "segmenter; MASKS has class masks NAME.png", ("NETWORK", "IMAGES", "MASKS")),
+    ):
+        parser.add_argument(option, action="append", default=[], nargs=len(names), metavar=names, help=text)
+    parser.add_argument("--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100")
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", default=(0.0, 1.0), help="0 and 1 are always decoded"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", default=[*PEERS, "jxl"], choices=[*PEERS, "jxl"], help="jxl: where installed"
+    )
+    parser.add_argument("--limit", type=int, help="use only so many pictures of each task")
+    parser.add_argument("--sheet-quality", type=float, default=25.0, help="quality of the contact sheet")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, write the results and print the tables."""
+    from ugicm.codec.store import load_codec, model_path
+
+    path = model_path(arguments.model)
+    tasks = tasks_of(arguments)
+    codec = load_codec(path, device=arguments.device, precision=arguments.precision)
+    strengths = sorted({0.0, 1.0, *arguments.strengths})
+    ours = dataclasses.replace(
+        ugicm_coder(codec, path, tuple(sorted(set(arguments.qualities)))),
+        views={f"strength {strength:g}": strength for strength in strengths},
+    )
+    peers = [
+        dataclasses.replace(pillow_coder(name), qualities=PEER_QUALITIES[name])
+        for name in arguments.peers
+        if name != "jxl"
+    ]
+    if "jxl" in arguments.peers and (jpeg_xl := jpeg_xl_coder()) is not None:
+        peers.append(jpeg_xl)
+    report = evaluate(ours, peers, tasks, arguments.out, limit=arguments.limit)
+    images = tasks[0].images()
+    first = list(images)[:: max(1, len(images) // SHEET_PICTURES)][:SHEET_PICTURES]
+    contact_sheet(
+        ours, arguments.sheet_quality, {name: images[name] for name in first}, arguments.out / SHEET
+    )
+    print(table(report))
+    return 0

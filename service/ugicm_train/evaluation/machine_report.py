@@ -1,0 +1,208 @@
+"""Results of ``ugicm-train evaluate``: BD-rates, scores at equal rate, tables and plots.
+
+Scores of few pictures are noisy, and a curve that falls for a step has no one rate per score: for BD-rates,
+scores are first made monotone over the rate (least-squares isotonic regression).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+
+from ugicm_train.evaluation.bdrate import Curve, bd_rate
+from ugicm_train.evaluation.coders import Coder
+from ugicm_train.evaluation.metrics import Image, psnr_db
+
+ORIGINAL = "original"
+"""Stands for the uncompressed pictures in place of a codec."""
+MAX_BPP = 1.0
+"""Right end of the plots, and about the highest rate that is measured."""
+
+
+def read_image(path: Path) -> Image:
+    """A picture as RGB."""
+    with PIL.Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+class Point(NamedTuple):
+    """All pictures of a task at one setting."""
+
+    quality: float
+    strength: float
+    bpp: float
+    psnr_db: float
+    score: float
+
+
+def curve(points: Sequence[Point], strength: float) -> Curve | None:
+    """Score over bpp of one view, made monotone; None where fewer than two scores are left."""
+    from scipy.optimize import isotonic_regression
+
+    view = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+    if not view:
+        return None
+    bpp, scores = zip(*view, strict=True)
+    monotone = isotonic_regression(scores).x
+    if len(set(monotone.tolist())) < 2:
+        return None
+    return Curve(bpp, monotone.tolist())
+
+
+def score_at(points: Sequence[Point], strength: float, bpp: float) -> float | None:
+    """Score at a rate, linear in log bpp between the measured points; None outside them."""
+    view = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+    if not view or not view[0][0] <= bpp <= view[-1][0]:
+        return None
+    rates, scores = zip(*view, strict=True)
+    return float(np.interp(math.log(bpp), np.log(rates), scores))
+
+
+def compare(curves: Mapping[str, Sequence[Point]], ours: str) -> dict[str, Any]:
+    """BD-rates of the machine view at equal score, and the scores of all codecs at its rates."""
+    mine = curves[ours]
+    machine = curve(mine, 1.0)
+    references = {f"{ours} human": curve(mine, 0.0)} | {
+        name: curve(points, 0.0) for name, points in curves.items() if name not in (ours, ORIGINAL)
+    }
+    rates = {
+        name: None if machine is None or line is None else bd_rate(line, machine)
+        for name, line in references.items()
+    }
+    at_equal_rate = [
+        {
+            "bpp": point.bpp,
+            "machine": point.score,
+            "human": score_at(mine, 0.0, point.bpp),
+            **{
+                name: score_at(points, 0.0, point.bpp)
+                for name, points in curves.items()
+                if name not in (ours, ORIGINAL)
+            },
+        }
+        for point in sorted(mine, key=lambda p: p.bpp)
+        if point.strength == 1.0
+    ]
+    return {
+        "bd_rate_percent": {n: None if r is None else round(r, 2) for n, r in rates.items()},
+        "at_equal_rate": at_equal_rate,
+    }
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Markdown: BD-rates per task, then scores at equal rate per task."""
+    tasks = report["tasks"]
+    references = list(dict.fromkeys(name for t in tasks.values() for name in t["bd_rate_percent"]))
+    lines = [
+        f"| BD-rate of {report['model']} (machine view) at equal score against | {' | '.join(tasks)} |",
+        f"|---|{'---:|' * len(tasks)}",
+    ]
+    for reference in references:
+        cells = [_percent(t["bd_rate_percent"].get(reference)) for t in tasks.values()]
+        lines.append(f"| {reference} | {' | '.join(cells)} |")
+    for name, task in tasks.items():
+        columns = [column for column in task["at_equal_rate"][0] if column != "bpp"]
+        lines += [
+            "",
+            f"**{name}**: {task['metric']} at equal rate, {task['pictures']} pictures; "
+            f"{task['original']:.3f} uncompressed",
+            "",
+            f"| bpp | {' | '.join(columns)} |",
+            f"|---:|{'---:|' * len(columns)}",
+        ]
+        for row in task["at_equal_rate"]:
+            cells = ["" if row[c] is None else f"{row[c]:.3f}" for c in columns]
+            lines.append(f"| {row['bpp']:.3f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"`{report['command']}`", ""])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:+.1f} %"
+
+
+def plot_scores(report: Mapping[str, Any], path: Path) -> None:
+    """One panel per task: score over bpp of every codec and view."""
+    from matplotlib.figure import Figure
+
+    tasks = report["tasks"]
+    figure = Figure(figsize=(5.2 * len(tasks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, (name, task) in zip(panels, tasks.items(), strict=True):
+        for codec, rows in task["curves"].items():
+            points = [Point(**row) for row in rows]
+            if codec == ORIGINAL:
+                axes.axhline(points[0].score, color="0.6", linestyle=":", label="uncompressed")
+                continue
+            views = (0.0, 1.0) if codec == report["model"] else (0.0,)
+            for strength in views:
+                line = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+                style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2}
+                label = codec
+                if codec == report["model"]:
+                    style = {"color": "crimson" if strength else "black", "linewidth": 2.2}
+                    label = f"{codec}, {'machine' if strength else 'human'}"
+                axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=label, **style)
+        axes.set(title=name, xlabel="bits per pixel", ylabel=task["metric"], xlim=(0, MAX_BPP))
+        axes.grid(alpha=0.3)
+    panels[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_strengths(report: Mapping[str, Any], path: Path) -> None:
+    """PSNR and task score over strength, one line per quality."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    tasks = report["tasks"]
+    figure = Figure(figsize=(5.2 * len(tasks), 7.2), layout="constrained")
+    panels = figure.subplots(2, len(tasks), squeeze=False)
+    for column, (name, task) in enumerate(tasks.items()):
+        points = [Point(**row) for row in task["curves"][report["model"]]]
+        qualities = sorted({p.quality for p in points})
+        for index, quality in enumerate(qualities):
+            line = sorted((p for p in points if p.quality == quality), key=lambda p: p.strength)
+            color = colormaps["viridis"](index / max(1, len(qualities) - 1))
+            strengths = [p.strength for p in line]
+            for row, values in enumerate(([p.score for p in line], [p.psnr_db for p in line])):
+                panels[row][column].plot(
+                    strengths, values, marker="o", markersize=3, color=color, label=f"{line[0].bpp:.2f} bpp"
+                )
+        panels[0][column].set(title=name, ylabel=task["metric"])
+        panels[1][column].set(xlabel="strength", ylabel="PSNR (dB)")
+        for axes in panels[:, column]:
+            axes.grid(alpha=0.3)
+    panels[0][-1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def contact_sheet(coder: Coder, quality: float, images: Mapping[str, Path], path: Path) -> None:
+    """Rows of original, human view and machine view, with rate and PSNR."""
+    caption, gap = 16, 6
+    rows = []
+    for name, file in images.items():
+        image = read_image(file)
+        data = coder.encode(image, quality)
+        bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
+        cells = [(f"{name}, {image.shape[1]}x{image.shape[0]}", image)]
+        for view, strength in (("human", 0.0), ("machine", 1.0)):
+            decoded = coder.decode(data, strength)
+            cells.append((f"{view}, {bpp:.3f} bpp, {psnr_db(image, decoded):.2f} dB", decoded))
+        rows.append(cells)
+    width = max(image.shape[1] for cells in rows for _, image in cells)
+    heights = [cells[0][1].shape[0] + caption + gap for cells in rows]
+    sheet = PIL.Image.new("RGB", (3 * (width + gap) - gap, sum(heights)), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    top = 0
+    for cells, height in zip(rows, heights, strict=True):
+        for column, (text, image) in enumerate(cells):
+            left = column * (width + gap)
+            draw.text((left, top + 2), text, fill="black")
+            sheet.paste(PIL.Image.fromarray(image), (left, top + caption))
+        top += height
+    sheet.save(path)

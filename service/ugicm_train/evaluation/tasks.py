@@ -1,0 +1,210 @@
+"""Tasks that score decoded pictures: top-1, COCO mAP, mean IoU.
+
+A task judges one picture at a time and scores all judgements together. Judgements are plain JSON values, so
+that an interrupted evaluation can go on where it stopped. The network is a callable; `adaptors` makes such
+callables from ONNX, LiteRT and torchvision models, and any function with the right result will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from ugicm_train.evaluation.metrics import Image
+
+Judgement = Any
+"""What a task keeps of one picture: a JSON value."""
+
+
+class Detections(NamedTuple):
+    """Objects found in a picture, n of them."""
+
+    boxes: NDArray[np.floating[Any]]
+    """(n, 4) left, top, right, bottom in pixels."""
+    scores: NDArray[np.floating[Any]]
+    """(n,) confidences, comparable between pictures."""
+    classes: NDArray[np.integer[Any]]
+    """(n,) index of the class in the annotation file's order of categories."""
+
+
+Classifier = Callable[[Image], NDArray[Any]]
+"""Picture -> scores of the classes."""
+Detector = Callable[[Image], Detections]
+Segmenter = Callable[[Image], NDArray[np.integer[Any]]]
+"""Picture (H, W, 3) -> class of each pixel (H, W)."""
+
+
+class Task(Protocol):
+    """What `ugicm_train.evaluation.machine` evaluates."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str:
+        """What `score` is called."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Network and data; judgements made with another identity are not reused."""
+        ...
+
+    def images(self) -> Mapping[str, Path]:
+        """Pictures by name, in a fixed order."""
+        ...
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        """The network's answer on one picture, decoded to the size of the original."""
+        ...
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        """Score in 0..1, higher is better, over the pictures judged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Top1:
+    """Share of pictures whose best-scored class is the labelled one."""
+
+    name: str
+    classify: Classifier
+    folder: Path
+    labels: Mapping[str, int]
+    """Class index of each file in `folder`."""
+    identity: str = ""
+    metric: str = "top-1"
+
+    def images(self) -> Mapping[str, Path]:
+        return {name: self.folder / name for name in self.labels}
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        return int(np.argmax(self.classify(image))) == self.labels[name]
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        return float(np.mean(list(judgements.values())))
+
+
+def read_labels(path: Path) -> dict[str, int]:
+    """Columns ``file`` and ``class_index`` of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+
+
+@dataclass(frozen=True)
+class BoxMap:
+    """COCO's mAP over IoU .5 to .95 of boxes, by pycocotools."""
+
+    name: str
+    detect: Detector
+    folder: Path
+    instances: Path
+    """COCO JSON with boxes."""
+    identity: str = ""
+    metric: str = "mAP"
+
+    def images(self) -> Mapping[str, Path]:
+        images = json.loads(self.instances.read_text(encoding="utf-8"))["images"]
+        return {image["file_name"]: self.folder / image["file_name"] for image in images}
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        """[class, score, left, top, right, bottom] of each object."""
+        del name
+        found = self.detect(image)
+        rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+        return [[c, round(s, 5), *(round(edge, 2) for edge in box)] for c, s, box in rows]
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(self.instances))
+            categories = sorted(truth.getCatIds())
+            ids = {image["file_name"]: image["id"] for image in truth.loadImgs(truth.getImgIds())}
+            results = [
+                {
+                    "image_id": ids[name],
+                    "category_id": categories[c],
+                    "score": score,
+                    "bbox": [left, top, right - left, bottom - top],
+                }
+                for name, rows in judgements.items()
+                for c, score, left, top, right, bottom in rows
+            ]
+            if not results:
+                return 0.0
+            evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+            evaluation.params.imgIds = [ids[name] for name in judgements]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return max(0.0, float(evaluation.stats[0]))
+
+
+@dataclass(frozen=True)
+class MeanIou:
+    """Mean intersection over union of the classes that occur in the masks.
+
+    One confusion matrix over all pictures. Mask values of `classes` and above (255) are ignored.
+    """
+
+    name: str
+    segment: Segmenter
+    folder: Path
+    masks: Path
+    """Folder of 8-bit class masks NAME.png of the pictures NAME.*."""
+    classes: int = 21
+    identity: str = ""
+    metric: str = "mIoU"
+
+    def images(self) -> Mapping[str, Path]:
+        pictures = {path.stem: path for path in sorted(self.folder.iterdir()) if path.is_file()}
+        masks = sorted(path.stem for path in self.masks.glob("*.png"))
+        return {pictures[stem].name: pictures[stem] for stem in masks if stem in pictures}
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        """[true class, predicted class, pixels] of each pair that occurs."""
+        with PIL.Image.open(self.masks / f"{Path(name).stem}.png") as mask:
+            truth = np.asarray(mask)
+        predicted = self.segment(image)
+        if predicted.shape != truth.shape:
+            raise ValueError(f"{name}: the segmenter returned {predicted.shape} for a mask of {truth.shape}")
+        known = truth < self.classes
+        pairs = truth[known].astype(np.int64) * self.classes + predicted[known]
+        values, counts = np.unique(pairs, return_counts=True)
+        return [
+            [*divmod(value, self.classes), count]
+            for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        confusion = np.zeros((self.classes, self.classes), np.int64)
+        for rows in judgements.values():
+            for true, predicted, count in rows:
+                confusion[true, predicted] += count
+        both = np.diag(confusion)
+        union = confusion.sum(0) + confusion.sum(1) - both
+        present = confusion.sum(1) > 0
+        return float((both[present] / union[present]).mean()) if present.any() else 0.0
+
+
+def check_images(tasks: Sequence[Task]) -> None:
+    """``ValueError`` where a task has no pictures, or one is missing."""
+    for task in tasks:
+        images = task.images()
+        if not images:
+            raise ValueError(f"no pictures for the task {task.name}: {task.identity}")
+        missing = [str(path) for path in images.values() if not path.is_file()]
+        if missing:
+            raise ValueError(f"{len(missing)} pictures of {task.name} are missing, the first is {missing[0]}")

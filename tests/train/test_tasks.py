@@ -1,0 +1,479 @@
+"""Tasks score as their definitions say; adaptors feed networks what they expect; runs can be resumed."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ugicm.codec.codec import Codec
+from ugicm.codec.store import load_codec
+from ugicm_train.evaluation import adaptors
+from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.journal import Entry, Journal, Key
+from ugicm_train.evaluation.machine import add_arguments, evaluate, jpeg_xl_coder, run
+from ugicm_train.evaluation.machine_report import Point, compare, curve, score_at
+from ugicm_train.evaluation.tasks import BoxMap, Detections, MeanIou, Top1, check_images, read_labels
+
+Image = NDArray[np.uint8]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
+
+
+def colour_scores(image: Image) -> NDArray[np.float64]:
+    """A classifier of colours: the mean of each channel over the middle."""
+    height, width = image.shape[:2]
+    return image[height // 4 : -height // 4, width // 4 : -width // 4].mean((0, 1))
+
+
+def save(path: Path, image: Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(image).save(path)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """Pictures of one colour with a little texture, labelled 0, 1, 2."""
+    folder, random = tmp_path / "colours", np.random.default_rng(0)
+    rows = []
+    for index, (name, colour) in enumerate(COLOURS.items()):
+        noise = random.integers(-25, 26, (128, 128, 3))
+        save(folder / f"{name}.png", np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8))
+        rows.append([f"{name}.png", index])
+    with (folder / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file", "class_index"], *rows])
+    return folder
+
+
+class TestTop1:
+    def test_counts_hits(self, colours: Path) -> None:
+        labels = read_labels(colours / "labels.csv")
+        task = Top1("colours", colour_scores, colours, labels | {"blue.png": 0})
+        judgements = {n: task.judge(n, np.asarray(PIL.Image.open(p))) for n, p in task.images().items()}
+        assert judgements == {"red.png": True, "green.png": True, "blue.png": False}
+        assert task.score(judgements) == pytest.approx(2 / 3)
+
+    def test_missing_pictures_are_named(self, colours: Path) -> None:
+        task = Top1("colours", colour_scores, colours, {"red.png": 0, "gone.png": 1})
+        with pytest.raises(ValueError, match=r"1 pictures of colours are missing.*gone\.png"):
+            check_images([task])
+        with pytest.raises(ValueError, match="no pictures for the task none"):
+            check_images([Top1("none", colour_scores, colours, {})])
+
+
+class TestBoxMap:
+    @pytest.fixture
+    def instances(self, tmp_path: Path) -> Path:
+        pytest.importorskip("pycocotools")
+        boxes = {1: [10, 10, 40, 30], 2: [5, 20, 30, 30]}
+        path = tmp_path / "instances.json"
+        path.write_text(
+            json.dumps(
+                {
+                    "images": [{"id": i, "file_name": f"{i}.png", "width": 80, "height": 60} for i in (1, 2)],
+                    "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+                    "annotations": [
+                        {"id": i, "image_id": i, "category_id": 7, "bbox": box, "area": box[2] * box[3]}
+                        | {"iscrowd": 0}
+                        for i, box in boxes.items()
+                    ],
+                }
+            )
+        )
+        return path
+
+    def score(self, instances: Path, boxes: dict[str, list[float]], classes: int = 0) -> float:
+        found: list[Detections] = []
+        task = BoxMap("boxes", lambda image: found[-1], instances.parent, instances)
+        judgements = {}
+        for name, box in boxes.items():
+            found.append(Detections(np.array([box]), np.array([0.9]), np.array([classes])))
+            judgements[name] = json.loads(json.dumps(task.judge(name, np.zeros((60, 80, 3), np.uint8))))
+        return task.score(judgements)
+
+    def test_right_boxes_score_one(self, instances: Path) -> None:
+        right = {"1.png": [10.0, 10, 50, 40], "2.png": [5.0, 20, 35, 50]}
+        assert self.score(instances, right) == pytest.approx(1)
+        assert self.score(instances, right, classes=1) == 0
+
+    def test_loose_boxes_count_at_low_iou_only(self, instances: Path) -> None:
+        # IoU 30 / 40 = .75: right at .5 ... .75, 6 of 10 thresholds.
+        loose = {"1.png": [10.0, 10, 50, 50], "2.png": [5.0, 20, 35, 60]}
+        assert self.score(instances, loose) == pytest.approx(0.6)
+
+    def test_only_judged_pictures_count(self, instances: Path) -> None:
+        assert self.score(instances, {"1.png": [10.0, 10, 50, 40]}) == pytest.approx(1)
+
+    def test_nothing_found(self, instances: Path) -> None:
+        empty = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        task = BoxMap("boxes", lambda image: empty, instances.parent, instances)
+        assert task.score({"1.png": task.judge("1.png", np.zeros((60, 80, 3), np.uint8))}) == 0
+
+
+class TestMeanIou:
+    def test_mean_over_classes_in_the_masks(self, tmp_path: Path) -> None:
+        truth = np.array([[0, 0, 1, 1], [0, 255, 1, 1]], np.uint8)
+        save(tmp_path / "masks" / "a.png", truth)
+        save(tmp_path / "pictures" / "a.jpg", np.zeros((2, 4, 3), np.uint8))
+        save(tmp_path / "pictures" / "unlabelled.jpg", np.zeros((2, 4, 3), np.uint8))
+        predicted = np.array([[0, 0, 0, 1], [0, 5, 1, 2]], np.uint8)
+        task = MeanIou("mask", lambda image: predicted, tmp_path / "pictures", tmp_path / "masks")
+        assert list(task.images()) == ["a.jpg"]
+        judgement = json.loads(json.dumps(task.judge("a.jpg", np.zeros((2, 4, 3), np.uint8))))
+        # Class 0: 3 of 4 pixels; class 1: 2 of 4; class 2 is in no mask.
+        assert task.score({"a.jpg": judgement}) == pytest.approx((3 / 4 + 2 / 4) / 2)
+
+    def test_wrong_size_is_an_error(self, tmp_path: Path) -> None:
+        save(tmp_path / "masks" / "a.png", np.zeros((2, 4), np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((2, 4, 3), np.uint8))
+        task = MeanIou("mask", lambda image: np.zeros((4, 2), np.uint8), tmp_path, tmp_path / "masks")
+        with pytest.raises(ValueError, match=r"a\.jpg.*\(4, 2\).*\(2, 4\)"):
+            task.judge("a.jpg", np.zeros((2, 4, 3), np.uint8))
+
+
+class TestRuntimes:
+    def onnx_model(self, path: Path, nodes: list[Any], out_shape: list[int], extra: list[Any]) -> Path:
+        from onnx import TensorProto, checker, helper, save_model
+
+        graph = helper.make_graph(
+            nodes,
+            "tiny",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 16, 16])],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, out_shape)],
+            extra,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        checker.check_model(model)
+        save_model(model, path)
+        return path
+
+    def test_onnx_classifier_and_segmenter(self, tmp_path: Path, colours: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        helper = pytest.importorskip("onnx").helper
+        means = self.onnx_model(
+            tmp_path / "means.onnx",
+            [helper.make_node("ReduceMean", ["images"], ["out"], axes=[2, 3], keepdims=0)],
+            [1, 3],
+            [],
+        )
+        classify = adaptors.load_classifier(str(means))
+        green = np.asarray(PIL.Image.open(colours / "green.png"))
+        scores = classify(green)
+        assert scores.argmax() == 1
+        crop = adaptors.centre_crop(green, 16).astype(np.float32) / 255
+        expected = (crop.mean((0, 1)) - adaptors.IMAGENET_MEAN) / adaptors.IMAGENET_STD
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+        copy = self.onnx_model(
+            tmp_path / "copy.onnx",
+            [helper.make_node("Identity", ["images"], ["out"])],
+            [1, 3, 16, 16],
+            [],
+        )
+        halves = np.zeros((40, 64, 3), np.uint8)
+        halves[:, :32, 0], halves[:, 32:, 2] = 255, 255
+        classes = adaptors.load_segmenter(str(copy))(halves)
+        assert classes.shape == (40, 64)
+        assert (classes[:, :30] == 0).all()
+        assert (classes[:, 34:] == 2).all()
+
+    def test_lite_rt_classifier_and_segmenter(self, tmp_path: Path, colours: Path) -> None:
+        pytest.importorskip("ai_edge_litert")
+        pytest.importorskip("flatbuffers")
+        blue = np.asarray(PIL.Image.open(colours / "blue.png"))
+        means = tmp_path / "means.tflite"
+        means.write_bytes(lite_rt_model("MEAN"))
+        assert adaptors.load_classifier(str(means))(blue).argmax() == 2
+        largest = tmp_path / "largest.tflite"
+        largest.write_bytes(lite_rt_model("ARG_MAX"))
+        classes = adaptors.load_segmenter(str(largest))(blue)
+        assert classes.shape == blue.shape[:2]
+        assert (classes == 2).all()
+
+    def test_fastestdet_reads_its_grid(self, tmp_path: Path) -> None:
+        """A network that always answers with one object, whatever it sees."""
+        pytest.importorskip("onnxruntime")
+        onnx = pytest.importorskip("onnx")
+        preds = np.zeros((1, 85, 22, 22), np.float32)
+        preds[0, 0, 5, 10] = 1.0
+        preds[0, 3:5, 5, 10] = np.log(0.25 / 0.75)  # sigmoid gives a quarter
+        preds[0, 5 + 17, 5, 10] = 0.8
+        value = onnx.numpy_helper.from_array(preds, "preds")
+        zero = onnx.numpy_helper.from_array(np.zeros((1,), np.float32), "zero")
+        helper = onnx.helper
+        graph = helper.make_graph(
+            [
+                helper.make_node("ReduceMean", ["images"], ["mean"], keepdims=0),
+                helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+                helper.make_node("Add", ["preds", "nothing"], ["out"]),
+            ],
+            "constant",
+            [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 352, 352])],
+            [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [1, 85, 22, 22])],
+            [value, zero],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        onnx.save_model(model, tmp_path / "det.onnx")
+        detect = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", [])
+        boxes, scores, classes = detect(np.zeros((220, 440, 3), np.uint8))
+        assert classes.tolist() == [17]
+        assert scores[0] == pytest.approx(0.8**0.4, abs=1e-5)
+        np.testing.assert_allclose(boxes[0], [200 - 55, 50 - 27.5, 200 + 55, 50 + 27.5], atol=0.1)
+
+    def test_wrong_names(self, tmp_path: Path) -> None:
+        with pytest.raises(adaptors.NetworkError, match="no file"):
+            adaptors.load_classifier("nowhere.onnx")
+        (tmp_path / "net.bin").touch()
+        with pytest.raises(adaptors.NetworkError, match=r"neither \.tflite nor \.onnx"):
+            adaptors.load_segmenter(str(tmp_path / "net.bin"))
+        with pytest.raises(adaptors.NetworkError, match="fastestdet:PATH"):
+            adaptors.load_detector("net.onnx", [])
+
+    def test_own_networks(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.py"
+        file.write_text("def bright():\n    return lambda image: image.mean((0, 1))\n")
+        classify = adaptors.load_classifier(f"{file}:bright")
+        assert classify(np.full((4, 4, 3), 7, np.uint8)).tolist() == [7, 7, 7]
+        with pytest.raises(adaptors.NetworkError, match="no function 'dark'"):
+            adaptors.load_classifier(f"{file}:dark")
+        before = adaptors.identity_of(f"{file}:bright")
+        file.write_text("def bright():\n    return lambda image: image.max((0, 1))\n")
+        assert adaptors.identity_of(f"{file}:bright") != before
+
+
+def lite_rt_model(operator: str) -> bytes:
+    """A LiteRT model on uint8 (1, 16, 16, 3): MEAN over the places, or ARG_MAX over the channels."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    def tensor(name: str, shape: list[int], kind: int, buffer: int) -> Any:
+        out = schema.TensorT()
+        out.name, out.shape, out.type, out.buffer = name, shape, kind, buffer
+        if kind == schema.TensorType.UINT8:
+            out.quantization = schema.QuantizationParametersT()
+            out.quantization.scale, out.quantization.zeroPoint = [1.0], [0]
+        return out
+
+    kinds = schema.TensorType
+    axes = np.array([1, 2] if operator == "MEAN" else 3, np.int32)
+    answer = (
+        tensor("out", [1, 3], kinds.UINT8, 0)
+        if operator == "MEAN"
+        else tensor("out", [1, 16, 16], kinds.INT64, 0)
+    )
+    subgraph = schema.SubGraphT()
+    subgraph.tensors = [
+        tensor("in", [1, 16, 16, 3], kinds.UINT8, 0),
+        tensor("axes", list(axes.shape), kinds.INT32, 1),
+        answer,
+    ]
+    subgraph.inputs, subgraph.outputs = [0], [2]
+    step = schema.OperatorT()
+    step.opcodeIndex, step.inputs, step.outputs = 0, [0, 1], [2]
+    if operator == "MEAN":
+        step.builtinOptionsType = schema.BuiltinOptions.ReducerOptions
+        step.builtinOptions = schema.ReducerOptionsT()
+    else:
+        step.builtinOptionsType = schema.BuiltinOptions.ArgMaxOptions
+        step.builtinOptions = schema.ArgMaxOptionsT()
+        step.builtinOptions.outputType = kinds.INT64
+    subgraph.operators = [step]
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, operator)
+    code.version = 2 if operator == "MEAN" else 1
+    model = schema.ModelT()
+    model.version, model.operatorCodes, model.subgraphs = 3, [code], [subgraph]
+    empty, constant = schema.BufferT(), schema.BufferT()
+    constant.data = np.frombuffer(axes.tobytes(), np.uint8)
+    model.buffers = [empty, constant]
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+class TestTorchvision:
+    """Real constructors and preprocessing with random weights: no network access."""
+
+    def test_classifier(self, photo: Image) -> None:
+        pytest.importorskip("torchvision")
+        torch.manual_seed(0)
+        scores = adaptors.torchvision_classifier("mobilenet_v3_small", pretrained=False)(photo)
+        assert scores.shape == (1000,)
+        assert np.isfinite(scores).all()
+
+    def test_detector_maps_categories_by_name(self, photo: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("torchvision")
+        torch.manual_seed(0)
+        name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+        model, weights = adaptors.torchvision_network(name, pretrained=False)
+        answer = {
+            "boxes": torch.tensor([[0.0, 0, 5, 5], [1, 1, 9, 9], [2, 2, 3, 3]]),
+            "scores": torch.tensor([0.9, 0.8, 0.7]),
+            "labels": torch.tensor([weights.meta["categories"].index(n) for n in ("dog", "zebra", "cat")]),
+        }
+        real = adaptors.torchvision_detector(name, categories=["cat", "dog"], pretrained=False)(photo)
+        assert real.boxes.shape == (len(real.scores), 4)
+        monkeypatch.setattr(
+            adaptors, "torchvision_network", lambda *args, **options: (lambda images: [answer], weights)
+        )
+        found = adaptors.torchvision_detector(name, categories=["cat", "dog"])(photo)
+        assert found.classes.tolist() == [1, 0]
+        assert found.boxes.tolist() == [[0, 0, 5, 5], [2, 2, 3, 3]]
+        assert model.training is False
+
+    def test_segmenter(self, photo: Image) -> None:
+        pytest.importorskip("torchvision")
+        torch.manual_seed(0)
+        classes = adaptors.torchvision_segmenter("lraspp_mobilenet_v3_large", pretrained=False)(photo)
+        assert classes.shape == photo.shape[:2]
+        assert classes.max() <= 20
+
+    def test_unknown_and_unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        models = pytest.importorskip("torchvision").models
+        with pytest.raises(adaptors.NetworkError, match="no model 'resnet1001'"):
+            adaptors.load_classifier("torchvision:resnet1001")
+
+        def refuse(name: str, **options: object) -> None:
+            raise OSError("no route")
+
+        monkeypatch.setattr(models, "get_model", refuse)
+        with pytest.raises(adaptors.NetworkError, match=r"no route.*put resnet101-.*\.pth into"):
+            adaptors.load_classifier("torchvision:resnet101")
+
+
+class TestResults:
+    HUMAN = ((0.1, 0.5), (0.2, 0.6), (0.4, 0.7), (0.8, 0.8))
+
+    def points(self, pairs: Any, strength: float) -> list[Point]:
+        return [Point(i, strength, bpp, 30.0, score) for i, (bpp, score) in enumerate(pairs)]
+
+    def test_half_the_rate_is_minus_fifty_percent(self) -> None:
+        machine = [(bpp / 2, score) for bpp, score in self.HUMAN]
+        curves = {
+            "ours": self.points(self.HUMAN, 0.0) + self.points(machine, 1.0),
+            "original": [Point(0, 0.0, 99.0, 100.0, 0.9)],
+            "jpeg": self.points([(2 * bpp, score) for bpp, score in self.HUMAN], 0.0),
+        }
+        result = compare(curves, "ours")
+        assert result["bd_rate_percent"] == {"ours human": -50.0, "jpeg": -75.0}
+        row = result["at_equal_rate"][2]
+        assert row["bpp"] == 0.2
+        assert row["machine"] == 0.7
+        assert row["human"] == pytest.approx(0.6)
+        assert row["jpeg"] == pytest.approx(0.5)
+
+    def test_noisy_scores_are_made_monotone(self) -> None:
+        noisy = self.points([(0.1, 0.5), (0.2, 0.7), (0.4, 0.6), (0.8, 0.8)], 0.0)
+        made = curve(noisy, 0.0)
+        assert made is not None
+        assert list(made.quality) == pytest.approx([0.5, 0.65, 0.65, 0.8])
+        assert curve(self.points([(0.1, 0.5), (0.2, 0.4)], 0.0), 0.0) is None
+        assert curve(noisy, 1.0) is None
+
+    def test_no_score_outside_the_measured_rates(self) -> None:
+        points = self.points(self.HUMAN, 0.0)
+        assert score_at(points, 0.0, 0.09) is None
+        assert score_at(points, 0.0, 0.81) is None
+        assert score_at(points, 0.0, 0.2**0.5 * 0.4**0.5) == pytest.approx(0.65)
+
+
+class TestJournal:
+    def test_resumes_and_forgets_what_changed(self, tmp_path: Path) -> None:
+        path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
+        first = Journal(path, {"task": "1", "codec": "1"})
+        first.add(key, Entry(0.5, 30.0, [[1, 2, 3]]))
+        first.close()
+        with path.open("a") as file:
+            file.write('{"key": ["task", "co')  # killed while writing
+        again = Journal(path, {"task": "1", "codec": "1"})
+        assert again.get(key) == Entry(0.5, 30.0, [[1, 2, 3]])
+        again.add(key._replace(image="b.png"), Entry(0.1, 20.0, True))
+        again.close()
+        assert len(path.read_text().splitlines()) == 2
+        other = Journal(path, {"task": "1", "codec": "2"})
+        assert other.get(key) is None
+        other.close()
+
+
+@pytest.fixture
+def ours(tiny_store: Path, tiny_codec: Codec) -> Coder:
+    coder = ugicm_coder(tiny_codec, tiny_store / "tiny", (1.0, 50.0))
+    return dataclasses.replace(coder, views={"human": 0.0, "half": 0.5, "machine": 1.0})
+
+
+def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, ours: Coder) -> None:
+    labels = read_labels(colours / "labels.csv")
+    task = Top1("colours", colour_scores, colours, labels, identity="colours 1")
+    calls = []
+
+    def counted(image: Image, quality: float) -> bytes:
+        calls.append(quality)
+        return ours.encode(image, quality)
+
+    counting = dataclasses.replace(ours, encode=counted)
+    jpeg = dataclasses.replace(pillow_coder("jpeg"), qualities=(10.0, 30.0))
+    report = evaluate(counting, [jpeg], [task], tmp_path / "out")
+    assert len(calls) == 2 * 3
+    for name in ("machine.json", "machine.md", "machine.png", "strength.png", "judgements.jsonl"):
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    assert json.loads((tmp_path / "out" / "machine.json").read_text()) == report
+    result = report["tasks"]["colours"]
+    assert result["original"] == 1.0
+    assert set(result["curves"]) == {"original", "tiny", "jpeg"}
+    points = result["curves"]["tiny"]
+    assert [(p["quality"], p["strength"]) for p in points] == [(q, s) for q in (1, 50) for s in (0, 0.5, 1)]
+    assert points[0]["bpp"] == points[2]["bpp"] < points[3]["bpp"]
+    real = [8 * len(ours.encode(np.asarray(PIL.Image.open(colours / n)), 1.0)) / 128**2 for n in labels]
+    assert points[0]["bpp"] == pytest.approx(np.mean(real), abs=1e-5)
+    calls.clear()
+    again = evaluate(counting, [jpeg], [task], tmp_path / "out")
+    assert calls == []
+    assert again["tasks"] == report["tasks"]
+    evaluate(counting, [], [dataclasses.replace(task, identity="colours 2")], tmp_path / "out", limit=2)
+    assert len(calls) == 2 * 2
+
+
+def test_command_line(
+    tmp_path: Path, colours: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tmp_path / "mine.py"
+    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    common = [str(tiny_store / "tiny"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    with pytest.raises(ValueError, match="--top1, --map, --miou"):
+        run(parser.parse_args(common))
+    options = ["--qualities", "1", "50", "--peers", "jpeg", "--limit", "2"]
+    arguments = parser.parse_args([*common, *options, "--top1", f"{network}:colours", str(colours)])
+    assert run(arguments) == 0
+    assert "BD-rate of tiny (machine view)" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "strength.png").exists()
+    with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > 3 * 128
+
+
+def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+    ours = ugicm_coder(codec, tiny_store / "tiny", (1.0,))
+    webp = dataclasses.replace(pillow_coder("webp"), qualities=(1.0, 90.0, 95.0))
+    task = Top1("colours", colour_scores, colours, read_labels(colours / "labels.csv"))
+    points = evaluate(ours, [webp], [task], tmp_path)["tasks"]["colours"]["curves"]["webp"]
+    assert [p["quality"] for p in points] == [1.0, 90.0]
+    assert points[0]["bpp"] < 1 < points[1]["bpp"]
+
+
+def test_jpeg_xl_where_installed(photo: Image) -> None:
+    pytest.importorskip("pillow_jxl")
+    coder = jpeg_xl_coder()
+    assert coder is not None
+    small, large = (coder.encode(photo, quality) for quality in (10.0, 80.0))
+    assert len(small) < len(large)
+    assert coder.decode(small, 0.0).shape == photo.shape
