@@ -28,4 +28,5 @@ def keep_freed_memory() -> bool:
         (_M_TRIM_THRESHOLD, _KEEP_BYTES),
         (_M_TOP_PAD, _GROW_BYTES),
     )
-    return all([mallopt(name, value) for name, value in settings])
+    accepted = [mallopt(name, value) for name, value in settings]
+    return all(accepted)
