@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import stat
 import subprocess
 import sys
@@ -356,6 +358,30 @@ def test_info_of_a_missing_file(tmp_path: Path) -> None:
     result = ugicm_("info", tmp_path / "none.ugic")
     assert result.exit_code == 1
     assert result.stderr == f"ugicm: {tmp_path / 'none.ugic'}: No such file or directory\n"
+
+
+def test_progress_on_a_terminal_and_results_in_a_pipe(photos: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    terminal, stderr = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from ugicm.cli import main; main()", "encode", *photos, broken, "-o", "out"],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "500"},
+    )
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux: the other side is closed
+        while part := os.read(terminal, 1 << 16):
+            shown += part
+    os.close(terminal)
+    results, _ = process.communicate()
+    assert process.returncode == 1
+    assert results.decode().count(" bpp\n") == len(results.splitlines()) == 3
+    assert b"100%" in shown
+    assert f"ugicm: {broken}: the header of the image is damaged".encode() in shown
 
 
 def test_serve_passes_options_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def write_image(rgb: Pixels, format: ImageFormat) -> bytes:
     side = max(rgb.shape[:2])
     if side > (limit := MAX_SIDE.get(format, side)):
         raise LimitExceededError(
-            f"pixels per side of a {format} file", limit=limit, actual=side, setting="another format (png)"
+            f"pixels per side of a {format} file", limit=limit, actual=side, setting="format=png"
         )
     Image.fromarray(rgb).save(out, format, **_SAVE_OPTIONS[format])
     return out.getvalue()
