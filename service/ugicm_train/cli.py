@@ -18,6 +18,7 @@ MODULE_COMMANDS = {
     "evaluate": ("ugicm_train.evaluation.machine", "score tasks on decoded views, against JPEG, WebP, AVIF"),
     "rd": ("ugicm_train.evaluation.rate_distortion", "rate-distortion curves through real bitstreams"),
     "report": ("ugicm_train.evaluation.report", "table and plot from the results of rd"),
+    "integer-cost": ("ugicm_train.evaluation.integer_cost", "what exact integers cost in rate"),
     "robustness": ("ugicm_train.evaluation.robustness", "screenshots, stripes, noise ... against JPEG"),
 }
 """Commands that bring their own ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""

@@ -32,6 +32,9 @@ from ugicm_train.start import start_from_dct
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
 STABLE_CHECKPOINT = "before-decay.pt"
 """The state just before the learning rate decays: the best place to go on from."""
+SPIKE = 10.0
+"""A batch whose gradient is this many times larger than usual is skipped: Muon would turn even a clipped
+outlier into a step of full size."""
 FULL_STRENGTH_SHARE = 0.6
 """Share of the steps whose machine view is decoded at strength 1."""
 LOG_FIELDS = (
@@ -131,6 +134,8 @@ class Trainer:
         self.optimizers = optimizers(self.model, options)
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
+        self.usual_norm: float | None = None
+        """Moving average of the gradient's norm."""
         self.warm_from = 0
         """Step from which the warm-up counts: the learning rate also warms up after a resume."""
 
@@ -157,7 +162,7 @@ class Trainer:
         self.warm_from = self.step
 
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
-        """One update; a batch whose gradients are not finite is skipped."""
+        """One update; a batch whose gradients are not finite or far out of line is skipped."""
         options = self.options
         level = sample_levels(self.config, len(x), x.device)
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
@@ -177,8 +182,12 @@ class Trainer:
         )
         self.model.zero_grad()
         terms.loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        if torch.isfinite(norm):
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip))
+        usual = self.usual_norm or norm
+        if math.isfinite(norm):
+            # A lasting change of scale is accepted within some tens of steps.
+            self.usual_norm = usual + 0.02 * (min(norm, 2 * SPIKE * usual) - usual)
+        if norm <= SPIKE * usual:
             for optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak_lr"] * factor

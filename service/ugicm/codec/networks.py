@@ -19,6 +19,11 @@ from ugicm.codec.conditioning import Film, Modulation
 from ugicm.codec.config import PATCH, ModelConfig
 
 
+GATE_MAX = 4.0
+"""Bound of the gates' input. Photos stay below 1; without a bound a product of two activations grows
+quadratically in every block, and a picture unlike any photo (1-pixel stripes) explodes."""
+
+
 class Pointwise(nn.Module):
     """1x1 convolution on (B, C, H, W); the weight is stored as a matrix (out, in)."""
 
@@ -88,7 +93,7 @@ class Block(nn.Module):
         else:
             hidden = _dense(x, *self.gate.modulated(modulation.scale[1], modulation.shift[1]))
         value, gate = hidden.chunk(2, 1)
-        return x + self.merge(value * F.silu(gate))
+        return x + self.merge(value * F.silu(gate.clamp(max=GATE_MAX)))
 
 
 class Analysis(nn.Module):

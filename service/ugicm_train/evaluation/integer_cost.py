@@ -1,0 +1,74 @@
+"""``ugicm-train integer-cost``: what exactness costs, the float twin of a run against real bitstreams."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image as PillowImage
+
+from ugicm.codec.codec import Codec
+from ugicm.codec.conditioning import quality_to_level
+from ugicm.codec.config import HYPER_STRIDE
+from ugicm.codec.store import read_model
+from ugicm_train.data import DataError
+from ugicm_train.evaluation.metrics import psnr_db
+from ugicm_train.export import load_average, model_tensors, write_model
+from ugicm_train.train import CHECKPOINT, load_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of PNG pictures")
+    parser.add_argument("--qualities", type=float, nargs="+", default=[10.0, 40.0, 70.0, 100.0])
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="checkpoint file of the run")
+
+
+@torch.inference_mode()
+def run(arguments: argparse.Namespace) -> int:
+    """Print bits per pixel and PSNR of both, in float32, for each quality.
+
+    The twin rates the same pictures with the float entropy network, its continuous scales and ideal code
+    lengths; the bitstream is counted whole, container included.
+    """
+    files = sorted(arguments.data.glob("*.png"))
+    if not files:
+        raise DataError(f"no PNG picture in {arguments.data}")
+    state = load_checkpoint(arguments.run, arguments.checkpoint)
+    twin = load_average(state)
+    with TemporaryDirectory() as folder:
+        write_model(Path(folder), twin.config, model_tensors(twin), {})
+        codec = Codec(read_model(Path(folder)), device="cpu", precision="float32")
+    print("| quality | float bpp | real bpp | rate | float dB | real dB |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for quality in arguments.qualities:
+        rows = []
+        level = torch.tensor([quality_to_level(quality, twin.config.levels)])
+        for file in files:
+            with PillowImage.open(file) as picture:
+                image = np.array(picture.convert("RGB"))
+            # Whole hyper positions, so that neither side pays for padding.
+            height, width = (side // HYPER_STRIDE * HYPER_STRIDE for side in image.shape[:2])
+            image = np.ascontiguousarray(image[:height, :width])
+            x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+            output = twin(x, level, machine_count=0, noise=False)
+            view = (output.human[0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
+            data = codec.encode([image], quality)[0]
+            rows.append(
+                (
+                    float(output.bpp),
+                    len(data) * 8 / (height * width),
+                    psnr_db(image, view),
+                    psnr_db(image, codec.decode([data])[0]),
+                )
+            )
+        float_bpp, real_bpp, float_db, real_db = np.mean(rows, 0)
+        print(
+            f"| {quality:g} | {float_bpp:.4f} | {real_bpp:.4f} | {100 * (real_bpp / float_bpp - 1):+.2f} % "
+            f"| {float_db:.3f} | {real_db:.3f} |",
+            flush=True,
+        )
+    return 0
