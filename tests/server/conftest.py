@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import structlog
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from numpy.typing import NDArray
@@ -119,6 +120,13 @@ def _pixels() -> Callable[[bytes], Image]:
     return pixels
 
 
+@pytest.fixture(autouse=True)
+def log() -> Iterator[list[structlog.typing.EventDict]]:
+    """Log lines of the test, instead of their text."""
+    with structlog.testing.capture_logs() as lines:
+        yield lines
+
+
 @pytest.fixture
 def codec() -> FakeCodec:
     return FakeCodec()
@@ -129,7 +137,7 @@ MakeClient = Callable[..., TestClient]
 
 
 @pytest.fixture
-def make_app(codec: FakeCodec, monkeypatch: pytest.MonkeyPatch) -> MakeApp:
+def make_app(codec: FakeCodec) -> MakeApp:
     """``make_app(cache=None, **settings)``: the application on the fake codec."""
 
     def make(cache: BitstreamCache | None = None, **settings: Any) -> FastAPI:

@@ -349,10 +349,15 @@ def test_not_acceptable(client: TestClient, image_file: Any) -> None:
     assert_problem(response, 406, "not-acceptable")
 
 
-def test_unexpected_failure_shows_no_trace(client: TestClient, codec: Any, image_file: Any) -> None:
+def test_unexpected_failure_is_logged_and_shows_no_trace(
+    client: TestClient, codec: Any, image_file: Any, log: Any
+) -> None:
     codec.fail = RuntimeError("secret detail")
     body = assert_problem(client.post("/encode", content=image_file()), 500, "internal")
     assert "secret" not in str(body)
+    failure = next(line for line in log if line["event"] == "request failed")
+    assert failure["log_level"] == "error"
+    assert failure["exc_info"]
 
 
 def test_deadline(make_client: Any, codec: Any, image_file: Any) -> None:

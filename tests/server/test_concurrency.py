@@ -74,6 +74,22 @@ async def test_overload_is_refused_with_a_computed_wait(
     assert sample(client, "ugicm_queue_pixels") == 0
 
 
+async def test_requests_beyond_the_limit_are_refused_but_health_checks_are_not(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(max_requests=2)
+    codec.device_s = 0.3
+    work = [asyncio.create_task(client.post("/encode", content=image_file())) for _ in range(2)]
+    await asyncio.sleep(0.1)
+    refused = await client.get("/info")
+    assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["setting"] == "UGICM_MAX_REQUESTS"
+    assert (await client.get("/readyz")).status_code == 200
+    assert [response.status_code for response in await asyncio.gather(*work)] == [200, 200]
+    assert (await client.get("/info")).status_code == 200
+
+
 async def test_a_failed_request_leaves_the_queue(make_async_client: MakeAsyncClient, image_file: Any) -> None:
     client = await make_async_client(queue_pixels=128 * 128)
     for _ in range(3):

@@ -5,26 +5,41 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
+from starlette.staticfiles import StaticFiles
 
 from ugicm import __version__
 from ugicm.server import openapi, problems
-from ugicm.server.cache import BitstreamCache, GuardedCache, MemoryCache
+from ugicm.server.auth import require_key
+from ugicm.server.backends import open_cache
+from ugicm.server.cache import BitstreamCache, GuardedCache
 from ugicm.server.deps import Services
 from ugicm.server.engine import Codec, Engine
 from ugicm.server.metrics import Metrics
-from ugicm.server.middleware import BodyLimit, CancelDeparted, Lifecycle, RequestContext
-from ugicm.server.models import BitstreamRef
+from ugicm.server.middleware import (
+    QUIET_PATHS,
+    BodyLimit,
+    CancelDeparted,
+    Lifecycle,
+    RequestContext,
+    RequestLimit,
+)
+from ugicm.server.models import BatchLine, BitstreamRef
 from ugicm.server.pictures import PictureCache
 from ugicm.server.problems import Problem
-from ugicm.server.routes import bitstreams, status
+from ugicm.server.routes import batch, bitstreams, pages, status
 from ugicm.server.routes import codec as codec_routes
 from ugicm.server.settings import Settings
 
-_FORMS = {"EncodeForm": {"image": openapi.BINARY}, "DecodeForm": {"bitstream": openapi.BINARY}}
+_FORMS: dict[str, dict[str, Any]] = {
+    "EncodeForm": {"image": openapi.BINARY},
+    "DecodeForm": {"bitstream": openapi.BINARY},
+    "BatchForm": {"images": {"type": "array", "items": openapi.BINARY}},
+}
 _log = structlog.get_logger(__name__)
 
 
@@ -42,11 +57,9 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loaded = await asyncio.to_thread(_load, settings) if codec is None else codec
+        loaded = await asyncio.to_thread(load_model, settings) if codec is None else codec
         engine = Engine(loaded, settings, metrics)
-        guarded = GuardedCache(
-            cache or MemoryCache(settings.cache_bytes), metrics, timeout_s=settings.cache_timeout_s
-        )
+        guarded = GuardedCache(cache or open_cache(settings), metrics, timeout_s=settings.cache_timeout_s)
         app.state.services = Services(
             settings,
             engine,
@@ -72,21 +85,33 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
         separate_input_output_schemas=False,
+        telemetry={
+            "tracing": settings.tracing,
+            "metrics": False,  # Prometheus has them
+            "logs": False,
+            "auto_configure": settings.tracing,
+            "exclude": lambda scope: scope["path"] in QUIET_PATHS,
+        },
         middleware=[
             Middleware(RequestContext, metrics=metrics, lifecycle=lifecycle),
+            Middleware(RequestLimit, max_requests=settings.max_requests),
             Middleware(CancelDeparted, metrics=metrics),
             Middleware(BodyLimit, max_bytes=settings.max_bytes),
         ],
     )
     app.state.lifecycle = lifecycle
     problems.install(app)
-    for router in (codec_routes.router, bitstreams.router, status.info_router, status.health_router):
-        app.include_router(router)
-    openapi.install(app, (Problem, BitstreamRef), _FORMS, keyed=bool(settings.api_keys))
+    keyed = [Depends(require_key)]
+    for router in (codec_routes.router, batch.router, bitstreams.router, status.info_router):
+        app.include_router(router, dependencies=keyed)
+    app.include_router(status.health_router)
+    app.include_router(pages.router)
+    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keyed=bool(settings.api_keys))
     return app
 
 
-def _load(settings: Settings) -> Codec:
+def load_model(settings: Settings) -> Codec:
     """The model that the settings name; imports torch."""
     from ugicm.codec.store import load_codec
 

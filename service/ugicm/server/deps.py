@@ -107,17 +107,17 @@ ViewDep = Annotated[View, Depends(get_view)]
 
 async def read_image_body(request: Request) -> bytes:
     """The image of `POST /encode`: the raw body, or the file part ``image`` of a form."""
-    kind = _media_type(request)
+    kind = media_type_of(request)
     if kind == "multipart/form-data":
         return await _file_part(request, "image")
     if kind in ("", OCTETS, CURL_DEFAULT) or kind.startswith("image/"):
         return await _raw_body(request)
-    raise _unsupported(kind, f"image/*, {OCTETS}, multipart/form-data")
+    raise unsupported(kind, f"image/*, {OCTETS}, multipart/form-data")
 
 
 async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
     """The bitstream of `POST /decode`: the raw body, the file part ``bitstream``, or JSON with an id."""
-    kind = _media_type(request)
+    kind = media_type_of(request)
     if kind == "multipart/form-data":
         return await _file_part(request, "bitstream")
     if kind == "application/json":
@@ -129,14 +129,15 @@ async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
             ) from None
     if kind in ("", OCTETS, CURL_DEFAULT, BITSTREAM_MEDIA_TYPE):
         return await _raw_body(request)
-    raise _unsupported(kind, f"{BITSTREAM_MEDIA_TYPE}, {OCTETS}, multipart/form-data, application/json")
+    raise unsupported(kind, f"{BITSTREAM_MEDIA_TYPE}, {OCTETS}, multipart/form-data, application/json")
 
 
 ImageBody = Annotated[bytes, Depends(read_image_body)]
 BitstreamBody = Annotated[bytes | BitstreamRef, Depends(read_bitstream_body)]
 
 
-def _media_type(request: Request) -> str:
+def media_type_of(request: Request) -> str:
+    """Of the body, without parameters."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -159,7 +160,8 @@ async def _file_part(request: Request, name: str) -> bytes:
     raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}")
 
 
-def _unsupported(kind: str, accepted: str) -> ServiceError:
+def unsupported(kind: str, accepted: str) -> ServiceError:
+    """415 that lists what is accepted."""
     return ServiceError(
         Code.UNSUPPORTED_MEDIA_TYPE,
         f"Content-Type {kind!r} is not supported; send one of: {accepted}",

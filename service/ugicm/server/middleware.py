@@ -13,13 +13,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
-from ugicm.server.problems import as_service_error, too_many_bytes
+from ugicm.server.problems import as_service_error, too_many_bytes, too_many_requests
 from ugicm.server.timings import Timings
 
 CLIENT_CLOSED_REQUEST = 499
 """Logged when a client left before its answer; never sent."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_QUIET = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready", "/metrics")
+QUIET_PATHS = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready", "/metrics")
+"""Not limited, and logged at debug level only."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = structlog.get_logger("ugicm.access")
 
@@ -79,7 +80,7 @@ class RequestContext:
         self.metrics.request_seconds.labels(path).observe(seconds)
         if problem := scope["state"].get("problem"):
             self.metrics.rejected.labels(problem).inc()
-        log = _log.debug if scope["path"] in _QUIET else _log.info
+        log = _log.debug if scope["path"] in QUIET_PATHS else _log.info
         fields: dict[str, Any] = {"problem": problem} if problem else {}
         log(
             "request",
@@ -89,6 +90,27 @@ class RequestContext:
             ms=round(1e3 * seconds, 1),
             **fields,
         )
+
+
+class RequestLimit:
+    """Refuse requests beyond `max_requests` in flight, before their bodies are read."""
+
+    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+        self.app, self.max_requests = app, max_requests
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in QUIET_PATHS:
+            await self.app(scope, receive, send)
+            return
+        if self._in_flight >= self.max_requests:
+            await too_many_requests(self.max_requests).response(scope)(scope, receive, send)
+            return
+        self._in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._in_flight -= 1
 
 
 class BodyLimit:

@@ -57,13 +57,27 @@ def body(form: str, *, json_schema: str | None = None) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def multipart(form: str) -> dict[str, Any]:
+    """``openapi_extra`` of a request body that is the multipart `form`."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"multipart/form-data": {"schema": _reference(form)}},
+        }
+    }
+
+
 def binary_answer(description: str, media_types: tuple[str, ...], *headers: str) -> dict[str, Any]:
     """``responses=`` entry of a binary answer; ``application/octet-stream`` stands beside the others."""
     return {
         "description": description,
-        "headers": {name: {"schema": {"type": "string"}} for name in headers},
+        "headers": _headers(*headers),
         "content": {media_type: {"schema": BINARY} for media_type in (*media_types, OCTETS)},
     }
+
+
+def _headers(*names: str) -> dict[str, Any]:
+    return {name: {"schema": {"type": "string"}} for name in names}
 
 
 IMAGE_TYPES = tuple(dict.fromkeys(MEDIA_TYPES.values()))
@@ -71,6 +85,11 @@ IMAGE = binary_answer(
     "The decoded image.", IMAGE_TYPES, "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"
 )
 BITSTREAM = binary_answer("The bitstream.", (BITSTREAM_MEDIA_TYPE,), "ETag", "Accept-Ranges")
+ENCODED = {
+    "description": "The encoded image.",
+    "headers": _headers("Location", "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"),
+    "content": {BITSTREAM_MEDIA_TYPE: {"schema": BINARY}},
+}
 
 
 def install(
@@ -138,6 +157,8 @@ def _complete(
         for operation in _operations(schema):
             if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
                 operation["security"] = [{"apiKey": []}]
+                refusals = problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, Code.BAD_SIGNATURE)
+                operation["responses"].update({str(status): one for status, one in refusals.items()})
 
 
 def _drop_null(schema: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class Code(_Kind, Enum):
     NOT_ACCEPTABLE = 406, "not-acceptable", "No acceptable format"
     MODEL_MISMATCH = 409, "model-mismatch", "Bitstream of another model"
     TOO_MANY_BYTES = 413, "too-many-bytes", "Request body too large"
+    TOO_MANY_IMAGES = 413, "too-many-images", "Too many images"
     TOO_MANY_PIXELS = 413, "too-many-pixels", "Image too large"
     UNSUPPORTED_MEDIA_TYPE = 415, "unsupported-media-type", "Unsupported media type"
     RANGE_NOT_SATISFIABLE = 416, "range-not-satisfiable", "Range not satisfiable"
@@ -154,6 +155,19 @@ def too_many_bytes(actual: int, limit: int) -> ServiceError:
         f"the request body has {actual} bytes or more; the limit is {limit}, {name} changes it",
         limit=limit,
         actual=actual,
+        setting=name,
+    )
+
+
+def too_many_requests(limit: int) -> ServiceError:
+    """More than `limit` requests are in flight."""
+    name = setting("max_requests")
+    return ServiceError(
+        Code.OVERLOADED,
+        f"{limit} requests are in flight, the limit; {name} changes it",
+        headers={"Retry-After": "1"},
+        limit=limit,
+        actual=limit + 1,
         setting=name,
     )
 

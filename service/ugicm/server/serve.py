@@ -52,7 +52,6 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
     _DrainingServer(config, app, settings.drain_delay_s).run()

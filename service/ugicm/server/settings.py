@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     picture is still accepted when the service is idle."""
     pool_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads for reading and writing images and for entropy coding; unset: one per processor."""
+    max_requests: int = Field(default=256, ge=1)
+    """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most this many
+    times ``max_bytes`` of memory. Health checks do not count."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
@@ -100,16 +103,13 @@ class Settings(BaseSettings):
     SIGINT (Ctrl-C) does not wait."""
     shutdown_timeout_s: int = Field(default=30, ge=0)
     """Then give requests in flight this many seconds to finish."""
-    max_connections: int = Field(default=1000, ge=1)
-    """Simultaneous connections; more are answered 503 at once."""
-
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log line to print."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto`` is coloured text on a terminal and JSON lines elsewhere."""
     tracing: bool = False
-    """OpenTelemetry spans for requests, configured by the standard ``OTEL_`` variables; needs the extra
-    ``ugicm[otel]``."""
+    """OpenTelemetry spans of requests, sent by OTLP over HTTP to ``OTEL_EXPORTER_OTLP_ENDPOINT``; needs the
+    extra ``ugicm[otel]``."""
 
     @model_validator(mode="after")
     def _secrets_are_not_empty(self) -> Settings:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import peek
 from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN
+from ugicm.server.auth import sign
 from ugicm.server.cache import CacheDownError, bitstream_id
 from ugicm.server.deps import BitstreamBody, ImageBody, Services, ServicesDep, TimingsDep, View, ViewDep
 from ugicm.server.engine import RateTarget
 from ugicm.server.images import MEDIA_TYPES, ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
-from ugicm.server.openapi import IMAGE, body, problems
+from ugicm.server.openapi import ENCODED, IMAGE, body, problems
 from ugicm.server.pictures import PictureKey
 from ugicm.server.problems import Code, ServiceError
-from ugicm.server.settings import setting
+from ugicm.server.settings import Settings, setting
 from ugicm.server.timings import Timings
 
 router = APIRouter(tags=["codec"])
@@ -64,6 +67,7 @@ def get_target(
 
 
 TargetDep = Annotated[RateTarget, Depends(get_target)]
+StoreParam = Annotated[bool, Query(description="Keep the bitstream, to decode it by id.")]
 
 
 async def encode_image(
@@ -80,7 +84,10 @@ async def encode_image(
         except CacheDownError:
             pass
     result = EncodeResult(
-        **describe(id, bitstream).model_dump(), cached=cached, stored=stored, links=links(id)
+        **describe(id, bitstream).model_dump(),
+        cached=cached,
+        stored=stored,
+        links=links(services.settings, id),
     )
     return result, bitstream
 
@@ -100,13 +107,20 @@ def describe(id: str, bitstream: bytes) -> BitstreamInfo:
     )
 
 
-def links(id: str) -> BitstreamLinks:
-    """Paths of a bitstream and its two views."""
+def links(settings: Settings, id: str) -> BitstreamLinks:
+    """Paths of a bitstream and its two views, signed if there is a key to sign with."""
+    expires_at = int(time.time()) + settings.url_ttl_s
+
+    def link(path: str, **query: str) -> str:
+        if settings.url_keys:
+            return sign(path, query, settings.url_keys[0], expires_at)
+        return f"{path}?{urlencode(query)}" if query else path
+
     path = f"/bitstreams/{id}"
     return BitstreamLinks(
-        bitstream=path,
-        human=f"{path}/image?preference=human",
-        machine=f"{path}/image?preference=machine",
+        bitstream=link(path),
+        human=link(f"{path}/image", preference="human"),
+        machine=link(f"{path}/image", preference="machine"),
     )
 
 
@@ -117,7 +131,7 @@ def links(id: str) -> BitstreamLinks:
     description="The answer describes the bitstream and says under which id it is kept. "
     f"With `Accept: {BITSTREAM_MEDIA_TYPE}` it is the bitstream itself.",
     response_model=EncodeResult,
-    responses=problems(Code.MALFORMED_IMAGE, *_BODY_PROBLEMS),
+    responses={200: ENCODED, **problems(Code.MALFORMED_IMAGE, *_BODY_PROBLEMS)},
     openapi_extra=body("EncodeForm"),
 )
 async def encode(
@@ -126,7 +140,7 @@ async def encode(
     target: TargetDep,
     services: ServicesDep,
     timings: TimingsDep,
-    store: Annotated[bool, Query(description="Keep the bitstream, to decode it by id.")] = True,
+    store: StoreParam = True,
 ) -> Response:
     result, bitstream = await encode_image(services, data, target, timings, store=store)
     headers = {
@@ -137,7 +151,7 @@ async def encode(
         "Vary": "Accept",
     }
     if result.stored:
-        headers["Location"] = result.links.bitstream
+        headers["Location"] = f"/bitstreams/{result.id}"
     if BITSTREAM_MEDIA_TYPE in request.headers.get("accept", ""):
         return Response(bitstream, headers=headers, media_type=BITSTREAM_MEDIA_TYPE)
     return Response(result.model_dump_json(), headers=headers, media_type="application/json")

@@ -1,0 +1,279 @@
+"""A thin client of the service, synchronous and asynchronous; needs ``pip install 'ugicm[client]'``.
+
+Example::
+
+    with Client("http://127.0.0.1:8000") as client:
+        encoded = client.encode(Path("photo.jpg").read_bytes(), quality=40)
+        picture = client.decode(encoded.id, preference="machine")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, Self
+
+import httpx2
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+Preference = Literal["human", "machine"]
+ImageFormat = Literal["png", "webp", "jpeg", "npy"]
+
+_MAX_WAIT_S = 60.0
+_RETRIED = (503,)
+
+
+class ProblemError(Exception):
+    """The service answered with a problem."""
+
+    def __init__(self, status: int, code: str, detail: str, members: Mapping[str, Any]) -> None:
+        super().__init__(f"{status} {code}: {detail}")
+        self.status, self.code, self.detail = status, code, detail
+        self.members = members
+        """The whole RFC 9457 body: ``limit``, ``actual``, ``setting``, ``request_id`` ..."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded image, as the service describes it."""
+
+    id: str
+    """SHA-256 of the bitstream, hex."""
+    size: int
+    """Bytes of the bitstream."""
+    bpp: float
+    width: int
+    height: int
+    quality: float
+    model: str
+    """Digest of the model that wrote it."""
+    cached: bool
+    """The bitstream was kept already."""
+    stored: bool
+    """The bitstream is kept now: `Client.decode` takes its id."""
+
+
+class _Call(NamedTuple):
+    """A request that can be sent again."""
+
+    method: str
+    path: str
+    params: Mapping[str, str | int | float | bool]
+    content: bytes | None = None
+    json: Mapping[str, str] | None = None
+    headers: Mapping[str, str] = {}
+
+
+def _encode_call(
+    image: bytes, quality: float, target_bpp: float | None, max_bytes: int | None, store: bool
+) -> _Call:
+    sizes = {"target_bpp": target_bpp, "max_bytes": max_bytes}
+    params = {"quality": quality, "store": store, **_given(sizes)}
+    return _Call("POST", "/encode", params, content=image, headers=_OCTETS)
+
+
+def _decode_call(
+    source: bytes | str, preference: Preference, strength: float | None, format: ImageFormat
+) -> _Call:
+    params = {"preference": preference, "format": format, **_given({"strength": strength})}
+    if isinstance(source, str):
+        return _Call("POST", "/decode", params, json={"id": source})
+    return _Call("POST", "/decode", params, content=source, headers=_OCTETS)
+
+
+_OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _encoded(response: httpx2.Response) -> Encoded:
+    body = response.json()
+    return Encoded(**{field.name: body[field.name] for field in fields(Encoded)})
+
+
+def _wait_s(response: httpx2.Response, attempt: int) -> float:
+    """What the service asks for, else twice as long each time."""
+    try:
+        wait = float(response.headers["retry-after"])
+    except (KeyError, ValueError):
+        wait = 0.5 * 2**attempt
+    return min(_MAX_WAIT_S, max(0.0, wait))
+
+
+def _checked(response: httpx2.Response) -> httpx2.Response:
+    if response.is_success:
+        return response
+    try:
+        body = response.json()
+        raise ProblemError(response.status_code, body["code"], body["detail"], body)
+    except (ValueError, KeyError, TypeError):
+        text = response.text[:200]
+        raise ProblemError(response.status_code, "unknown", text, {}) from None
+
+
+def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    headers = {"X-API-Key": api_key} if api_key else {}
+    return {"base_url": url, "headers": headers, "timeout": timeout_s}
+
+
+class Client:
+    """Synchronous client.
+
+    Args:
+        url: of the service.
+        api_key: if the service asks for one.
+        timeout_s: for each step of a request.
+        retries: how often an overloaded service is asked again, after the wait it names.
+        transport: of httpx2, for tests.
+
+    Every method raises `ProblemError` for an answer that is not a success, and httpx2's errors for none.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        retries: int = 3,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._http = httpx2.Client(**_options(url, api_key, timeout_s), transport=transport)
+        self._retries = retries
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close connections."""
+        self._http.close()
+
+    def encode(
+        self,
+        image: bytes,
+        *,
+        quality: float = 50.0,
+        target_bpp: float | None = None,
+        max_bytes: int | None = None,
+        store: bool = True,
+    ) -> Encoded:
+        """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
+        return _encoded(self._send(_encode_call(image, quality, target_bpp, max_bytes, store)))
+
+    def decode(
+        self,
+        source: bytes | str,
+        *,
+        preference: Preference = "human",
+        strength: float | None = None,
+        format: ImageFormat = "png",
+    ) -> bytes:
+        """Image file of a bitstream (bytes) or of the id of a kept one (str)."""
+        return self._send(_decode_call(source, preference, strength, format)).content
+
+    def bitstream(self, id: str) -> bytes:
+        """A kept bitstream."""
+        return self._send(_Call("GET", f"/bitstreams/{id}", {})).content
+
+    def delete(self, id: str) -> None:
+        """Forget a kept bitstream."""
+        self._send(_Call("DELETE", f"/bitstreams/{id}", {}))
+
+    def info(self) -> dict[str, Any]:
+        """Model, device and limits of the service."""
+        body: dict[str, Any] = self._send(_Call("GET", "/info", {})).json()
+        return body
+
+    def _send(self, call: _Call) -> httpx2.Response:
+        for attempt in range(self._retries):
+            response = self._http.request(call.method, call.path, **_arguments(call))
+            if response.status_code not in _RETRIED:
+                return _checked(response)
+            time.sleep(_wait_s(response, attempt))
+        return _checked(self._http.request(call.method, call.path, **_arguments(call)))
+
+
+class AsyncClient:
+    """`Client` for asyncio; the same arguments and methods."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        retries: int = 3,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._http = httpx2.AsyncClient(**_options(url, api_key, timeout_s), transport=transport)
+        self._retries = retries
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._http.aclose()
+
+    async def encode(
+        self,
+        image: bytes,
+        *,
+        quality: float = 50.0,
+        target_bpp: float | None = None,
+        max_bytes: int | None = None,
+        store: bool = True,
+    ) -> Encoded:
+        """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
+        return _encoded(await self._send(_encode_call(image, quality, target_bpp, max_bytes, store)))
+
+    async def decode(
+        self,
+        source: bytes | str,
+        *,
+        preference: Preference = "human",
+        strength: float | None = None,
+        format: ImageFormat = "png",
+    ) -> bytes:
+        """Image file of a bitstream (bytes) or of the id of a kept one (str)."""
+        return (await self._send(_decode_call(source, preference, strength, format))).content
+
+    async def bitstream(self, id: str) -> bytes:
+        """A kept bitstream."""
+        return (await self._send(_Call("GET", f"/bitstreams/{id}", {}))).content
+
+    async def delete(self, id: str) -> None:
+        """Forget a kept bitstream."""
+        await self._send(_Call("DELETE", f"/bitstreams/{id}", {}))
+
+    async def info(self) -> dict[str, Any]:
+        """Model, device and limits of the service."""
+        body: dict[str, Any] = (await self._send(_Call("GET", "/info", {}))).json()
+        return body
+
+    async def _send(self, call: _Call) -> httpx2.Response:
+        for attempt in range(self._retries):
+            response = await self._http.request(call.method, call.path, **_arguments(call))
+            if response.status_code not in _RETRIED:
+                return _checked(response)
+            await asyncio.sleep(_wait_s(response, attempt))
+        return _checked(await self._http.request(call.method, call.path, **_arguments(call)))
+
+
+def _arguments(call: _Call) -> dict[str, Any]:
+    return {
+        "params": call.params,
+        "content": call.content,
+        "json": call.json,
+        "headers": call.headers,
+    }

@@ -1,0 +1,218 @@
+"""Bitstream caches outside of this process's memory, chosen by URL: files, Redis or Valkey, S3."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
+from ugicm.server.settings import Settings, setting
+
+
+class FileCache:
+    """Files in a folder, written atomically; the least recently used go first when it grows too large.
+
+    Several processes may share the folder; each notices what the others wrote at its next sweep.
+    """
+
+    KEEP = 0.9
+    """A sweep deletes until this part of the limit is left."""
+    _STALE_S = 3600.0
+    _TEMPORARY = ".part-"
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._size: int | None = None
+        self._lock = threading.Lock()
+
+    async def get(self, id: str) -> bytes | None:
+        return await asyncio.to_thread(self._get, id)
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        return await asyncio.to_thread(self._put, id, bitstream)
+
+    async def delete(self, id: str) -> bool:
+        return await asyncio.to_thread(self._delete, id)
+
+    async def check(self) -> None:
+        """Write and remove a file."""
+        await asyncio.to_thread(self._check)
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+    def _path(self, id: str) -> Path:
+        return self._folder / id[:2] / id
+
+    def _get(self, id: str) -> bytes | None:
+        path = self._path(id)
+        try:
+            bitstream = path.read_bytes()
+            if bitstream_id(bitstream) != id:  # torn by a power failure, or edited
+                path.unlink()
+                return None
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return bitstream
+
+    def _put(self, id: str, bitstream: bytes) -> bool:
+        path = self._path(id)
+        try:
+            os.utime(path)
+            return True
+        except FileNotFoundError:
+            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=self._TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(bitstream)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        with self._lock:
+            if self._size is not None:
+                self._size += len(bitstream)
+            if self._size is None or self._size > self._max_bytes:
+                self._size = self._sweep()
+        return False
+
+    def _delete(self, id: str) -> bool:
+        try:
+            self._path(id).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _check(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=self._TEMPORARY, dir=self._folder):
+            pass
+
+    def _sweep(self) -> int:
+        """Delete the longest unused files if all together are too large; bytes that are left."""
+        files = []
+        for path in self._folder.glob("*/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if not path.name.startswith(self._TEMPORARY):
+                files.append((status.st_mtime_ns, status.st_size, path))
+            elif time.time() - status.st_mtime > self._STALE_S:  # left behind by a killed process
+                path.unlink(missing_ok=True)
+        size = sum(size for _, size, _ in files)
+        if size > self._max_bytes:
+            for _, file_size, path in sorted(files):
+                path.unlink(missing_ok=True)
+                size -= file_size
+                if size <= self.KEEP * self._max_bytes:
+                    break
+        return size
+
+
+class RedisCache:
+    """Redis or Valkey; entries expire `ttl_s` after their last use for storing."""
+
+    PREFIX = "ugicm:bitstream:"
+
+    def __init__(self, url: str, *, ttl_s: int) -> None:
+        from redis.asyncio import Redis
+
+        self._redis: Any = Redis.from_url(url.replace("valkey", "redis", 1))
+        self._ttl_s = ttl_s
+
+    async def get(self, id: str) -> bytes | None:
+        found: bytes | None = await self._redis.get(self.PREFIX + id)
+        return found
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        key = self.PREFIX + id
+        if await self._redis.set(key, bitstream, ex=self._ttl_s, nx=True):
+            return False
+        await self._redis.expire(key, self._ttl_s)
+        return True
+
+    async def delete(self, id: str) -> bool:
+        return bool(await self._redis.delete(self.PREFIX + id))
+
+    async def check(self) -> None:
+        await self._redis.ping()
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+class S3Cache:
+    """An S3 bucket, or a prefix in one; expiry is the bucket's lifecycle rule.
+
+    Endpoint, region and credentials come from the standard ``AWS_`` variables.
+    """
+
+    def __init__(self, url: str) -> None:
+        from obstore.store import S3Store
+
+        self._store = S3Store.from_url(url)
+
+    async def get(self, id: str) -> bytes | None:
+        try:
+            found = await self._store.get_async(id)
+        except FileNotFoundError:
+            return None
+        return bytes(await found.bytes_async())
+
+    async def put(self, id: str, bitstream: bytes) -> bool:
+        if await self._has(id):
+            return True
+        await self._store.put_async(id, bitstream)
+        return False
+
+    async def delete(self, id: str) -> bool:
+        found = await self._has(id)
+        await self._store.delete_async(id)
+        return found
+
+    async def check(self) -> None:
+        """List the first objects: fails without the bucket or the right to see it."""
+        async for _ in self._store.list(chunk_size=1):
+            break
+
+    async def close(self) -> None:
+        """Connections close with the process."""
+
+    async def _has(self, id: str) -> bool:
+        try:
+            await self._store.head_async(id)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def open_cache(settings: Settings) -> BitstreamCache:
+    """The cache that ``cache_url`` names; connects at first use.
+
+    Raises:
+        ValueError: the URL is not understood.
+    """
+    url = urlsplit(settings.cache_url)
+    match url.scheme:
+        case "memory":
+            return MemoryCache(settings.cache_bytes)
+        case "file" if url.path.strip("/") and url.netloc in ("", "localhost"):
+            return FileCache(Path(unquote(url.path)), settings.cache_bytes)
+        case "redis" | "rediss" | "valkey" | "valkeys" if url.hostname:
+            return RedisCache(settings.cache_url, ttl_s=settings.cache_ttl_s)
+        case "s3" if url.netloc:
+            return S3Cache(settings.cache_url)
+    raise ValueError(
+        f"{setting('cache_url')} must be memory:, file:///path, redis://host:6379/0 (or rediss://, "
+        f"valkey://) or s3://bucket/prefix, got the scheme {url.scheme!r}"
+    )

@@ -1,0 +1,119 @@
+"""Many images in one request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, NamedTuple
+
+import structlog
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from ugicm.server.deps import ServicesDep, media_type_of, unsupported
+from ugicm.server.models import BatchLine
+from ugicm.server.openapi import binary_answer, multipart, problems
+from ugicm.server.problems import Code, ServiceError, as_service_error
+from ugicm.server.routes.codec import StoreParam, TargetDep, encode_image
+from ugicm.server.settings import setting
+from ugicm.server.timings import Timings
+
+router = APIRouter(tags=["codec"])
+
+NDJSON = "application/x-ndjson"
+FORM = "multipart/form-data"
+PARALLEL = 4
+"""Images of one request in the engine at once; the rest wait without holding pixels of the queue."""
+
+_log = structlog.get_logger(__name__)
+
+
+class Part(NamedTuple):
+    """One uploaded image."""
+
+    filename: str | None
+    data: bytes
+
+
+async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
+    """The file parts ``images`` of a form."""
+    if (kind := media_type_of(request)) != FORM:
+        raise unsupported(kind, FORM)
+    most, name = services.settings.max_batch_images, setting("max_batch_images")
+    try:
+        async with request.form(max_files=most, max_fields=8) as form:
+            files = [item for item in form.getlist("images") if isinstance(item, UploadFile)]
+            parts = [Part(file.filename, await file.read()) for file in files]
+    except HTTPException as error:
+        if str(error.detail).startswith("Too many files"):
+            raise ServiceError(
+                Code.TOO_MANY_IMAGES,
+                f"more images than the limit of {most}; {name} changes it",
+                limit=most,
+                setting=name,
+            ) from None
+        raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
+    if not parts:
+        raise ServiceError(Code.INVALID_PARAMETER, "the form needs file parts named 'images'")
+    return parts
+
+
+PartsDep = Annotated[list[Part], Depends(read_parts)]
+
+
+@router.post(
+    "/encode/batch",
+    operation_id="encodeBatch",
+    summary="Encode several images",
+    description="The answer has one JSON line per image, in order, as soon as it is ready: a `result` or a "
+    "`problem`. One bad image does not harm the others.",
+    response_class=Response,
+    responses={
+        200: binary_answer("One `BatchLine` per image, as JSON and a line feed.", (NDJSON,)),
+        **problems(
+            Code.MALFORMED_BODY,
+            Code.TOO_MANY_BYTES,
+            Code.TOO_MANY_IMAGES,
+            Code.UNSUPPORTED_MEDIA_TYPE,
+            Code.INVALID_PARAMETER,
+        ),
+    },
+    openapi_extra=multipart("BatchForm"),
+)
+async def encode_batch(
+    request: Request,
+    parts: PartsDep,
+    target: TargetDep,
+    services: ServicesDep,
+    store: StoreParam = True,
+) -> Response:
+    places = asyncio.Semaphore(PARALLEL)
+    request_id: str = request.state.request_id
+
+    async def line(index: int, part: Part) -> BatchLine:
+        answer = BatchLine(index=index, filename=part.filename)
+        try:
+            async with places:
+                answer.result, _ = await encode_image(services, part.data, target, Timings(), store=store)
+        except Exception as error:
+            problem = as_service_error(error)
+            if problem.kind is Code.INTERNAL:
+                _log.exception("image of a batch failed", index=index)
+            services.metrics.rejected.labels(problem.kind.code).inc()
+            answer.problem = problem.problem(instance=request.url.path, request_id=request_id)
+        return answer
+
+    tasks = [asyncio.create_task(line(index, part)) for index, part in enumerate(parts)]
+    return StreamingResponse(_lines(tasks), media_type=NDJSON, headers={"Cache-Control": "no-store"})
+
+
+async def _lines(tasks: Sequence[asyncio.Task[BatchLine]]) -> AsyncIterator[str]:
+    """Lines in order; what is not sent when the client leaves is cancelled."""
+    try:
+        for task in tasks:
+            yield (await task).model_dump_json(exclude_none=True) + "\n"
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,218 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const PSNR_MAX_PIXELS = 4e6; // a larger picture would hold up the page
+const edges = [1 / 3, 2 / 3];
+const state = { file: null, original: null, result: null, generation: 0 };
+
+// Requests
+
+function headers(more = {}) {
+  const key = $("key").value;
+  return key ? { "X-API-Key": key, ...more } : more;
+}
+
+async function request(path, options = {}) {
+  const response = await fetch(path, { ...options, headers: headers(options.headers) });
+  if (response.ok) return response;
+  if (response.status === 401 || response.status === 403) $("key-label").hidden = false;
+  const problem = await response.json().catch(() => ({}));
+  throw new Error(problem.detail || `the server answered ${response.status}`);
+}
+
+function milliseconds(response) {
+  const header = response.headers.get("Server-Timing") || "";
+  return [...header.matchAll(/dur=([\d.]+)/g)].reduce((sum, match) => sum + Number(match[1]), 0);
+}
+
+// Pictures
+
+async function picture(blob) {
+  const image = new Image();
+  image.src = URL.createObjectURL(blob);
+  await image.decode();
+  return image;
+}
+
+function show(id, image) {
+  const old = $(id).src;
+  $(id).src = image.src;
+  if (old.startsWith("blob:") && old !== image.src) URL.revokeObjectURL(old);
+}
+
+function samples(image) {
+  const canvas = document.createElement("canvas");
+  canvas.width = image.naturalWidth;
+  canvas.height = image.naturalHeight;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, canvas.width, canvas.height).data;
+}
+
+function psnr(one, other) {
+  const sameSize = one.naturalWidth === other.naturalWidth && one.naturalHeight === other.naturalHeight;
+  if (!sameSize || one.naturalWidth * one.naturalHeight > PSNR_MAX_PIXELS) return "–";
+  const a = samples(one), b = samples(other);
+  let sum = 0;
+  for (let i = 0; i < a.length; i += 4) {
+    for (let c = i; c < i + 3; c++) sum += (a[c] - b[c]) ** 2;
+  }
+  const mse = sum / (0.75 * a.length);
+  return mse ? `${(10 * Math.log10(255 ** 2 / mse)).toFixed(2)} dB` : "∞";
+}
+
+function kilobytes(size) {
+  return `${(size / 1000).toFixed(1)} kB`;
+}
+
+// Encode, then decode both views
+
+async function encode() {
+  if (!state.file) return;
+  const generation = ++state.generation;
+  say("Encoding …");
+  try {
+    const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body: state.file });
+    const result = await response.json();
+    if (generation !== state.generation) return;
+    if (!result.stored) throw new Error("the bitstream cache is down, so the views cannot be fetched by id");
+    state.result = { ...result, encode_ms: milliseconds(response) };
+    await decode(generation);
+  } catch (error) {
+    if (generation === state.generation) say(error.message, true);
+  }
+}
+
+async function view(strength) {
+  const response = await request(`bitstreams/${state.result.id}/image?strength=${strength}&format=png`);
+  const image = await picture(await response.blob());
+  return { image, ms: milliseconds(response) };
+}
+
+async function decode(generation) {
+  say("Decoding …");
+  const [human, machine] = await Promise.all([view(0), view($("strength").value)]);
+  if (generation !== state.generation) return;
+  show("human", human.image);
+  show("machine", machine.image);
+  $("stage").hidden = $("facts").hidden = false;
+  layout();
+  facts(human, machine);
+  say("Drag the two borders: original | human | machine.");
+}
+
+function facts(human, machine) {
+  const { size, bpp, width, height, id, encode_ms } = state.result;
+  const rows = {
+    Size: `${width} × ${height}`,
+    "Original file": kilobytes(state.file.size),
+    Bitstream: `${kilobytes(size)}, ${bpp.toFixed(3)} bpp`,
+    "PSNR human": psnr(state.original, human.image),
+    [`PSNR ${strengthName()}`]: psnr(state.original, machine.image),
+    "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.ms.toFixed(0)} ms`,
+    Id: id.slice(0, 12),
+  };
+  $("facts").replaceChildren(
+    ...Object.entries(rows).map(([name, value]) => {
+      const row = document.createElement("div");
+      const dt = document.createElement("dt"), dd = document.createElement("dd");
+      dt.textContent = name;
+      dd.textContent = value;
+      row.append(dt, dd);
+      return row;
+    }),
+  );
+}
+
+function say(text, isError = false) {
+  $("message").textContent = text;
+  $("message").className = isError ? "error" : "";
+}
+
+// The two borders
+
+function layout() {
+  const [first, second] = edges.map((edge) => 100 * edge);
+  $("human").style.clipPath = `inset(0 ${100 - second}% 0 ${first}%)`;
+  $("machine").style.clipPath = `inset(0 0 0 ${second}%)`;
+  document.querySelectorAll(".handle").forEach((handle, index) => {
+    handle.style.left = `${100 * edges[index]}%`;
+    handle.setAttribute("aria-valuenow", Math.round(100 * edges[index]));
+  });
+  const centres = { original: first / 2, human: (first + second) / 2, machine: (second + 100) / 2 };
+  const widths = { original: first, human: second - first, machine: 100 - second };
+  document.querySelectorAll(".label").forEach((label) => {
+    label.style.left = `${centres[label.dataset.view]}%`;
+    label.hidden = widths[label.dataset.view] < 8;
+  });
+  $("frame").style.width = $("actual").checked ? `${$("original").naturalWidth / devicePixelRatio}px` : "100%";
+  $("frame").classList.toggle("actual", $("actual").checked);
+}
+
+function move(index, edge) {
+  edges[index] = Math.min(1, Math.max(0, edge));
+  if (index === 0) edges[1] = Math.max(edges[0], edges[1]);
+  else edges[0] = Math.min(edges[0], edges[1]);
+  layout();
+}
+
+document.querySelectorAll(".handle").forEach((handle) => {
+  const index = Number(handle.dataset.edge);
+  handle.addEventListener("pointerdown", (event) => handle.setPointerCapture(event.pointerId));
+  handle.addEventListener("pointermove", (event) => {
+    if (!handle.hasPointerCapture(event.pointerId)) return;
+    const box = $("frame").getBoundingClientRect();
+    move(index, (event.clientX - box.left) / box.width);
+  });
+  handle.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -0.02, ArrowRight: 0.02 }[event.key];
+    if (step) move(index, edges[index] + step);
+  });
+});
+
+// Controls
+
+function strengthName() {
+  const strength = Number($("strength").value);
+  return { 0: "human", 1: "machine" }[strength] || strength.toFixed(2);
+}
+
+async function open(file) {
+  try {
+    state.original = await picture(file);
+  } catch {
+    say(`${file.name} is not a picture that this browser can show`, true);
+    return;
+  }
+  state.file = file;
+  show("original", state.original);
+  await encode();
+}
+
+$("file").addEventListener("change", () => $("file").files[0] && open($("file").files[0]));
+$("quality").addEventListener("input", () => { $("quality-value").textContent = $("quality").value; });
+$("quality").addEventListener("change", encode);
+$("strength").addEventListener("input", () => {
+  $("strength-value").textContent = strengthName();
+  document.querySelector('.label[data-view="machine"]').textContent = strengthName();
+});
+$("strength").addEventListener("change", () => {
+  if (state.result) decode(++state.generation).catch((error) => say(error.message, true));
+});
+$("actual").addEventListener("change", layout);
+$("key").addEventListener("change", encode);
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+});
+
+request("info")
+  .then((response) => response.json())
+  .then(({ version, model }) => {
+    $("model").textContent = `${model.name} on ${model.device}, version ${version}`;
+  })
+  .catch((error) => say(error.message, true));

@@ -1,0 +1,263 @@
+"""Caches outside of the process: files, a real redis-server, an S3 server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache
+from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
+from ugicm.server.settings import Settings
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not accepts():
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.05)
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class RedisServer:
+    """A real redis-server on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self._folder = free_port(), folder
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.start()
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--save", "", "--dir", str(self._folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wait_until(lambda: listening(self.port))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs the redis-server binary (apt-get install redis-server)")
+    server = RedisServer(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="pictures")
+    yield "s3://pictures/some/prefix"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "redis", "s3"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> BitstreamCache:
+    match request.param:
+        case "redis":
+            url = request.getfixturevalue("redis_server").url
+        case "s3":
+            url = request.getfixturevalue("s3_url")
+        case "file":
+            url = f"file://{tmp_path}/made/on/demand"
+        case other:
+            url = f"{other}:"
+    return open_cache(Settings(cache_url=url))
+
+
+async def test_every_cache_keeps_and_forgets(cache: BitstreamCache) -> None:
+    await cache.check()
+    bitstream = os.urandom(100_000)
+    id = bitstream_id(bitstream)
+    assert await cache.get(id) is None
+    assert await cache.delete(id) is False
+    assert await cache.put(id, bitstream) is False
+    assert await cache.put(id, bitstream) is True
+    assert await cache.get(id) == bitstream
+    assert await cache.delete(id) is True
+    assert await cache.get(id) is None
+    await cache.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("memory:", MemoryCache),
+        ("file:///var/cache/ugicm", FileCache),
+        ("redis://:secret@cache:6379/1", RedisCache),
+        ("rediss://cache", RedisCache),
+        ("valkey://cache:6379", RedisCache),
+        ("s3://bucket", S3Cache),
+    ],
+)
+def test_the_url_decides(url: str, kind: type[object]) -> None:
+    assert isinstance(open_cache(Settings(cache_url=url)), kind)
+
+
+@pytest.mark.parametrize("url", ["", "cache", "ftp://x", "file://", "file://host/path", "redis:", "s3:x"])
+def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
+    with pytest.raises(ValueError, match="UGICM_CACHE_URL"):
+        open_cache(Settings.model_construct(cache_url=url))
+
+
+# Files
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+async def store(cache: BitstreamCache, *bitstreams: bytes) -> list[str]:
+    ids = [bitstream_id(bitstream) for bitstream in bitstreams]
+    for id, bitstream in zip(ids, bitstreams, strict=True):
+        await cache.put(id, bitstream)
+    return ids
+
+
+async def test_files_survive_the_process(tmp_path: Path) -> None:
+    (id,) = await store(FileCache(tmp_path, 1000), b"bits")
+    assert await FileCache(tmp_path, 1000).get(id) == b"bits"
+
+
+async def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 1000)
+    ids = await store(cache, *(bytes([i]) * 200 for i in range(4)))
+    for age, id in enumerate(reversed(ids)):
+        os.utime(tmp_path / id[:2] / id, (1000 - age, 1000 - age))
+    await cache.get(ids[0])  # used again
+    ids += await store(cache, b"x" * 300)
+    kept = {path.name for path in files(tmp_path)}
+    assert kept == {ids[0], ids[2], ids[3], ids[4]}
+
+
+async def test_the_limit_holds_over_files_of_an_earlier_process(tmp_path: Path) -> None:
+    await store(FileCache(tmp_path, 10_000), *(bytes([i]) * 900 for i in range(5)))
+    await store(FileCache(tmp_path, 1000), b"new")
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 1000
+
+
+async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 1000)
+    (id,) = await store(cache, b"whole bitstream")
+    (tmp_path / id[:2] / id).write_bytes(b"whole")
+    assert await cache.get(id) is None
+    assert await cache.put(id, b"whole bitstream") is False
+    assert await cache.get(id) == b"whole bitstream"
+
+
+async def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    old, new = (tmp_path / "ab" / f".part-{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    await store(FileCache(tmp_path, 1000), b"bits")
+    assert not old.exists()
+    assert new.exists()  # another process may be writing it
+
+
+async def test_a_kill_while_writing_leaves_whole_files_only(tmp_path: Path) -> None:
+    code = f"""
+import asyncio, os, sys
+from pathlib import Path
+from ugicm.server.backends import FileCache
+from ugicm.server.cache import bitstream_id
+async def main():
+    cache = FileCache(Path({str(tmp_path)!r}), 1 << 40)
+    while True:
+        bitstream = os.urandom(1 << 20)
+        await cache.put(bitstream_id(bitstream), bitstream)
+asyncio.run(main())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    wait_until(lambda: len(files(tmp_path)) > 5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    whole = [path for path in files(tmp_path) if not path.name.startswith(".part-")]
+    assert whole
+    for path in whole:
+        assert bitstream_id(path.read_bytes()) == path.name
+
+
+async def test_a_folder_that_cannot_be_written_fails_the_check(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        await FileCache(tmp_path / "file", 1000).check()
+
+
+# Redis and S3
+
+
+async def test_redis_entries_expire(redis_server: RedisServer) -> None:
+    cache = RedisCache(redis_server.url, ttl_s=100)
+    (id,) = await store(cache, b"bits")
+    assert 90 < await cache._redis.ttl(RedisCache.PREFIX + id) <= 100
+    await cache.close()
+
+
+async def test_a_missing_bucket_fails_the_check(s3_url: str) -> None:
+    with pytest.raises(Exception, match=r"(?i)bucket|not.?found|404"):
+        await S3Cache("s3://other").check()
+
+
+def test_the_service_outlives_its_redis(make_client: Any, image_file: Any, redis_server: RedisServer) -> None:
+    client = make_client(cache_url=redis_server.url)
+    id = client.post("/encode", content=image_file()).json()["id"]
+    assert client.get(f"/bitstreams/{id}").status_code == 200
+    redis_server.stop()
+    response = client.post("/encode", content=image_file())
+    assert (response.status_code, response.json()["stored"]) == (200, False)
+    assert client.get(f"/bitstreams/{id}").json()["code"] == "cache-unavailable"
+    assert client.get("/readyz").json() == {"status": "ready", "cache": "down"}
+    redis_server.start()
+    assert client.get("/readyz").json() == {"status": "ready", "cache": "up"}
+    assert client.post("/encode", content=image_file()).json()["stored"] is True
+
+
+def test_two_services_share_one_redis(make_client: Any, image_file: Any, redis_server: RedisServer) -> None:
+    first, second = (make_client(cache_url=redis_server.url) for _ in range(2))
+    id = first.post("/encode", content=image_file()).json()["id"]
+    assert second.post("/decode", json={"id": id}).status_code == 200

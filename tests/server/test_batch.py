@@ -1,0 +1,67 @@
+"""Several images in one request: lines in order, failures apart."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def lines(response: Any) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "application/x-ndjson"
+    return [json.loads(line) for line in response.text.splitlines()]
+
+
+def parts(*images: bytes) -> list[Any]:
+    return [("images", (f"{index}.png", data)) for index, data in enumerate(images)]
+
+
+def test_one_line_per_image_in_order(client: Any, image_file: Any) -> None:
+    images = [image_file(20 + i, 10, seed=i) for i in range(9)]
+    answer = lines(client.post("/encode/batch", params={"quality": 30}, files=parts(*images)))
+    assert [line["index"] for line in answer] == list(range(9))
+    assert [line["filename"] for line in answer] == [f"{i}.png" for i in range(9)]
+    assert [line["result"]["width"] for line in answer] == [20 + i for i in range(9)]
+    single = client.post("/encode", params={"quality": 30}, content=images[3]).json()
+    assert single["cached"] is True
+    assert answer[3]["result"] == {**single, "cached": False}
+
+
+def test_a_bad_image_fails_alone(client: Any, image_file: Any) -> None:
+    answer = lines(client.post("/encode/batch", files=parts(image_file(), b"junk", image_file(2000, 2000))))
+    assert "result" in answer[0]
+    assert answer[1]["problem"]["code"] == "unsupported-media-type"
+    assert answer[2]["problem"]["code"] == "too-many-pixels"
+    assert answer[2]["problem"]["limit"] == 1_000_000
+    assert answer[1]["problem"]["instance"] == "/encode/batch"
+
+
+def test_the_device_failing_is_told_apart(client: Any, codec: Any, image_file: Any, log: Any) -> None:
+    codec.fail = RuntimeError("lost")
+    (line,) = lines(client.post("/encode/batch", files=parts(image_file())))
+    assert line["problem"]["code"] == "internal"
+    assert [entry["index"] for entry in log if entry["event"] == "image of a batch failed"] == [0]
+
+
+def test_too_many_images(make_client: Any, image_file: Any) -> None:
+    client = make_client(max_batch_images=2)
+    assert len(lines(client.post("/encode/batch", files=parts(*[image_file()] * 2)))) == 2
+    body = client.post("/encode/batch", files=parts(*[image_file()] * 3)).json()
+    assert (body["status"], body["code"], body["limit"]) == (413, "too-many-images", 2)
+    assert body["setting"] == "UGICM_MAX_BATCH_IMAGES"
+
+
+def test_no_images_and_no_form(client: Any) -> None:
+    response = client.post("/encode/batch", files={"image": ("a", b"x")})
+    assert response.json()["code"] == "invalid-parameter"
+    broken = {"Content-Type": "multipart/form-data; boundary=b"}
+    response = client.post("/encode/batch", content=b"junk", headers=broken)
+    assert response.json()["code"] == "malformed-body"
+    response = client.post("/encode/batch", content=b"junk", headers={"Content-Type": "image/png"})
+    assert response.json()["code"] == "unsupported-media-type"
+
+
+def test_a_batch_does_not_overload_the_queue_by_itself(make_client: Any, image_file: Any) -> None:
+    client = make_client(queue_pixels=4 * 128 * 128)
+    images = [image_file(seed=i) for i in range(12)]
+    assert all("result" in line for line in lines(client.post("/encode/batch", files=parts(*images))))

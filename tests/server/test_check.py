@@ -1,0 +1,101 @@
+"""``ugicm check`` and ``ugicm health``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from ugicm.server.check import check, health
+from ugicm.server.settings import Settings
+
+
+@pytest.fixture
+def tiny_settings(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    return Settings(model="tiny", model_store=tiny_store, device="cpu", precision="float32")
+
+
+def test_all_is_well(tiny_settings: Settings) -> None:
+    findings = list(check(tiny_settings))
+    assert [finding.name for finding in findings] == ["settings", "model", "cache", "round trip"]
+    assert all(finding.ok for finding in findings), findings
+    assert "tiny" in findings[1].detail
+
+
+def test_a_misspelt_variable_is_named(tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UGICM_MAX_PIXEL", "5")
+    assert next(check(tiny_settings)) == ("settings", False, "no setting reads UGICM_MAX_PIXEL")
+
+
+def test_a_missing_model_ends_the_checks(tiny_settings: Settings) -> None:
+    findings = list(check(tiny_settings.model_copy(update={"model": "none-such"})))
+    assert [(finding.name, finding.ok) for finding in findings] == [("settings", True), ("model", False)]
+    assert "none-such" in findings[1].detail
+
+
+def test_a_damaged_model_is_found(tiny_store: Path, tiny_settings: Settings, tmp_path: Path) -> None:
+    damaged = tmp_path / "tiny"
+    damaged.mkdir()
+    for source in (tiny_store / "tiny").iterdir():
+        (damaged / source.name).write_bytes(source.read_bytes())
+    weights = damaged / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    findings = list(check(tiny_settings.model_copy(update={"model_store": tmp_path})))
+    assert "damaged" in findings[-1].detail
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "file:///proc/nowhere", "ftp://x"])
+def test_a_cache_that_cannot_be_reached(tiny_settings: Settings, url: str) -> None:
+    findings = {f.name: f for f in check(tiny_settings.model_copy(update={"cache_url": url}))}
+    assert not findings["cache"].ok
+    assert findings["round trip"].ok
+
+
+@pytest.fixture
+def served(make_app: Any) -> Iterator[tuple[FastAPI, int]]:
+    """A live server in a thread: the application and its port."""
+    app = make_app()
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield app, server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_health_follows_readiness(
+    served: tuple[FastAPI, int], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, port = served
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert health(host, port).ok
+    app.state.lifecycle.draining = True
+    finding = health(host, port)
+    assert not finding.ok
+    assert "draining" in finding.detail
+
+
+def test_health_of_nobody() -> None:
+    finding = health("127.0.0.1", 1, timeout_s=1)
+    assert not finding.ok
+    assert "127.0.0.1:1" in finding.detail
+
+
+def test_health_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ugicm.server.check as c; c.health(port=1, timeout_s=1);"
+        "heavy = {'torch', 'fastapi', 'pydantic', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,139 @@
+"""The thin client against the application, and its patience with an overloaded service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from ugicm import client as client_module
+from ugicm.client import AsyncClient, Client, ProblemError
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def client(make_client: Any) -> Iterator[Client]:
+    """Over the transport of the test client, which runs the application."""
+    with Client("http://testserver", transport=make_client()._transport) as client:
+        yield client
+
+
+def test_round_trip(client: Client, image_file: Any, pixels: Any) -> None:
+    encoded = client.encode(image_file(), quality=40)
+    assert (encoded.width, encoded.height, encoded.quality, encoded.stored) == (48, 32, 40.0, True)
+    bitstream = client.bitstream(encoded.id)
+    assert len(bitstream) == encoded.size
+    by_id = client.decode(encoded.id, preference="machine")
+    assert client.decode(bitstream, preference="machine") == by_id
+    assert client.decode(encoded.id, strength=1.0) == by_id
+    assert (pixels(by_id) == 255 - pixels(image_file())).all()
+    assert client.decode(encoded.id, format="npy").startswith(b"\x93NUMPY")
+    client.delete(encoded.id)
+    with pytest.raises(ProblemError, match="unknown-bitstream") as caught:
+        client.decode(encoded.id)
+    assert caught.value.status == 404
+    assert client.info()["model"]["name"] == "fake"
+
+
+def test_sizes_and_storing(client: Client, image_file: Any) -> None:
+    assert client.encode(image_file(), max_bytes=50_000).quality == 1.0
+    assert client.encode(image_file(), target_bpp=24).quality == 1.0
+    assert client.encode(image_file(seed=5), store=False).stored is False
+
+
+def test_the_problem_has_its_members(client: Client, image_file: Any) -> None:
+    with pytest.raises(ProblemError) as caught:
+        client.encode(image_file(1001, 1000))
+    assert caught.value.code == "too-many-pixels"
+    assert caught.value.members["setting"] == "UGICM_MAX_PIXELS"
+
+
+class Overloaded:
+    """Answers 503 a few times, then 200; or something that is no problem at all."""
+
+    def __init__(self, times: int, headers: dict[str, str]) -> None:
+        self.left, self.headers = times, headers
+        self.bodies: list[bytes] = []
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.bodies.append(request.content)
+        if self.left:
+            self.left -= 1
+            return httpx2.Response(503, headers=self.headers, text="busy")
+        return httpx2.Response(200, content=b"picture")
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    waits: list[float] = []
+    monkeypatch.setattr(client_module.time, "sleep", waits.append)
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(client_module.asyncio, "sleep", sleep)
+    return waits
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"Retry-After": "7"}, [7.0, 7.0]),
+        ({}, [0.5, 1.0]),
+        ({"Retry-After": "soon"}, [0.5, 1.0]),
+        ({"Retry-After": "9999"}, [60.0, 60.0]),
+    ],
+)
+def test_it_waits_as_told(waits: list[float], headers: dict[str, str], expected: list[float]) -> None:
+    server = Overloaded(2, headers)
+    with Client(transport=httpx2.MockTransport(server)) as client:
+        assert client.decode(b"bits") == b"picture"
+    assert waits == expected
+    assert server.bodies == [b"bits"] * 3
+
+
+def test_it_gives_up(waits: list[float]) -> None:
+    with (
+        Client(transport=httpx2.MockTransport(Overloaded(9, {})), retries=2) as client,
+        pytest.raises(ProblemError, match="503 unknown: busy"),
+    ):
+        client.decode(b"bits")
+    assert len(waits) == 2
+
+
+def test_the_key_is_sent() -> None:
+    seen = []
+
+    def server(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.headers.get("x-api-key"))
+        return httpx2.Response(200, json={})
+
+    for key in (None, "secret-key"):
+        Client(api_key=key, transport=httpx2.MockTransport(server)).info()
+    assert seen == [None, "secret-key"]
+
+
+@pytest.mark.anyio
+async def test_the_asynchronous_client_does_the_same(
+    make_app: Any, image_file: Any, waits: list[float]
+) -> None:
+    app = make_app()
+    async with app.router.lifespan_context(app):
+        transport = httpx2.ASGITransport(app)
+        async with AsyncClient("http://testserver", transport=transport) as client:
+            encoded = await client.encode(image_file(), quality=40)
+            bitstream = await client.bitstream(encoded.id)
+            assert await client.decode(bitstream) == await client.decode(encoded.id)
+            assert (await client.info())["model"]["name"] == "fake"
+            await client.delete(encoded.id)
+            with pytest.raises(ProblemError, match="unknown-bitstream"):
+                await client.bitstream(encoded.id)
+    async with AsyncClient(transport=httpx2.MockTransport(Overloaded(2, {}))) as client:
+        assert await client.decode("0" * 64) == b"picture"
+    assert [wait for wait in waits if wait] == [0.5, 1.0]  # asyncio itself sleeps for 0

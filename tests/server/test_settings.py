@@ -1,0 +1,55 @@
+"""Settings: environment, units, lists; and that the documentation names every one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ugicm.server.settings import Settings, setting
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_environment_with_units_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UGICM_MAX_BYTES", "1.5MiB")
+    monkeypatch.setenv("UGICM_API_KEYS", " key-number-1 ,, key-number-2,")
+    monkeypatch.setenv("UGICM_BATCH_PIXELS", "")
+    settings = Settings()
+    assert settings.max_bytes == 1_572_864
+    assert [key.get_secret_value() for key in settings.api_keys] == ["key-number-1", "key-number-2"]
+    assert settings.batch_pixels is None
+    assert "key-number" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", 70000),
+        ("max_pixels", 0),
+        ("max_bytes", 0),
+        ("precision", "float16"),
+        ("api_keys", "short"),
+        ("unknown", 1),
+    ],
+)
+def test_values_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**{name: value})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_described_and_documented(name: str) -> None:
+    assert Settings.model_fields[name].description
+    assert f"`{setting(name)}`" in (DOCS / "configuration.md").read_text()
+
+
+def test_messages_name_settings_that_exist() -> None:
+    with pytest.raises(KeyError):
+        setting("no_such_field")
