@@ -1,4 +1,4 @@
-"""``ugicm``: encode, decode, info, serve.
+"""``ugicm``: encode, decode, info, serve, check, health.
 
 Everything heavy is imported inside the command that needs it, so help and `info` start at once.
 """
@@ -22,6 +22,7 @@ from ugicm.codec.store import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, STORE_VARIABLE
 
 if TYPE_CHECKING:
     from ugicm.codec.codec import Codec
+    from ugicm.server.settings import Settings
 
 DEFAULT_QUALITY = 50.0
 
@@ -216,20 +217,50 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ... (UGICM_DEVICE).")] = None,
 ) -> None:
     """Run the HTTP service until SIGTERM or Ctrl-C; UGICM_* variables set everything else."""
+    from ugicm.server.serve import serve as run
+
+    run(_settings(host=host, port=port, model=model, model_store=model_store, device=device))
+
+
+@app.command()
+def check() -> None:
+    """Try what the service needs: variables, model, cache, a round trip. Exits with 1 if one fails."""
+    from ugicm.server.check import check as run
+
+    ok = True
+    for finding in run(_settings()):
+        typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
+        ok = ok and finding.ok
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def health(
+    host: Annotated[str, typer.Option(envvar="UGICM_HOST", help="Address of the service.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="UGICM_PORT", help="Its TCP port.")] = 8000,
+) -> None:
+    """Ask a running service whether it is ready; exits with 1 if not. For container health checks."""
+    from ugicm.server.check import health as ask
+
+    finding = ask(host, port)
+    typer.echo(finding.detail, err=not finding.ok)
+    if not finding.ok:
+        raise typer.Exit(1)
+
+
+def _settings(**options: Any) -> Settings:
+    """Settings of the service from the environment; options that are given win."""
     from pydantic import ValidationError
 
-    from ugicm.server.serve import serve as run
     from ugicm.server.settings import Settings
 
-    options = {"host": host, "port": port, "model": model, "model_store": model_store, "device": device}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     try:
-        settings = Settings(**given)
+        return Settings(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
         for problem in error.errors():
             _failed(".".join(map(str, problem["loc"])) or "settings", ValueError(problem["msg"]))
         raise typer.Exit(2) from None
-    run(settings)
 
 
 class _Job(NamedTuple):

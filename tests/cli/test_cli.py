@@ -9,6 +9,8 @@ import pty
 import stat
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -405,6 +407,36 @@ def test_serve_names_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ports.startswith("ugicm: port: ")
     assert "65535" in ports
     assert pixels.startswith("ugicm: max_pixels: ")
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ugicm_("check")
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
+        "ok    settings", "ok    model", "ok    cache", "ok    round trip",
+    ]  # fmt: skip
+    monkeypatch.setenv("UGICM_MODEL", "large")
+    result = ugicm_("check")
+    assert result.exit_code == 1
+    assert "FAIL  model: no model 'large'" in result.stdout
+
+
+def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/readyz" else 404)
+            self.end_headers()
+            self.wfile.write(b'{"status":"ready"}')
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("UGICM_PORT", str(server.server_port))
+        result = ugicm_("health")
+        server.shutdown()
+    assert (result.exit_code, result.stdout) == (0, '{"status":"ready"}\n')
+    result = ugicm_("health")
+    assert result.exit_code == 1
+    assert f"http://127.0.0.1:{server.server_port}/readyz" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["--version"], ["info", "FILE"]])
