@@ -71,11 +71,18 @@ class EntropyModel:
         """``tensors``: the ``entropy.*`` and ``tables.*`` entries of ``weights.safetensors``."""
         self.config = config
         self.device = device
+        # The shift at the end of a layer is a power of two, so it can be multiplied into weights and bias
+        # beforehand: sums are then fractions with 10 binary places, still exact, and `floor` completes it.
         self._weights = {
-            name.removeprefix("entropy."): tensor.to(device, torch.float64)
+            name.removeprefix("entropy."): tensor.to(device, torch.float64) * 2.0**-WEIGHT_BITS
             for name, tensor in tensors.items()
             if name.startswith("entropy.")
         }
+        for step in range(4):
+            for kind in ("weight", "bias"):
+                # Rows of each group: means, then table indexes, which shift by three more places.
+                head = self._weights[f"heads.{step}.{kind}"]
+                head.view(4, 2, -1)[:, 1] *= 2.0 ** -(SUM_BITS - INDEX_BITS - WEIGHT_BITS)
         self.z_tables, self.y_tables = (
             Tables(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
@@ -84,17 +91,17 @@ class EntropyModel:
             for kind in ("z", "y")
         )
 
-    # Layers. `_sum` keeps the full precision; `_activate` shifts back to activation units.
+    # Layers. `_sum` keeps the full precision; `_floor` goes back to integers in activation units.
 
     def _sum(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
 
     @staticmethod
-    def _shift(sums: Tensor, low: int) -> Tensor:
-        return sums.mul_(2.0**-WEIGHT_BITS).floor_().clamp_(low, ACTIVATION_MAX)
+    def _floor(sums: Tensor, low: int) -> Tensor:
+        return sums.floor_().clamp_(low, ACTIVATION_MAX)
 
     def _relu(self, name: str, x: Tensor) -> Tensor:
-        return self._shift(self._sum(name, x), 0)
+        return self._floor(self._sum(name, x), 0)
 
     def _spatial(self, name: str, x: Tensor) -> Tensor:
         """Depthwise 3x3 with zero padding, then ReLU."""
@@ -105,11 +112,11 @@ class EntropyModel:
         for i in range(3):
             for j in range(3):
                 sums.addcmul_(padded[:, i : i + height, j : j + width], weight[:, 0, i, j])
-        return self._shift(sums, 0)
+        return self._floor(sums, 0)
 
     def _block(self, name: str, x: Tensor) -> Tensor:
         hidden = self._spatial(f"{name}.spatial", self._relu(f"{name}.expand", x))
-        branch = self._shift(self._sum(f"{name}.project", hidden), -ACTIVATION_MAX - 1)
+        branch = self._floor(self._sum(f"{name}.project", hidden), -ACTIVATION_MAX - 1)
         return (x + branch).clamp_(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
 
     @staticmethod
@@ -127,9 +134,9 @@ class EntropyModel:
             self._weights[f"heads.{step}.weight"][rows],
             self._weights[f"heads.{step}.bias"][rows],
         )
-        mean = self._shift(sums[..., :size].clone(), -ACTIVATION_MAX - 1)
-        index = sums[..., size:].mul(2.0 ** (INDEX_BITS - SUM_BITS)).floor_().add_(INDEX_OFFSET)
-        return mean, index.clamp_(0, SCALE_COUNT - 1)
+        sums.floor_()
+        mean = sums[..., :size].clamp(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
+        return mean, sums[..., size:].add(INDEX_OFFSET).clamp_(0, SCALE_COUNT - 1)
 
     def _walk(self, z: Tensor, choose: Choose) -> Tensor:
         """Run the four steps; `choose` supplies each step's symbols. Returns y_hat (B, h, w, M)."""
@@ -148,7 +155,7 @@ class EntropyModel:
                 hidden = hyper
             else:
                 seen = y_hat.clamp(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
-                hidden = self._shift(self._sum(f"context.{step - 1}", seen).add_(base), 0)
+                hidden = self._floor(self._sum(f"context.{step - 1}", seen).add_(base), 0)
                 for block in range(self.config.context_blocks):
                     hidden = self._block(f"trunk.{block}", hidden)
             means, indexes = zip(
