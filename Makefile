@@ -28,6 +28,7 @@ serve: install ## start the service with the shipped model on http://HOST:PORT
 
 test: install ## lint, type-check, check the import layers, run the tests
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest

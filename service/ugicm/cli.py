@@ -109,9 +109,7 @@ def encode(
     quality: Annotated[
         float | None, typer.Option(min=1, max=100, help="1 smallest .. 100 best  [default: 50]")
     ] = None,
-    bpp: Annotated[
-        float | None, typer.Option(help="Best quality within this many bits per pixel.")
-    ] = None,
+    bpp: Annotated[float | None, typer.Option(help="Best quality within this many bits per pixel.")] = None,
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Best quality within this many bytes per file.")
     ] = None,
@@ -300,8 +298,6 @@ def _load(model: str, store: Path | None, device: str, precision: str, max_pixel
         return load_codec(model, store=store, device=device, precision=precision, max_pixels=max_pixels)
     except CodecError as error:
         raise _failed(model, error) from None
-    except (RuntimeError, AssertionError) as error:  # how torch says that there is no such device
-        raise _failed(f"device {device}", RuntimeError(str(error).partition("\n")[0])) from None
 
 
 def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb: str) -> None:

@@ -77,13 +77,6 @@ class TrainOptions:
             raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def optimizers(model: nn.Module, options: TrainOptions) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, FiLM, depthwise."""
     matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
@@ -124,7 +117,10 @@ class Trainer:
 
     def __init__(self, config: ModelConfig, options: TrainOptions, out: Path) -> None:
         self.config, self.options, self.out = config, options, out
-        self.device = pick_device(options.device)
+        name = options.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
         torch.manual_seed(options.seed)
         self.model = TrainableCodec(config)
         start_from_dct(self.model)

@@ -151,9 +151,7 @@ def test_decode_to_npy(encoded: Path, tmp_path: Path, tiny_codec: Codec) -> None
 
 @pytest.mark.parametrize("quality", [20.0, 70.0])
 @pytest.mark.parametrize("option", ["--max-bytes", "--bpp"])
-def test_budgets(
-    photos: list[Path], tmp_path: Path, tiny_codec: Codec, option: str, quality: float
-) -> None:
+def test_budgets(photos: list[Path], tmp_path: Path, tiny_codec: Codec, option: str, quality: float) -> None:
     """The budget that one quality needs gives about that quality."""
     budget = len(tiny_codec.encode([pixels(photos[0])], quality)[0]) + 8
     out = tmp_path / "out.ugic"
@@ -203,9 +201,7 @@ def test_one_bad_file_does_not_lose_the_others(photos: list[Path], tmp_path: Pat
     ids=["short", "very short", "empty", "flipped bit", "foreign", "text mode"],
 )
 @pytest.mark.parametrize("command", ["decode", "info"])
-def test_damaged_bitstream(
-    encoded: Path, tmp_path: Path, damage: object, message: str, command: str
-) -> None:
+def test_damaged_bitstream(encoded: Path, tmp_path: Path, damage: object, message: str, command: str) -> None:
     assert callable(damage)
     encoded.write_bytes(damage(encoded.read_bytes()))
     output = ("-o", tmp_path / "out.png") if command == "decode" else ()

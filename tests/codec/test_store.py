@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ugicm.codec.errors import ModelStoreError
+from ugicm.codec.errors import CodecError, ModelStoreError
 from ugicm.codec.store import available, find_store, load_codec, read_model
 
 
@@ -69,3 +69,14 @@ def test_unknown_config_key(folder: Path) -> None:
     edit(folder, model={"name": "x", "colour": 3})
     with pytest.raises(ModelStoreError, match="unknown keys in the model config: colour"):
         read_model(folder)
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_absent_device(tiny_store: Path, device: str) -> None:
+    with pytest.raises(CodecError, match=f"device '{device}' cannot be used here .*UGICM_DEVICE"):
+        load_codec("tiny", store=tiny_store, device=device)
+
+
+def test_unknown_precision(tiny_store: Path) -> None:
+    with pytest.raises(CodecError, match="precision must be auto, float32 or bfloat16, got 'float16'"):
+        load_codec("tiny", store=tiny_store, device="cpu", precision="float16")

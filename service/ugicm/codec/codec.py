@@ -62,6 +62,25 @@ class Latent(NamedTuple):
     """Dequantised latent (M, h, w) float32 before the inverse gains; only after `Codec.unpack`."""
 
 
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        CodecError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CodecError(
+            f"device {name!r} cannot be used here ({reason}); UGICM_DEVICE or --device changes it"
+        ) from error
+    return device
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the processor multiplies it in hardware.
 
@@ -126,15 +145,13 @@ class Codec:
         channels_last: bool = True,
     ) -> None:
         """See `ugicm.codec.store.load_codec`; `channels_last` is the transforms' memory layout (faster)."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         keep_freed_memory()
         self.config = config = model.config
         self.name, self.digest, self._digest = config.name, model.digest.hex(), model.digest
         self.weights_sha256 = model.weights_sha256
-        self._device = torch.device(device)
+        self._device = pick_device(device)
         self._dtype = pick_precision(precision, self._device)
-        self.device, self.precision = device, str(self._dtype).removeprefix("torch.")
+        self.device, self.precision = str(self._device), str(self._dtype).removeprefix("torch.")
         self.max_pixels = max_pixels
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ugicm.codec.conditioning import Film, Modulation
 from ugicm.codec.config import PATCH, ModelConfig
 
-
 GATE_MAX = 4.0
 """Bound of the gates' input. Photos stay below 1; without a bound a product of two activations grows
 quadratically in every block, and a picture unlike any photo (1-pixel stripes) explodes."""
