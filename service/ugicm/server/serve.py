@@ -10,7 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from ugicm.server import logs
-from ugicm.server.app import create_app
+from ugicm.server.app import create_app, load_model
+from ugicm.server.backends import open_cache
 from ugicm.server.settings import Settings
 
 
@@ -24,7 +25,7 @@ class _DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.lifecycle.draining = True
-        if sig == signal.SIGTERM and self._exit_at is None and self.started and self._drain_delay_s:
+        if sig == signal.SIGTERM and self._exit_at is None:
             self._exit_at = time.monotonic() + self._drain_delay_s
         else:
             super().handle_exit(sig, frame)
@@ -41,10 +42,13 @@ def serve(settings: Settings) -> None:
     One process with one model: throughput comes from batching, not from more workers.
 
     Raises:
-        SystemExit: the model cannot be loaded or the port is taken; the log says why.
+        SystemExit: the model cannot be loaded, the cache's URL is wrong, or the port is taken.
     """
     logs.configure(settings)
-    app = create_app(settings)
+    try:
+        app = create_app(settings, load_model(settings), open_cache(settings))
+    except ValueError as error:
+        raise SystemExit(f"ugicm serve: {error}") from error
     config = uvicorn.Config(
         app,
         host=settings.host,

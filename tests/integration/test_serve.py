@@ -1,0 +1,139 @@
+"""The real ``ugicm serve``: under load while it is told to stop, and how it fails to start."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx2
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def photos(photo: Any) -> list[bytes]:
+    """A few crops of a photo, PNG."""
+    files = []
+    for side in (64, 96, 130, 200):
+        out = io.BytesIO()
+        Image.fromarray(photo[:side, : side + 10]).save(out, "PNG")
+        files.append(out.getvalue())
+    return files
+
+
+def test_a_stop_under_load_loses_nothing(start: Any, photos: list[bytes]) -> None:
+    service = start(drain_delay_s=2, log_format="json")
+    service.wait_until_ready()
+    in_rotation = threading.Event()
+    in_rotation.set()
+    statuses: list[int] = []
+    failures: list[Exception] = []
+
+    def client(number: int) -> None:
+        """Encodes and decodes while the load balancer sends requests here."""
+        with httpx2.Client(base_url=service.url, timeout=60) as http:
+            turn = number
+            while in_rotation.is_set():
+                turn += 1
+                try:
+                    encoded = http.post("/encode", content=photos[turn % len(photos)])
+                    statuses.append(encoded.status_code)
+                    by_id = {"id": encoded.json()["id"]}
+                    strength = (turn % 11) / 10
+                    decoded = http.post("/decode", params={"strength": strength}, json=by_id)
+                    statuses.append(decoded.status_code)
+                except Exception as error:
+                    failures.append(error)
+                    return
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in clients:
+        thread.start()
+    while len(statuses) < 40:
+        time.sleep(0.02)
+    before = len(statuses)
+    service.process.send_signal(signal.SIGTERM)
+    while service.ready() == 200:
+        time.sleep(0.02)
+    assert service.ready() == 503
+    in_rotation.clear()
+    for thread in clients:
+        thread.join()
+    assert service.process.wait(60) == 0
+    assert failures == []
+    assert set(statuses) == {200}
+    assert len(statuses) > before
+    lines = [json.loads(line) for line in service.log.read_text().splitlines()]
+    assert not [line for line in lines if line["level"] == "error"]
+
+
+def test_requests_in_flight_finish_after_the_socket_closed(start: Any, photo: Any) -> None:
+    service = start(drain_delay_s=0)
+    service.wait_until_ready()
+    out = io.BytesIO()
+    Image.fromarray(photo).resize((1600, 1200)).save(out, "PNG")
+    answers: list[int] = []
+
+    def send() -> None:
+        answers.append(httpx2.post(f"{service.url}/encode", content=out.getvalue(), timeout=60).status_code)
+
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while "ugicm_queue_pixels 0.0" in httpx2.get(f"{service.url}/metrics").text:
+        time.sleep(0.01)
+    service.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 3
+    assert service.process.wait(60) == 0
+
+
+def test_interrupt_does_not_wait(start: Any) -> None:
+    service = start(drain_delay_s=1000)
+    service.wait_until_ready()
+    service.process.send_signal(signal.SIGINT)
+    assert service.process.wait(60) in (0, -signal.SIGINT, 130)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "none-such"}, "no model 'none-such'"),
+        ({"cache_url": "ftp://cache"}, "UGICM_CACHE_URL"),
+        ({"max_pixels": "many"}, "max_pixels"),
+    ],
+)
+def test_it_does_not_start_and_says_why(start: Any, settings: dict[str, Any], message: str) -> None:
+    service = start(**settings)
+    assert service.process.wait(60) != 0
+    text = service.log.read_text()
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_a_taken_port(start: Any, free_port: int) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", free_port))
+        holder.listen()
+        service = start()
+        assert service.process.wait(60) != 0
+    assert os.strerror(98) in service.log.read_text() or "in use" in service.log.read_text()
+
+
+def test_files_survive_a_kill(start: Any, photos: list[bytes], tmp_path: Any) -> None:
+    settings = {"cache_url": f"file://{tmp_path}/cache"}
+    service = start(**settings)
+    service.wait_until_ready()
+    id = httpx2.post(f"{service.url}/encode", content=photos[0]).json()["id"]
+    service.process.kill()
+    service.process.wait()
+    service = start(**settings)
+    service.wait_until_ready()
+    assert httpx2.get(f"{service.url}/bitstreams/{id}/image").status_code == 200
