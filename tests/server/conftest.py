@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -35,14 +34,15 @@ class FakeLatent(NamedTuple):
 class FakeCodec:
     """Deterministic and obvious: bitstreams are zlib, the machine view is the negative.
 
-    `device_s` slows the device; `fail` makes it raise; `calls` and `threads` say what it was asked, where.
+    The device works while `gate` is set; `fail` makes it raise; `calls` and `threads` say what it was asked.
     """
 
     name, digest, device, precision = "fake", "00112233aabbccdd", "cpu", "float32"
 
     def __init__(self, max_pixels: int = 1_000_000) -> None:
         self.max_pixels = max_pixels
-        self.device_s = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
         self.fail: Exception | None = None
         self.calls: list[tuple[str, int]] = []
         self.threads: set[int] = set()
@@ -50,7 +50,7 @@ class FakeCodec:
     def _on_device(self, name: str, items: int) -> None:
         self.calls.append((name, items))
         self.threads.add(threading.get_ident())
-        time.sleep(self.device_s)
+        assert self.gate.wait(60)
         if self.fail:
             raise self.fail
 

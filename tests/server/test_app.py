@@ -362,8 +362,9 @@ def test_unexpected_failure_is_logged_and_shows_no_trace(
 
 def test_deadline(make_client: Any, codec: Any, image_file: Any) -> None:
     client = make_client(request_timeout_s=0.05)
-    codec.device_s = 0.3
+    codec.gate.clear()
     body = assert_problem(client.post("/encode", content=image_file()), 504, "timeout")
+    codec.gate.set()
     assert body["setting"] == "UGICM_REQUEST_TIMEOUT_S"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -42,30 +42,50 @@ def sample(client: Any, name: str, **labels: str) -> float:
     return registry.get_sample_value(name, labels) or 0.0
 
 
-async def test_simultaneous_encodes_form_batches_in_one_thread(
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def start(requests: Iterable[Awaitable[httpx2.Response]]) -> list[asyncio.Task[httpx2.Response]]:
+    return [asyncio.ensure_future(request) for request in requests]
+
+
+async def statuses(tasks: list[asyncio.Task[httpx2.Response]]) -> list[int]:
+    return sorted(response.status_code for response in await asyncio.gather(*tasks))
+
+
+async def test_what_waits_for_the_device_goes_together_in_one_thread(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
     client = await make_async_client(warm_up=False, pool_threads=4)
-    codec.device_s = 0.2
+    jobs = client.app.state.services.engine.batcher
+    codec.gate.clear()
     images = [image_file(40 + i, 30, seed=i) for i in range(12)]
-    responses = await asyncio.gather(*(client.post("/encode", content=data) for data in images))
-    assert [response.status_code for response in responses] == [200] * 12
+    tasks = start(client.post("/encode", content=data) for data in images[:1])
+    await until(lambda: codec.calls == [("analyse", 1)])
+    tasks += start(client.post("/encode", content=data) for data in images[1:])
+    await until(lambda: len(jobs._jobs) == 11)
+    codec.gate.set()
+    responses = await asyncio.gather(*tasks)
     assert [response.json()["width"] for response in responses] == [40 + i for i in range(12)]
-    assert sum(items for _, items in codec.calls) == 12
-    assert codec.count("analyse") < 12
+    assert codec.calls == [("analyse", 1), ("analyse", 11)]
     assert len(codec.threads) == 1
-    assert sample(client, "ugicm_batch_images_count") == codec.count("analyse")
+    assert sample(client, "ugicm_batch_images_sum") == 12
 
 
 async def test_overload_is_refused_with_a_computed_wait(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
     client = await make_async_client(queue_pixels=3 * 128 * 128)
-    codec.device_s = 0.2
-    responses = await asyncio.gather(*(client.post("/encode", content=image_file(seed=i)) for i in range(10)))
-    statuses = sorted(response.status_code for response in responses)
-    assert statuses == [200] * 3 + [503] * 7
-    refused = next(response for response in responses if response.status_code == 503)
+    codec.gate.clear()
+    tasks = start(client.post("/encode", content=image_file(seed=i)) for i in range(10))
+    await until(lambda: sum(task.done() for task in tasks) == 7)
+    assert sample(client, "ugicm_queue_pixels") == 3 * 128 * 128
+    codec.gate.set()
+    assert await statuses(tasks) == [200] * 3 + [503] * 7
+    refused = next(task.result() for task in tasks if task.result().status_code == 503)
     assert refused.json()["code"] == "overloaded"
     assert refused.json()["setting"] == "UGICM_QUEUE_PIXELS"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -77,16 +97,17 @@ async def test_overload_is_refused_with_a_computed_wait(
 async def test_requests_beyond_the_limit_are_refused_but_health_checks_are_not(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
-    client = await make_async_client(max_requests=2)
-    codec.device_s = 0.3
-    work = [asyncio.create_task(client.post("/encode", content=image_file())) for _ in range(2)]
-    await asyncio.sleep(0.1)
+    client = await make_async_client(max_requests=2, warm_up=False)
+    codec.gate.clear()
+    work = start(client.post("/encode", content=image_file()) for _ in range(2))
+    await until(lambda: codec.calls != [])
     refused = await client.get("/info")
     assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["setting"] == "UGICM_MAX_REQUESTS"
     assert (await client.get("/readyz")).status_code == 200
-    assert [response.status_code for response in await asyncio.gather(*work)] == [200, 200]
+    codec.gate.set()
+    assert await statuses(work) == [200, 200]
     assert (await client.get("/info")).status_code == 200
 
 
@@ -98,36 +119,62 @@ async def test_a_failed_request_leaves_the_queue(make_async_client: MakeAsyncCli
     assert sample(client, "ugicm_queue_pixels") == 0
 
 
+def shared(client: Any) -> float:
+    return sample(client, "ugicm_cache_requests_total", tier="picture", result="shared")
+
+
 async def test_fifty_decodes_of_one_picture_run_the_network_once(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
     client = await make_async_client()
     id = (await client.post("/encode", content=image_file())).json()["id"]
     codec.calls.clear()
-    codec.device_s = 0.1
+    codec.gate.clear()
     ask = {"params": {"preference": "machine"}, "json": {"id": id}}
-    responses = await asyncio.gather(*(client.post("/decode", **ask) for _ in range(50)))
-    assert {response.status_code for response in responses} == {200}
-    assert len({response.content for response in responses}) == 1
+    tasks = start(client.post("/decode", **ask) for _ in range(50))
+    await until(lambda: shared(client) == 49)
+    codec.gate.set()
+    assert await statuses(tasks) == [200] * 50
+    assert len({task.result().content for task in tasks}) == 1
     assert codec.calls == [("synthesise", 1)]
+    assert tasks[0].result().headers["cache-status"] == "ugicm; fwd=miss"
     again = await client.post("/decode", **ask)
     assert again.headers["cache-status"] == "ugicm; hit"
-    assert responses[0].headers["cache-status"] == "ugicm; fwd=miss"
-    assert codec.count("synthesise") == 1
-    assert sample(client, "ugicm_cache_requests_total", tier="picture", result="shared") == 49
+    assert codec.calls == [("synthesise", 1)]
 
 
 async def test_a_flight_survives_the_client_that_started_it(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
-    client = await make_async_client()
+    client = await make_async_client(warm_up=False)
     id = (await client.post("/encode", content=image_file())).json()["id"]
-    codec.device_s = 0.2
-    first, second = (asyncio.create_task(client.post("/decode", json={"id": id})) for _ in range(2))
-    await asyncio.sleep(0.1)
+    codec.gate.clear()
+    first, second = start(client.post("/decode", json={"id": id}) for _ in range(2))
+    await until(lambda: codec.count("synthesise") == 1 and shared(client) == 1)
     first.cancel()
+    codec.gate.set()
     assert (await second).status_code == 200
-    assert codec.count("synthesise") == 2 + 1  # the warm-up's and this one
+    assert codec.count("synthesise") == 1
+
+
+async def test_a_flight_that_everybody_left_is_dropped(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    codec.gate.clear()
+    blocking = start([client.post("/encode", content=image_file(seed=1))])
+    await until(lambda: codec.count("analyse") == 2)
+    leaving = start(client.post("/decode", json={"id": id}) for _ in range(2))
+    await until(lambda: len(client.app.state.services.engine.batcher._jobs) == 1)
+    for task in leaving:
+        task.cancel()
+    await asyncio.gather(*leaving, return_exceptions=True)
+    await until(lambda: sample(client, "ugicm_queue_pixels") == 128 * 128)
+    codec.gate.set()
+    assert await statuses(blocking) == [200]
+    assert codec.count("synthesise") == 0
+    assert (await client.post("/decode", json={"id": id})).status_code == 200
 
 
 async def test_a_flight_that_fails_is_not_remembered(
@@ -135,9 +182,12 @@ async def test_a_flight_that_fails_is_not_remembered(
 ) -> None:
     client = await make_async_client()
     id = (await client.post("/encode", content=image_file())).json()["id"]
-    codec.fail, codec.device_s = RuntimeError("lost"), 0.1
-    responses = await asyncio.gather(*(client.post("/decode", json={"id": id}) for _ in range(3)))
-    assert {response.status_code for response in responses} == {500}
+    codec.gate.clear()
+    codec.fail = RuntimeError("lost")
+    tasks = start(client.post("/decode", json={"id": id}) for _ in range(3))
+    await until(lambda: shared(client) == 2)
+    codec.gate.set()
+    assert await statuses(tasks) == [500] * 3
     codec.fail = None
     assert (await client.post("/decode", json={"id": id})).status_code == 200
 
