@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from numpy.typing import NDArray
 
 from tests.codec.reference_entropy import ReferenceEntropy, assemble
 from ugicm.codec.codec import Codec, Latent
+from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
 from ugicm.codec.store import StoredModel, read_model
+from ugicm_train.export import gaussian_tables, prior_tables
+from ugicm_train.model import EntropyNetwork, FactorizedPrior
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -32,11 +36,11 @@ def reference(stored: StoredModel) -> ReferenceEntropy:
 
 
 def check_against_reference(
-    stored: StoredModel, reference: ReferenceEntropy, tile: TileSymbols, y_hat: torch.Tensor
+    config: ModelConfig, reference: ReferenceEntropy, tile: TileSymbols, y_hat: torch.Tensor
 ) -> None:
-    symbols = assemble(stored.config, tile.y)
+    symbols = assemble(config, tile.y)
     indexes, y_hat_units = reference.parameters(tile.z.astype(np.int64), symbols)
-    np.testing.assert_array_equal(assemble(stored.config, tile.indexes), indexes)
+    np.testing.assert_array_equal(assemble(config, tile.indexes), indexes)
     np.testing.assert_array_equal((y_hat.double() * 64).numpy(), y_hat_units)
 
 
@@ -49,7 +53,31 @@ def test_equals_int64_reference_on_random_latents(stored: StoredModel, reference
     (tile,) = model.quantise(z, y)
     decoded, y_hat = model.unpack(model.pack(tile), 8, 12)
     assert len({int(i) for step in tile.indexes for i in step.flat}) > 10, "indexes should vary"
-    check_against_reference(stored, reference, decoded, y_hat)
+    check_against_reference(stored.config, reference, decoded, y_hat)
+
+
+def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
+    """Full-range weights and saturated activations at the shipped sizes: float32 sums would not be exact."""
+    config = dataclasses.replace(PRESETS["ugicm-s"], context_blocks=1)
+    random = np.random.default_rng(3)
+    tensors = {}
+    for name, value in EntropyNetwork(config).state_dict().items():
+        if name.endswith("weight"):
+            integers = torch.from_numpy(random.integers(-32767, 32768, value.shape, np.int16))
+        else:
+            integers = torch.from_numpy(random.integers(-(2**34), 2**34, value.shape))
+        tensors[f"entropy.{name}"] = integers
+    prior = FactorizedPrior(config.hyper_channels)
+    for kind, arrays in (("z", prior_tables(prior)), ("y", gaussian_tables())):
+        for part, array in zip(("frequencies", "lengths"), arrays, strict=True):
+            tensors[f"tables.{kind}.{part}"] = torch.from_numpy(array)
+    model = EntropyModel(config, tensors, torch.device("cpu"))
+    reference = ReferenceEntropy(config, {name: value.numpy() for name, value in tensors.items()})
+    z = torch.from_numpy(random.normal(0, 200, (1, config.hyper_channels, 1, 1)))
+    y = torch.from_numpy(random.normal(0, 300, (1, config.latent_channels, 4, 4)))
+    (tile,) = model.quantise(z, y)
+    decoded, y_hat = model.unpack(model.pack(tile), 4, 4)
+    check_against_reference(config, reference, decoded, y_hat)
 
 
 def test_equals_int64_reference_on_a_photo(
@@ -60,7 +88,7 @@ def test_equals_int64_reference_on_a_photo(
 ) -> None:
     latent = tiny_codec.unpack(tiny_codec.encode([photo[:128, 64:256]], 80)[0])
     assert latent.y_hat is not None
-    check_against_reference(stored, reference, latent.tiles[0], latent.y_hat)
+    check_against_reference(stored.config, reference, latent.tiles[0], latent.y_hat)
 
 
 def test_skipped_symbols_are_zero(stored: StoredModel) -> None:

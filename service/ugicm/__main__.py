@@ -1,0 +1,3 @@
+from ugicm.cli import main
+
+main()
