@@ -71,6 +71,13 @@ def test_unknown_config_key(folder: Path) -> None:
         read_model(folder)
 
 
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())["model"]
+    edit(folder, model={**config, "encoder_blocks": 2})
+    with pytest.raises(ModelStoreError, match="weights of tiny do not fit its config"):
+        load_codec(folder, device="cpu")
+
+
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
 def test_absent_device(tiny_store: Path, device: str) -> None:
     with pytest.raises(CodecError, match=f"device '{device}' cannot be used here .*UGICM_DEVICE"):

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ugicm.codec import bitstream as container
 from ugicm.codec.bitstream import Header
-from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN, Gains, quality_to_level
-from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE
+from ugicm.codec.conditioning import Gains, quality_to_level
+from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.entropy import EntropyModel, TileSymbols
-from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError
+from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
@@ -157,9 +157,13 @@ class Codec:
 
         def load(module: torch.nn.Module, prefix: str) -> None:
             start = f"{prefix}."
-            module.load_state_dict(
-                {k.removeprefix(start): v for k, v in model.tensors.items() if k.startswith(start)}
-            )
+            state = {k.removeprefix(start): v for k, v in model.tensors.items() if k.startswith(start)}
+            try:
+                module.load_state_dict(state)
+            except RuntimeError as error:
+                raise ModelStoreError(
+                    f"the weights of {config.name} do not fit its config: {error}"
+                ) from error
             module.requires_grad_(False).to(self._device)
 
         self._analysis = Analysis(config)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-QUALITY_MIN, QUALITY_MAX = 1.0, 100.0
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
+
 FREQUENCIES = 10
 
 

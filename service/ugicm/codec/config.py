@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+QUALITY_MIN, QUALITY_MAX = 1.0, 100.0
 PATCH = 8
 """Pixels per side of the patch that the analysis transform unfolds into channels."""
 LATENT_STRIDE = 16

@@ -47,7 +47,7 @@ class Coder:
 def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
     """Our codec; `folder` is where its model was loaded from."""
     from ugicm.codec.bitstream import peek
-    from ugicm.codec.conditioning import QUALITY_MAX
+    from ugicm.codec.config import QUALITY_MAX
     from ugicm.codec.errors import CodecError
     from ugicm.codec.store import read_model
     from ugicm_train.evaluation.estimate import CodeLength

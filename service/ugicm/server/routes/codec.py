@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import peek
-from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.server.auth import sign
 from ugicm.server.cache import CacheDownError, bitstream_id
 from ugicm.server.deps import BitstreamBody, ImageBody, Services, ServicesDep, TimingsDep, View, ViewDep

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from ugicm import __version__
-from ugicm.codec.conditioning import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.server.deps import ServicesDep
 from ugicm.server.models import (
     Health,
