@@ -13,15 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugicm.codec.conditioning import Gains
-from ugicm.codec.config import ModelConfig
+from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.networks import Analysis, Depthwise, HyperAnalysis, Pointwise, Synthesis
 
 LIKELIHOOD_MIN = 1e-9
 OCTAVES_PER_UNIT = 1.25
 """The network's scale output v means sigma = 2^(1.25 v)."""
 SCALE_UNIT_MIN, SCALE_UNIT_MAX = -2.5, 5.375
-STEP_XOR = (0, 3, 2, 1)
-"""In coding step k, position p of every 2x2 square codes channel group p XOR STEP_XOR[k]."""
 
 
 def add_noise(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ LATENT_STRIDE = 16
 """Pixels per side of one position of the latent ``y``."""
 HYPER_STRIDE = 64
 """Pixels per side of one position of the hyper latent ``z``; images are padded to a multiple of it."""
+STEP_XOR = (0, 3, 2, 1)
+"""In coding step k, position p of every 2x2 square of the latent codes channel group p XOR STEP_XOR[k]."""
 
 
 @dataclass(frozen=True)

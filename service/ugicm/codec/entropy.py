@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
-from ugicm.codec.config import ModelConfig
+from ugicm.codec.config import STEP_XOR, ModelConfig
 
 WEIGHT_BITS, ACTIVATION_BITS, INDEX_BITS = 10, 6, 3
 SUM_BITS = WEIGHT_BITS + ACTIVATION_BITS
@@ -40,8 +40,6 @@ SCALE_COUNT = 64
 SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
 Z_LIMIT = ACTIVATION_MAX >> ACTIVATION_BITS
-STEP_XOR = (0, 3, 2, 1)
-"""In coding step k, position p of every 2x2 square codes channel group p XOR STEP_XOR[k]."""
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
