@@ -24,7 +24,6 @@ from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy import SUM_BITS, WEIGHT_BITS
 from ugicm.codec.store import CONFIG_FILE, model_path, read_model
 from ugicm.memory import keep_freed_memory
-from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec
@@ -150,9 +149,7 @@ def polish(
     polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))
-    photos = [photo.to(polisher.device) for _, photo in read_photos(data, min_side=options.crop)]
-    sampler = CropSampler(photos, size=options.crop, seed=options.seed + polisher.step)
-    polisher.run(sampler, teacher)
+    polisher.run(polisher.read(data), teacher)
     if polisher.stop_requested:
         return  # the checkpoint waits for --resume
     for name, value in polisher.average.synthesis.state_dict().items():

@@ -10,8 +10,7 @@ from typing import Any
 class Progress:
     """Context manager; `update` takes a row of the training log."""
 
-    def __init__(self, total: int | None) -> None:
-        self.total = total
+    def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0

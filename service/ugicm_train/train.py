@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,12 @@ class Trainer:
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
 
+    def read(self, data: Sequence[Path]) -> CropSampler:
+        """Crops of the photos in `data`, which stay on the device."""
+        size = self.options.crop
+        photos = [photo.to(self.device) for _, photo in read_photos(data, min_side=size)]
+        return CropSampler(photos, size=size, seed=self.options.seed + self.step)
+
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
         """One update; a batch whose gradients are not finite or far out of line is skipped."""
         options = self.options
@@ -211,7 +218,7 @@ class Trainer:
         sums: dict[str, Any] = {}
         stable_saved = False
         with (
-            Progress(total=options.steps) as progress,
+            Progress() as progress,
             (self.out / LOG).open("a", newline="", encoding="utf-8") as log_file,
         ):
             log = csv.DictWriter(log_file, LOG_FIELDS)
@@ -287,8 +294,4 @@ def train(
     (out / CONFIG).write_text(
         json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
     )
-    photos = [photo for _, photo in read_photos(data, min_side=options.crop)]
-    if trainer.device.type == "cuda":
-        photos = [photo.to(trainer.device) for photo in photos]
-    sampler = CropSampler(photos, size=options.crop, seed=options.seed + trainer.step)
-    trainer.run(sampler, teacher)
+    trainer.run(trainer.read(data), teacher)

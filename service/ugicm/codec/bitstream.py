@@ -34,7 +34,8 @@ MAX_HEADER_BYTES = 29
 _FIXED = struct.Struct("<8sBBH8s")
 _CRC = struct.Struct("<I")
 _TILED = 1
-_QUALITY_STEPS = 256
+QUALITY_STEPS = 256
+"""Steps of the stored quality for each unit of it."""
 _MAX_VARINT_BYTES = 5
 
 
@@ -62,7 +63,7 @@ class Header:
             raise ValueError(f"quality must be 1..100, got {self.quality}")
         if len(self.model_digest) != 8:
             raise ValueError(f"the model digest must have 8 bytes, got {len(self.model_digest)}")
-        object.__setattr__(self, "quality", round(self.quality * _QUALITY_STEPS) / _QUALITY_STEPS)
+        object.__setattr__(self, "quality", round(self.quality * QUALITY_STEPS) / QUALITY_STEPS)
 
     @property
     def tiles_x(self) -> int:
@@ -92,7 +93,7 @@ def serialise(header: Header, segments: Sequence[bytes]) -> bytes:
             MAGIC,
             header.version,
             _TILED if header.tile_side else 0,
-            round(header.quality * _QUALITY_STEPS),
+            round(header.quality * QUALITY_STEPS),
             header.model_digest,
         )
     )
@@ -173,7 +174,7 @@ def _read_header(data: bytes) -> tuple[Header, int]:
         if tile_side == 0:
             raise MalformedBitstreamError("tiled, but the tile side is 0")
     try:
-        header = Header(version, width, height, quality / _QUALITY_STEPS, digest, tile_side)
+        header = Header(version, width, height, quality / QUALITY_STEPS, digest, tile_side)
     except ValueError as error:
         raise MalformedBitstreamError(str(error)) from None
     return header, position

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +31,6 @@ TILE_SIDE = 1024
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
 """Pixels that go through the networks at once; bounds memory."""
-QUALITY_STEP = 1 / 256
-"""Resolution of the quality that a bitstream stores."""
 SYNTHESES_KEPT = 8
 """Preference strengths whose folded synthesis transform is kept ready."""
 
@@ -50,6 +48,21 @@ class Window(NamedTuple):
     below: int
     after: int
     """Margins in latent positions; zero at the picture's border."""
+
+    @property
+    def rows(self) -> slice:
+        """Latent rows of the tile with its margin."""
+        return slice(self.top - self.above, self.top + self.height + self.below)
+
+    @property
+    def columns(self) -> slice:
+        """Latent columns of the tile with its margin."""
+        return slice(self.left - self.before, self.left + self.width + self.after)
+
+    def crop(self, x: Tensor, scale: int = 1) -> Tensor:
+        """Cut the margin off a transform's output (..., H, W) with `scale` samples a latent position."""
+        top, left = self.above * scale, self.before * scale
+        return x[..., top : top + self.height * scale, left : left + self.width * scale]
 
 
 class Latent(NamedTuple):
@@ -219,9 +232,7 @@ class Codec:
             if out[index] is None:
                 # Tile by tile, so that a large picture's integers are never all in memory.
                 header = self._header(image, qualities[index])
-                tiles = self._analyse_image(image, header)
-                segments = [self._cpu_entropy.pack(tile) for tile in tiles]
-                out[index] = container.serialise(header, segments)
+                out[index] = self._serialise(header, self._analyse_image(image, header))
         return [data for data in out if data is not None]
 
     def decode(self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0) -> list[Image]:
@@ -263,11 +274,10 @@ class Codec:
         latents = list(self._latents(image))
 
         def attempt(step: int) -> bytes:
-            header = self._header(image, step * QUALITY_STEP)
-            tiles = (self._quantise([y], [header.quality])[0] for y in latents)
-            return container.serialise(header, [self._cpu_entropy.pack(tile) for tile in tiles])
+            header = self._header(image, step / container.QUALITY_STEPS)
+            return self._serialise(header, self._quantise_each(latents, header))
 
-        low, high = round(QUALITY_MIN / QUALITY_STEP), round(QUALITY_MAX / QUALITY_STEP)
+        low, high = (round(q * container.QUALITY_STEPS) for q in (QUALITY_MIN, QUALITY_MAX))
         best = attempt(low)
         if len(best) > max_bytes:
             raise CodecError(
@@ -306,8 +316,7 @@ class Codec:
 
     def pack(self, latent: Latent) -> bytes:
         """CPU work of `encode`: entropy coding."""
-        segments = [self._cpu_entropy.pack(tile) for tile in latent.tiles]
-        return container.serialise(latent.header, segments)
+        return self._serialise(latent.header, latent.tiles)
 
     def unpack(self, data: bytes) -> Latent:
         """CPU work of `decode`: entropy decoding, exact on every machine."""
@@ -352,23 +361,14 @@ class Codec:
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1]
         for window in tile_windows(header, self._synthesis_margin):
-            rows = slice(window.top - window.above, window.top + window.height + window.below)
-            columns = slice(window.left - window.before, window.left + window.width + window.after)
             parts = []
             for latent in latents:
                 if latent.y_hat is None:
                     raise ValueError("synthesise needs latents from unpack")
-                parts.append(latent.y_hat[:, rows, columns])
+                parts.append(latent.y_hat[:, window.rows, window.columns])
             y_hat = torch.stack(parts).to(self._device) * inverse
             pixels = synthesis(y_hat.to(self._dtype, memory_format=self._layout))
-            top, left = window.above * LATENT_STRIDE, window.before * LATENT_STRIDE
-            pixels = pixels[
-                :,
-                :,
-                top : top + window.height * LATENT_STRIDE,
-                left : left + window.width * LATENT_STRIDE,
-            ]
-            pixels = pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+            pixels = window.crop(pixels, LATENT_STRIDE).mul(255).round_().clamp_(0, 255).to(torch.uint8)
             block = pixels.permute(0, 2, 3, 1).cpu().numpy()
             y0, x0 = window.top * LATENT_STRIDE, window.left * LATENT_STRIDE
             for image, part in zip(images, block, strict=True):
@@ -405,7 +405,7 @@ class Codec:
             version=container.VERSION,
             width=image.shape[1],
             height=image.shape[0],
-            quality=round(quality / QUALITY_STEP) * QUALITY_STEP,
+            quality=quality,
             model_digest=self._digest,
             tile_side=TILE_SIDE if _tiled(image) else 0,
         )
@@ -448,18 +448,20 @@ class Codec:
     def _latents(self, image: Image) -> Iterator[Tensor]:
         """y before gains, (M, h, w) of every tile."""
         for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis_margin):
-            rows = slice(window.top - window.above, window.top + window.height + window.below)
-            columns = slice(window.left - window.before, window.left + window.width + window.after)
-            y = self._transform(self._padded(image, rows, columns)[None])[0]
-            yield y[
-                :,
-                window.above : window.above + window.height,
-                window.before : window.before + window.width,
-            ]
+            y = self._transform(self._padded(image, window.rows, window.columns)[None])[0]
+            yield window.crop(y)
+
+    def _quantise_each(self, latents: Iterable[Tensor], header: Header) -> Iterator[TileSymbols]:
+        """One tile after the other, as they are asked for."""
+        for y in latents:
+            yield self._quantise([y], [header.quality])[0]
 
     def _analyse_image(self, image: Image, header: Header) -> Iterator[TileSymbols]:
-        for y in self._latents(image):
-            yield self._quantise([y], [header.quality])[0]
+        return self._quantise_each(self._latents(image), header)
+
+    def _serialise(self, header: Header, tiles: Iterable[TileSymbols]) -> bytes:
+        """Entropy-code the tiles and put them into the container."""
+        return container.serialise(header, [self._cpu_entropy.pack(tile) for tile in tiles])
 
 
 def _tiled(image: Image) -> bool:
