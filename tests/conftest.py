@@ -25,7 +25,6 @@ TINY = ModelConfig(
     encoder_blocks=1,
     decoder_blocks=2,
     context_blocks=1,
-    condition_features=8,
     levels=3,
 )
 
@@ -40,8 +39,8 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
             head.weight.mul_(8)
             # Wide enough that escapes stay rare.
             head.bias.view(4, 2, -1)[:, 1] = 2.5
-        for film_head in model.synthesis.film.heads:
-            film_head.weight.normal_(0, 0.5)
+        for change, weight in zip(model.preference.parameters(), model.synthesis.parameters(), strict=True):
+            change.copy_(0.1 * weight.std() * torch.randn_like(weight))
     return model
 
 

@@ -49,6 +49,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="continue from a checkpoint of the run folder (default: checkpoint.pt)",
     )
+    run.add_argument("--start", metavar="MODEL", help="begin with the weights of a stored model")
     from ugicm_train.train import TrainOptions
 
     kinds = {"minutes": float, "steps": int, "device": str, "threads": int}
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
                 arguments.data,
                 arguments.out,
                 resume=arguments.resume,
+                start=arguments.start,
                 teacher=teacher,
             )
         elif arguments.command == "pack":

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ugicm_train.synthetic import draw_synthetic
+
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHARD_SUFFIX = ".shard.safetensors"
 """Packed photos: one uint8 tensor (3, H, W) a photo, named by its file."""
@@ -93,11 +95,15 @@ class CropSampler:
     dominate nor are wasted.
     """
 
-    def __init__(self, photos: Sequence[Tensor], *, size: int, seed: int) -> None:
+    def __init__(
+        self, photos: Sequence[Tensor], *, size: int, seed: int, synthetic_share: float = 0.0
+    ) -> None:
+        """``synthetic_share``: part of the crops that are drawn instead (`ugicm_train.synthetic`)."""
         self.photos = [photo for photo in photos if min(photo.shape[1:]) >= size]
         if not self.photos:
             raise DataError(f"no photo is at least {size} pixels a side; lower --crop or add photos")
         self.size = size
+        self.synthetic_share = synthetic_share
         self._random = np.random.default_rng(seed)
         area = np.array([photo.shape[1] * photo.shape[2] for photo in self.photos], dtype=np.float64)
         self._share = np.sqrt(area) / np.sqrt(area).sum()
@@ -107,6 +113,10 @@ class CropSampler:
         crops = []
         for index in self._random.choice(len(self.photos), size=count, p=self._share):
             photo = self.photos[index]
+            if self._random.random() < self.synthetic_share:
+                drawn = torch.from_numpy(draw_synthetic(self._random, self.size)).permute(2, 0, 1)
+                crops.append(drawn.to(photo.device))
+                continue
             top, left = (int(self._random.integers(0, side - self.size + 1)) for side in photo.shape[1:])
             crop = photo[:, top : top + self.size, left : left + self.size]
             crops.append(crop.flip(2) if self._random.random() < 0.5 else crop)

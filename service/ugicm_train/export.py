@@ -75,7 +75,7 @@ def prior_tables(prior: FactorizedPrior) -> tuple[NDArray[np.int32], NDArray[np.
     return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
 
 
-def _rounding_half(name: str, rows: int) -> Tensor:
+def rounding_half(name: str, rows: int) -> Tensor:
     """What turns the floor at the end of a layer into rounding, in sum units (rows,)."""
     half = torch.full((rows,), 2.0 ** (WEIGHT_BITS - 1), dtype=torch.float64)
     if name.startswith("context."):
@@ -106,7 +106,7 @@ def integer_entropy(network: torch.nn.Module) -> dict[str, Tensor]:
                 )
             out[f"entropy.{name}"] = rounded.to(torch.int16)
         else:
-            sums = value * 2.0**SUM_BITS + _rounding_half(layer, len(value))
+            sums = value * 2.0**SUM_BITS + rounding_half(layer, len(value))
             out[f"entropy.{name}"] = sums.round().to(torch.int64)
     return out
 
@@ -120,7 +120,7 @@ def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
     ):
         tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(frequencies)
         tensors[f"tables.{kind}.lengths"] = torch.from_numpy(lengths)
-    for prefix in ("analysis", "hyper_analysis", "synthesis", "gains"):
+    for prefix in ("analysis", "hyper_analysis", "synthesis", "preference", "gains"):
         for name, value in getattr(model, prefix).state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().float().cpu().contiguous()
     return tensors

@@ -19,6 +19,10 @@ TOP_HEAVY = 0.8
 """Levels are drawn as last * u^0.8, u uniform: again, slightly more often at high rate."""
 
 
+LOSS_MAX = 15.0
+"""A sample's balanced loss is scaled down to this: photos stay below, 1-pixel stripes may not drown them."""
+
+
 class Teacher(Protocol):
     """A frozen judge of the machine view."""
 
@@ -76,8 +80,9 @@ def rate_distortion_loss(
         weight = teacher_weight * strength * (lambdas[:count] / config.lambda_max).sqrt()
         loss = torch.cat([loss[:count] + weight * distance, loss[count:]])
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
+    balanced = loss * balance
     return LossTerms(
-        (loss * balance).mean(),
+        (balanced * (LOSS_MAX / balanced.detach()).clamp(max=1)).mean(),
         output.bpp.mean().detach(),
         human.mean().detach(),
         machine.mean().detach() if count else x.new_zeros(()),

@@ -177,6 +177,24 @@ class TrainableCodec(nn.Module):
         self.prior = FactorizedPrior(config.hyper_channels)
         self.entropy = EntropyNetwork(config)
         self.synthesis = Synthesis(config)
+        self.preference = Synthesis(config)
+        """What the machine's synthesis transform adds to each weight of the human's."""
+        self.forget_machine()
+
+    @torch.no_grad()
+    def forget_machine(self) -> None:
+        """Make the machine view the human view."""
+        for change in self.preference.parameters():
+            change.zero_()
+
+    def machine_view(self, latent: Tensor, strength: float) -> Tensor:
+        """Decode at `strength`; gradients reach the latent and the difference, not the human's transform."""
+        difference = dict(self.preference.named_parameters())
+        blended = {
+            name: weight.detach() + strength * difference[name]
+            for name, weight in self.synthesis.named_parameters()
+        }
+        return torch.func.functional_call(self.synthesis, blended, (latent,))
 
     def forward(
         self,
@@ -199,6 +217,6 @@ class TrainableCodec(nn.Module):
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        human = self.synthesis(latent, latent.new_tensor(0.0))
-        machine = self.synthesis(latent[:count], latent.new_tensor(strength)) if count else human[:0]
+        human = self.synthesis(latent)
+        machine = self.machine_view(latent[:count], strength) if count else human[:0]
         return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

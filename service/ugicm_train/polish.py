@@ -3,10 +3,9 @@
 The second stage of UG-ICM (Yin et al., AAAI 2025): encoder, gains, hyper transform and entropy model are
 frozen. No bitstream changes by a byte, so what was encoded before is decoded better afterwards. What learns:
 
-    machine     the conditioning (FiLM) alone: the human view stays as it is, to the last bit. On a small
-                budget this also moves the machine view most: a few scales and shifts per channel learn fast.
-    both        the whole synthesis transform and its conditioning, for both views, as in the paper; takes
-                thousands of steps before it pays.
+    machine     what the machine's synthesis transform adds to the human's: the human view stays as it is, to
+                the last bit
+    both        the human's synthesis transform, too, as in the paper
 """
 
 from __future__ import annotations
@@ -17,51 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ugicm.codec.conditioning import FREQUENCIES, Film
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.entropy import SUM_BITS, WEIGHT_BITS
 from ugicm.codec.store import CONFIG_FILE, model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec
+from ugicm_train.restore import restore
 from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint, optimizers
 
-POLISHED = "synthesis."
-"""Tensors that polishing may change."""
-
-
-def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
-    """The trainable twin of a stored model, close enough to give the latents that a decoder sees.
-
-    The half unit that makes integer layers round (2^-7) stays in the biases, and the hyper prior, which only
-    rates, is not restored.
-    """
-    model = TrainableCodec(config)
-    state = {name: value for name, value in tensors.items() if not name.startswith("tables.")}
-    for name, value in state.items():
-        if name.startswith("entropy."):
-            bits = WEIGHT_BITS if name.endswith("weight") else SUM_BITS
-            state[name] = (value.double() / 2.0**bits).float()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or any(not name.startswith("prior.") for name in missing):
-        raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
-    return model
-
-
-@torch.no_grad()
-def restart_preference(film: Film) -> None:
-    """Forget what the conditioning has learned: every strength decodes the human view again.
-
-    High frequencies of the strength start with little weight, so that strengths between 0 and 1 lie between
-    the two views from the first step.
-    """
-    fresh = Film(film.channels, film.hidden2.in_features)
-    damping = 0.5 ** torch.arange(FREQUENCIES)
-    fresh.hidden1.weight *= torch.cat([torch.ones(1), damping, damping])
-    film.load_state_dict(fresh.state_dict())
+VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
+"""Parts of the model that polishing changes, by the view that learns."""
 
 
 class PolishedCodec(TrainableCodec):
@@ -86,8 +53,8 @@ class PolishedCodec(TrainableCodec):
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         with torch.set_grad_enabled(self.human_learns):
-            human = self.synthesis(latent, latent.new_tensor(0.0))
-        machine = self.synthesis(latent[:machine_count], latent.new_tensor(strength))
+            human = self.synthesis(latent)
+        machine = self.machine_view(latent[:machine_count], strength)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 
 
@@ -99,15 +66,9 @@ class Polisher(Trainer):
         self.model = PolishedCodec(model.config).to(self.device).requires_grad_(False)
         self.model.load_state_dict(model.state_dict())
         self.average.load_state_dict(model.state_dict())
-        if view == "both":
-            self.model.human_learns = True
-            self.model.synthesis.requires_grad_(True)
-            self.optimizers = optimizers(self.model.synthesis, options)
-        else:
-            parameters = self.model.synthesis.film.requires_grad_(True).parameters()
-            adam = torch.optim.Adam(parameters, lr=options.other_lr, betas=(0.9, 0.98))
-            adam.param_groups[0]["peak_lr"] = options.other_lr
-            self.optimizers = (adam,)
+        self.model.human_learns = view == "both"
+        parts = nn.ModuleList(getattr(self.model, name) for name in VIEWS[view])
+        self.optimizers = optimizers(parts.requires_grad_(True), options)
 
 
 def polish(
@@ -132,7 +93,7 @@ def polish(
         data: folders of photos or shards.
         run: folder for the checkpoint and the log of this polish.
         view: which view learns, ``machine`` or ``both`` (see the module's text).
-        restart: forget the preference that the model has learned (`restart_preference`).
+        restart: forget the machine view that the model has learned and begin with the human view.
         teacher: judge of the machine view; None leaves the squared error alone.
         teacher_name: recorded in ``config.json``.
         resume: go on from the checkpoint in `run`.
@@ -145,15 +106,16 @@ def polish(
     if options.threads:
         torch.set_num_threads(options.threads)
     if restart:
-        restart_preference(model.synthesis.film)
+        model.forget_machine()
     polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))
     polisher.run(polisher.read(data), teacher)
     if polisher.stop_requested:
         return  # the checkpoint waits for --resume
-    for name, value in polisher.average.synthesis.state_dict().items():
-        tensors[f"{POLISHED}{name}"] = value.float().cpu().contiguous()
+    for part in VIEWS[view]:
+        for name, value in getattr(polisher.average, part).state_dict().items():
+            tensors[f"{part}.{name}"] = value.float().cpu().contiguous()
     record = {
         "view": view,
         "restarted": restart,
@@ -190,9 +152,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="wall-clock budget")
     budget.add_argument("--steps", type=int)
-    parser.add_argument("--view", choices=("machine", "both"), default="machine", help="which view learns")
+    parser.add_argument("--view", choices=tuple(VIEWS), default="machine", help="which view learns")
     parser.add_argument(
-        "--restart", action="store_true", help="forget the preference that the model has learned"
+        "--restart", action="store_true", help="begin with the human view as the machine view"
     )
     parser.add_argument("--teacher-weight", type=float, default=6.0)
     parser.add_argument("--batch", type=int, default=8)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.networks import Pointwise
+from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, rate_distortion_loss, sample_levels
@@ -36,7 +37,7 @@ STABLE_CHECKPOINT = "before-decay.pt"
 SPIKE = 10.0
 """A batch whose gradient is this many times larger than usual is skipped: Muon would turn even a clipped
 outlier into a step of full size."""
-FULL_STRENGTH_SHARE = 0.6
+FULL_STRENGTH_SHARE = 0.85
 """Share of the steps whose machine view is decoded at strength 1."""
 LOG_FIELDS = (
     "step", "minutes", "loss", "bpp", "psnr_human", "psnr_machine", "teacher", "lr_factor", "crops_per_s",
@@ -52,6 +53,8 @@ class TrainOptions:
     steps: int | None = None
     batch: int = 16
     crop: int = 256
+    synthetic_share: float = 0.04
+    """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
     machine_share: float = 1.0
     """Part of the batch that also decodes the machine view."""
     matrix_lr: float = 0.005
@@ -158,11 +161,21 @@ class Trainer:
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
 
+    def begin_with(self, model: TrainableCodec) -> None:
+        """Take over the weights of `model`; the optimisers start afresh."""
+        self.model.load_state_dict(model.state_dict())
+        self.average.load_state_dict(model.state_dict())
+
     def read(self, data: Sequence[Path]) -> CropSampler:
         """Crops of the photos in `data`, which stay on the device."""
         size = self.options.crop
         photos = [photo.to(self.device) for _, photo in read_photos(data, min_side=size)]
-        return CropSampler(photos, size=size, seed=self.options.seed + self.step)
+        return CropSampler(
+            photos,
+            size=size,
+            seed=self.options.seed + self.step,
+            synthetic_share=self.options.synthetic_share,
+        )
 
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
         """One update; a batch whose gradients are not finite or far out of line is skipped."""
@@ -170,10 +183,9 @@ class Trainer:
         level = sample_levels(self.config, len(x), x.device)
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
         strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
+        count = round(options.machine_share * len(x))
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            output = self.model(
-                x, level, machine_count=round(options.machine_share * len(x)), strength=strength
-            )
+            output = self.model(x, level, machine_count=count, strength=strength)
         terms = rate_distortion_loss(
             self.config,
             output,
@@ -276,9 +288,14 @@ def train(
     out: Path,
     *,
     resume: str | None = None,
+    start: str | None = None,
     teacher: Teacher | None = None,
 ) -> None:
-    """Train in folder `out`; `resume` names the checkpoint file in it to continue from."""
+    """Train in folder `out`.
+
+    `resume` names the checkpoint file in it to continue from; `start` is a stored model (name or folder)
+    whose weights a new run begins with.
+    """
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     if options.threads:
@@ -291,6 +308,11 @@ def train(
     trainer = Trainer(config, options, out)
     if state is not None:
         trainer.load(state)
+    elif start is not None:
+        from ugicm_train.restore import restore, start_from
+
+        stored = read_model(model_path(start))
+        trainer.begin_with(start_from(restore(stored.config, stored.tensors), config))
     (out / CONFIG).write_text(
         json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
     )

@@ -17,7 +17,8 @@ from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec, read_model
 from ugicm_train.export import export
-from ugicm_train.polish import add_arguments, polish, restart_preference, restore, run
+from ugicm_train.polish import VIEWS, add_arguments, polish, run
+from ugicm_train.restore import restore
 from ugicm_train.train import TrainOptions, train
 
 OPTIONS = TrainOptions(
@@ -57,19 +58,18 @@ def test_bitstreams_stay_the_same_and_decode_better(
     tensors = [read_model(path).tensors for path in (before, after)]
     changed = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
     assert changed
-    allowed = "synthesis." if view == "both" else "synthesis.film."
-    assert all(name.startswith(allowed) for name in changed)
+    assert {name.partition(".")[0] for name in changed} == set(VIEWS[view])
 
 
-def test_restarted_preference_decodes_the_human_view() -> None:
+def test_forgotten_machine_view_is_the_human_view() -> None:
     model = tiny_trainable()
     y = torch.rand(1, TINY.latent_channels, 4, 4)
     with torch.no_grad():
-        human, machine = (model.synthesis(y, torch.tensor(s)) for s in (0.0, 1.0))
-        assert not torch.allclose(human, machine)
-        restart_preference(model.synthesis.film)
+        human = model.synthesis(y)
+        assert not torch.allclose(human, model.machine_view(y, 1.0))
+        model.forget_machine()
         for strength in (0.0, 0.3, 1.0):
-            torch.testing.assert_close(model.synthesis(y, torch.tensor(strength)), human)
+            torch.testing.assert_close(model.machine_view(y, strength), human)
 
 
 def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo: NDArray[np.uint8]) -> None:

@@ -141,7 +141,7 @@ class FarFromGreen:
 
 def test_teacher_moves_the_machine_view_alone() -> None:
     model = tiny_trainable()
-    x = torch.rand(2, 3, 64, 64)
+    x = 0.5 + 0.1 * torch.rand(2, 3, 64, 64)
     level = torch.tensor([0.5, 1.5])
     output = model(x, level)
     plain = rate_distortion_loss(TINY, output, x, level)

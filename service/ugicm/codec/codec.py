@@ -32,7 +32,7 @@ MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
 """Pixels that go through the networks at once; bounds memory."""
 SYNTHESES_KEPT = 8
-"""Preference strengths whose folded synthesis transform is kept ready."""
+"""Preference strengths whose synthesis transform is kept ready."""
 
 
 class Window(NamedTuple):
@@ -181,11 +181,12 @@ class Codec:
 
         self._analysis = Analysis(config)
         self._hyper_analysis = HyperAnalysis(config)
-        self._synthesis = Synthesis(config)
+        self._synthesis, self._preference = Synthesis(config), Synthesis(config)
         self._gains = Gains(config.levels, config.latent_channels, 1.0)
         load(self._analysis, "analysis")
         load(self._hyper_analysis, "hyper_analysis")
         load(self._synthesis, "synthesis")
+        load(self._preference, "preference")
         load(self._gains, "gains")
         self._analysis.to(self._dtype)
         self._hyper_analysis.to(self._dtype)
@@ -199,8 +200,8 @@ class Codec:
         # How far a transform looks, in latent positions: one block at 1/16, the others at 1/8.
         self._analysis_margin = 1 + math.ceil(config.encoder_blocks / 2)
         self._synthesis_margin = 1 + math.ceil(config.decoder_blocks / 2)
-        self._folded: OrderedDict[float, Synthesis] = OrderedDict()
-        self._folding = threading.Lock()
+        self._blended: OrderedDict[float, Synthesis] = OrderedDict()
+        self._blending = threading.Lock()
         for strength in (0.0, 1.0):
             self._synthesis_for(strength)
 
@@ -377,15 +378,16 @@ class Codec:
         return images
 
     def _synthesis_for(self, strength: float) -> Synthesis:
-        """The synthesis transform with this preference folded into its weights."""
-        with self._folding:
-            if strength not in self._folded:
-                self._folded[strength] = self._synthesis.folded(strength).to(self._dtype)
-                if len(self._folded) > SYNTHESES_KEPT:
+        """The synthesis transform of this preference."""
+        with self._blending:
+            if strength not in self._blended:
+                blended = self._synthesis.blended(self._preference, strength)
+                self._blended[strength] = blended.to(self._dtype)
+                if len(self._blended) > SYNTHESES_KEPT:
                     # The two ends are what most callers ask for: never dropped.
-                    del self._folded[next(s for s in self._folded if s not in (0.0, 1.0))]
-            self._folded.move_to_end(strength)
-            return self._folded[strength]
+                    del self._blended[next(s for s in self._blended if s not in (0.0, 1.0))]
+            self._blended.move_to_end(strength)
+            return self._blended[strength]
 
     def _check_image(self, image: Image) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:

@@ -39,13 +39,11 @@ class ModelConfig:
     decoder_blocks: int = 4
     context_blocks: int = 2
     """Blocks of the context trunk, evaluated once for each of the last three coding steps."""
-    condition_features: int = 64
-    """Width of the preference embedding's hidden layers."""
     levels: int = 8
     """Anchor levels of the rate gains; quality 1..100 is interpolated between them."""
     lambda_min: float = 0.0004
     """Rate-distortion trade-off of quality 1 (bits per pixel against 255^2 * MSE)."""
-    lambda_max: float = 0.1
+    lambda_max: float = 0.17
     """Rate-distortion trade-off of quality 100."""
 
     def __post_init__(self) -> None:

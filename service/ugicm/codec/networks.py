@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ugicm.codec.conditioning import Film, Modulation
 from ugicm.codec.config import PATCH, ModelConfig
 
-GATE_MAX = 4.0
-"""Bound of the gates' input. Photos stay below 1; without a bound a product of two activations grows
-quadratically in every block, and a picture unlike any photo (1-pixel stripes) explodes."""
+ACTIVATION_MAX = 16.0
+"""Bound of the hidden layers of both transforms. Photos stay within; without it every block multiplies what
+it does not know, and a picture unlike any photo (1-pixel stripes) comes out at 10^5 times its range."""
 
 
 class Pointwise(nn.Module):
@@ -33,15 +32,7 @@ class Pointwise(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _dense(x, self.weight, self.bias)
-
-    def modulated(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias that give ``forward(x) * scale + shift``; scale and shift are (out,)."""
-        return self.weight * scale[:, None], self.bias * scale + shift
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None], bias)
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
 
 
 class Depthwise(nn.Module):
@@ -59,40 +50,23 @@ class Depthwise(nn.Module):
 class Block(nn.Module):
     """Residual block: 1x1, SiLU, depthwise 3x3, 1x1; then a gated 1x1 feed-forward.
 
-    Both branches start near zero, so a stack of blocks starts as the identity. A `Modulation` scales and
-    shifts the two hidden layers (FiLM, Perez et al. 2018).
+    Both branches start near zero, so a stack of blocks starts as the identity.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, bound: float = ACTIVATION_MAX) -> None:
+        """``bound``: largest magnitude in the two hidden layers."""
         super().__init__()
+        self.bound = bound
         self.expand = Pointwise(channels, channels)
         self.spatial = Depthwise(channels)
         self.project = Pointwise(channels, channels, scale=0.1)
         self.gate = Pointwise(channels, 2 * channels)
         self.merge = Pointwise(channels, channels, scale=0.1)
 
-    @torch.no_grad()
-    def absorb(self, modulation: Modulation) -> None:
-        """Multiply the modulation of one preference into the weights; it then costs nothing."""
-        for layer, scale, shift in zip(
-            (self.expand, self.gate), modulation.scale, modulation.shift, strict=True
-        ):
-            weight, bias = layer.modulated(scale, shift)
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
-
-    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
-        if modulation is None:
-            hidden = self.expand(x)
-        else:
-            hidden = _dense(x, *self.expand.modulated(modulation.scale[0], modulation.shift[0]))
-        x = x + self.project(self.spatial(F.silu(hidden)))
-        if modulation is None:
-            hidden = self.gate(x)
-        else:
-            hidden = _dense(x, *self.gate.modulated(modulation.scale[1], modulation.shift[1]))
-        value, gate = hidden.chunk(2, 1)
-        return x + self.merge(value * F.silu(gate.clamp(max=GATE_MAX)))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.project(self.spatial(F.silu(self.expand(x).clamp(max=self.bound))))
+        value, gate = self.gate(x).clamp(-self.bound, self.bound).chunk(2, 1)
+        return x + self.merge(value * F.silu(gate))
 
 
 class Analysis(nn.Module):
@@ -123,7 +97,8 @@ class HyperAnalysis(nn.Module):
         super().__init__()
         width, hyper = config.entropy_channels, config.hyper_channels
         self.first = Pointwise(config.latent_channels, width)
-        self.block = Block(width)
+        # Its input grows with the quality's gains; what it gives is clamped as integers.
+        self.block = Block(width, bound=math.inf)
         self.down1 = Pointwise(4 * width, hyper)
         self.down2 = Pointwise(4 * hyper, hyper)
 
@@ -136,8 +111,7 @@ class HyperAnalysis(nn.Module):
 class Synthesis(nn.Module):
     """Latent to pixels: y_hat after inverse gains (B, M, h, w) -> picture (B, 3, 16h, 16w), about [0, 1].
 
-    The only part that sees the preference (``strength`` 0 human .. 1 machine), so that one bitstream
-    serves every preference (Yin et al., AAAI 2025).
+    The only part that depends on the preference (`Synthesis.blended`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -147,23 +121,23 @@ class Synthesis(nn.Module):
         self.up = Pointwise(latent, 4 * channels)
         self.blocks = nn.ModuleList(Block(channels) for _ in range(config.decoder_blocks))
         self.fold = Pointwise(channels, 3 * PATCH**2)
-        self.film = Film([latent] + [channels] * config.decoder_blocks, features=config.condition_features)
 
-    def forward(self, y: Tensor, strength: Tensor | None = None) -> Tensor:
-        """``strength``: a scalar in [0, 1]; None skips conditioning (weights already folded)."""
-        count = len(self.blocks) + 1
-        modulations = [None] * count if strength is None else self.film(strength)
-        x = F.pixel_shuffle(self.up(self.first(y, modulations[0])), 2)
-        for block, modulation in zip(self.blocks, modulations[1:], strict=True):
-            x = block(x, modulation)
+    def forward(self, y: Tensor) -> Tensor:
+        x = F.pixel_shuffle(self.up(self.first(y)), 2)
+        for block in self.blocks:
+            x = block(x)
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
 
-    def folded(self, strength: float) -> Synthesis:
-        """A copy for one preference, to be called without `strength`."""
+    def blended(self, difference: Synthesis, strength: float) -> Synthesis:
+        """The transform of a preference: these weights (human) plus `strength` times a difference.
+
+        Strength 0 is human, 1 machine. Encoder and entropy model never see it, so that one bitstream serves
+        every preference (Yin et al., AAAI 2025). There, a condition adds biases to some layers; here it moves
+        every weight, which costs nothing when decoding and leaves the human view untouched whatever is
+        learned for machines.
+        """
         copied = copy.deepcopy(self)
         with torch.no_grad():
-            modulations = self.film(torch.tensor(strength, device=self.up.weight.device))
-        for block, modulation in zip([copied.first, *copied.blocks], modulations, strict=True):
-            assert isinstance(block, Block)
-            block.absorb(modulation)
+            for own, change in zip(copied.parameters(), difference.parameters(), strict=True):
+                own.add_(change, alpha=strength)
         return copied

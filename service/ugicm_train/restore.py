@@ -1,0 +1,104 @@
+"""From a stored model back to a trainable one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ugicm.codec.coder import TOTAL
+from ugicm.codec.conditioning import Gains
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy import SUM_BITS, WEIGHT_BITS
+from ugicm_train.export import rounding_half
+from ugicm_train.model import FactorizedPrior, TrainableCodec
+
+PRIOR_STEPS = 400
+RATE_FIELDS = ("name", "lambda_min", "lambda_max")
+"""What may differ between a stored model and the one that starts from it."""
+
+
+def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
+    """The trainable twin of a stored model, close enough to give the latents that a decoder sees.
+
+    The hyper prior, stored as tables only, is fitted to them.
+
+    Raises:
+        ValueError: the tensors are not those of this config.
+    """
+    model = TrainableCodec(config)
+    state = {name: value for name, value in tensors.items() if not name.startswith("tables.")}
+    for name, value in state.items():
+        if name.startswith("entropy."):
+            layer, kind = name.removeprefix("entropy.").rsplit(".", 1)
+            units = value.double()
+            if kind == "weight":
+                state[name] = (units / 2.0**WEIGHT_BITS).float()
+            else:
+                state[name] = ((units - rounding_half(layer, len(units))) / 2.0**SUM_BITS).float()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or any(not name.startswith("prior.") for name in missing):
+        raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
+    fit_prior(model.prior, tensors["tables.z.frequencies"], tensors["tables.z.lengths"])
+    return model
+
+
+def fit_prior(prior: FactorizedPrior, frequencies: Tensor, lengths: Tensor) -> float:
+    """Fit the mixtures to integer tables by cross entropy; returns the mean excess in bits a symbol."""
+    radius = int(lengths.max()) // 2 - 1
+    target = torch.zeros(len(lengths), 2 * radius + 1)
+    for row, table in zip(target, frequencies.split(lengths.tolist()), strict=True):
+        own = len(table) // 2 - 1
+        row[radius - own : radius + own + 1] = table[:-1] / TOTAL
+    target /= target.sum(1, keepdim=True)
+    values = torch.arange(-radius, radius + 1).float()
+    mean = (target * values).sum(1)
+    spread = ((target * values**2).sum(1) - mean**2).sqrt().clamp_min(0.1)
+    count = prior.location.shape[1]
+    with torch.no_grad():
+        prior.location.copy_(mean[:, None] + spread[:, None] * torch.linspace(-0.5, 0.5, count))
+        prior.log_scale.copy_((spread / 2).log()[:, None].expand(-1, count))
+    adam = torch.optim.Adam(prior.parameters(), lr=0.05)
+    entropy = -torch.special.xlogy(target, target).sum(1).mean() / np.log(2)
+    excess = float("inf")
+    with torch.enable_grad():
+        for step in range(PRIOR_STEPS):
+            adam.param_groups[0]["lr"] = 0.05 * (1 - step / PRIOR_STEPS)
+            bits = prior.bits(values.expand(len(lengths), -1)[None, :, None])[0, :, 0]
+            loss = (target * bits).sum(1).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            excess = float(loss.detach() - entropy)
+    prior.zero_grad()
+    return excess
+
+
+@torch.no_grad()
+def move_levels(gains: Gains, old: ModelConfig, new: ModelConfig) -> None:
+    """Re-sample the gain vectors for another range of lambda; what lies outside is extrapolated."""
+    last = old.levels - 1
+    span = np.log(old.lambda_max / old.lambda_min)
+    wanted = np.linspace(np.log(new.lambda_min), np.log(new.lambda_max), new.levels)
+    position = torch.from_numpy((wanted - np.log(old.lambda_min)) / span * last).float()
+    low = position.floor().clamp(0, last - 1).long()
+    share = (position - low)[:, None]
+    for table in (gains.log_gain, gains.log_inverse):
+        table.copy_(torch.lerp(table[low], table[low + 1], share))
+
+
+def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
+    """A model of `config` with the weights of a restored one; only the range of lambda may differ.
+
+    Raises:
+        ValueError: another difference between the two shapes.
+    """
+    own, wanted = stored.config.to_dict(), config.to_dict()
+    different = [name for name in wanted if name not in RATE_FIELDS and own[name] != wanted[name]]
+    if different:
+        values = ", ".join(f"{name} {own[name]} (wanted {wanted[name]})" for name in different)
+        raise ValueError(f"cannot start from {stored.config.name}: it has {values}")
+    model = TrainableCodec(config)
+    model.load_state_dict(stored.state_dict())
+    move_levels(model.gains, stored.config, config)
+    return model

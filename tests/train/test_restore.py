@@ -1,0 +1,62 @@
+"""A stored model can be trained further: it restores to what it was exported from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import TINY, tiny_trainable, write_tiny_model
+from ugicm.codec.store import read_model
+from ugicm_train.export import model_tensors
+from ugicm_train.restore import fit_prior, move_levels, restore, start_from
+from ugicm_train.train import TrainOptions, load_checkpoint, train
+
+
+def test_export_of_a_restored_model_is_the_stored_model() -> None:
+    tensors = model_tensors(tiny_trainable())
+    again = model_tensors(restore(TINY, tensors))
+    fitted = [name for name in tensors if name.startswith("tables.z.")]
+    for name in tensors.keys() - set(fitted):
+        torch.testing.assert_close(again[name], tensors[name], rtol=0, atol=0)
+
+
+def test_prior_is_fitted_to_its_tables() -> None:
+    model = tiny_trainable()
+    with torch.no_grad():
+        model.prior.location.add_(torch.randn_like(model.prior.location))
+        model.prior.log_scale.uniform_(-1, 1.5)
+    tensors = model_tensors(model)
+    fresh = tiny_trainable().prior
+    excess = fit_prior(fresh, tensors["tables.z.frequencies"], tensors["tables.z.lengths"])
+    assert excess < 0.005  # bits a symbol
+
+
+def test_levels_move_to_another_range_of_lambda() -> None:
+    wider = dataclasses.replace(TINY, lambda_max=TINY.lambda_max * 4)
+    model = start_from(tiny_trainable(), wider)
+    gains = tiny_trainable().gains
+    torch.testing.assert_close(model.gains.log_gain[0], gains.log_gain[0])
+    assert (model.gains.log_gain[-1] > gains.log_gain[-1]).all()
+    # Back again: linear between the same ends.
+    move_levels(model.gains, wider, TINY)
+    torch.testing.assert_close(model.gains.log_gain, gains.log_gain)
+
+
+def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    stored = read_model(write_tiny_model(tmp_path / "model"))
+    options = TrainOptions(steps=1, batch=1, crop=64, matrix_lr=0.0, other_lr=0.0, ema=0.5, device="cpu")
+    train(TINY, options, [data], tmp_path / "run", start=str(tmp_path / "model"))
+    state = load_checkpoint(tmp_path / "run")
+    torch.testing.assert_close(state["model"]["analysis.down.weight"], stored.tensors["analysis.down.weight"])
+
+    other = dataclasses.replace(TINY, decoder_blocks=3)
+    with pytest.raises(ValueError, match=r"decoder_blocks 2 \(wanted 3\)"):
+        train(other, options, [data], tmp_path / "run2", start=str(tmp_path / "model"))
