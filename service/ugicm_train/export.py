@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.entropy import (
+from ugicm.codec.entropy import INDEX_OFFSET, SCALE_COUNT, Z_LIMIT
+from ugicm.codec.fixed_point import (
+    BITS_MAX,
+    BITS_MIN,
     INDEX_BITS,
-    INDEX_OFFSET,
-    SCALE_COUNT,
-    SUM_BITS,
-    WEIGHT_BITS,
-    Z_LIMIT,
+    SUM_LIMIT,
+    largest_sums,
+    rounding_half,
+    sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
 from ugicm_train.model import OCTAVES_PER_UNIT, FactorizedPrior, TrainableCodec
@@ -75,39 +77,48 @@ def prior_tables(prior: FactorizedPrior) -> tuple[NDArray[np.int32], NDArray[np.
     return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
 
 
-def rounding_half(name: str, rows: int) -> Tensor:
-    """What turns the floor at the end of a layer into rounding, in sum units (rows,)."""
-    half = torch.full((rows,), 2.0 ** (WEIGHT_BITS - 1), dtype=torch.float64)
-    if name.startswith("context."):
-        # Added to the sums of "base", which carry the half already.
-        half.zero_()
-    elif name.startswith("heads."):
-        # Rows of each group: means, then scale units, which shift further.
-        half.view(4, 2, -1)[:, 1] = 2.0 ** (SUM_BITS - INDEX_BITS - 1)
-    return half
-
-
 def integer_entropy(network: torch.nn.Module) -> dict[str, Tensor]:
-    """Round the trained entropy network: weights int16 in 2^-10, biases int64 in 2^-16.
+    """Round the trained entropy network: each row to the finest grid on which its sums stay exact.
+
+    For every layer: ``weight`` int16, ``bias`` int32 and ``bits`` uint8 (`ugicm.codec.fixed_point`).
 
     Raises:
-        ValueError: a weight does not fit; the model did not train properly.
+        ValueError: a row does not fit the coarsest grid; the model did not train properly.
     """
     out: dict[str, Tensor] = {}
-    for name, parameter in network.state_dict().items():
-        layer, kind = name.rsplit(".", 1)
-        value = parameter.detach().double().cpu()
-        if kind == "weight":
-            rounded = (value * 2.0**WEIGHT_BITS).round()
-            if rounded.abs().max() > WEIGHT_MAX:
-                raise ValueError(
-                    f"weight of {layer} reaches {float(value.abs().max()):.1f}, over the integer range of "
-                    f"{WEIGHT_MAX / 2**WEIGHT_BITS:.1f}"
-                )
-            out[f"entropy.{name}"] = rounded.to(torch.int16)
-        else:
-            sums = value * 2.0**SUM_BITS + rounding_half(layer, len(value))
-            out[f"entropy.{name}"] = sums.round().to(torch.int64)
+    state = network.state_dict()
+    for name in [name.removesuffix(".weight") for name in state if name.endswith(".weight")]:
+        weight, bias = (state[f"{name}.{kind}"].detach().double().cpu() for kind in ("weight", "bias"))
+        found = torch.zeros(len(weight), dtype=torch.bool)
+        layer = (torch.empty_like(weight), torch.empty_like(bias), torch.empty(len(weight)))
+        for places in range(BITS_MIN, BITS_MAX + 1):
+            bits = torch.full((len(weight),), places)
+            finer = (
+                (weight * 2.0**places).round(),
+                (bias * torch.exp2(sum_bits(name, bits).double()) + rounding_half(name, bits)).round(),
+                bits,
+            )
+            fits = largest_sums(name, *finer) < SUM_LIMIT
+            fits &= finer[0].flatten(1).abs().amax(1) <= WEIGHT_MAX
+            for kept, candidate in zip(layer, finer, strict=True):
+                kept[fits] = candidate[fits].to(kept)
+            found |= fits
+        if not found.all():
+            raise ValueError(
+                f"layer {name} has weights of up to {float(weight.abs().max()):.3g} and biases of up to "
+                f"{float(bias.abs().max()):.3g}, too large for exact sums"
+            )
+        weight, bias, bits = layer
+        for _ in range(BITS_MAX - BITS_MIN):
+            # Places that no number of the row needs, so that equal layers have equal integers.
+            spare = ((weight % 2).flatten(1).any(1) | (bias % 2).bool()).logical_not() & (bits > BITS_MIN)
+            weight[spare] /= 2
+            bias[spare] /= 2
+            bits[spare] -= 1
+        for kind, value, dtype in zip(
+            ("weight", "bias", "bits"), layer, (torch.int16, torch.int32, torch.uint8), strict=True
+        ):
+            out[f"entropy.{name}.{kind}"] = value.to(dtype)
     return out
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.conditioning import Gains
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.entropy import SUM_BITS, WEIGHT_BITS
-from ugicm_train.export import rounding_half
+from ugicm.codec.fixed_point import rounding_half, sum_bits
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
@@ -28,14 +27,14 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
     """
     model = TrainableCodec(config)
     state = {name: value for name, value in tensors.items() if not name.startswith("tables.")}
-    for name, value in state.items():
-        if name.startswith("entropy."):
-            layer, kind = name.removeprefix("entropy.").rsplit(".", 1)
-            units = value.double()
-            if kind == "weight":
-                state[name] = (units / 2.0**WEIGHT_BITS).float()
-            else:
-                state[name] = ((units - rounding_half(layer, len(units))) / 2.0**SUM_BITS).float()
+    for name in [name for name in state if name.startswith("entropy.") and name.endswith(".bits")]:
+        bits, layer = state.pop(name), name.removesuffix(".bits")
+        short = layer.removeprefix("entropy.")
+        weight, bias = state[f"{layer}.weight"], state[f"{layer}.bias"]
+        scale = torch.exp2(-bits.double()).view(-1, *[1] * (weight.ndim - 1))
+        state[f"{layer}.weight"] = (weight * scale).float()
+        units = torch.exp2(-sum_bits(short, bits).double())
+        state[f"{layer}.bias"] = ((bias - rounding_half(short, bits)) * units).float()
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("prior.") for name in missing):
         raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")

@@ -12,8 +12,13 @@ from ugicm.codec.config import ModelConfig
 Int = NDArray[np.int64]
 
 
-def _clamp(x: Int, low: int = -32768) -> Int:
-    return np.clip(x, low, 32767)
+def _clamp(x: Int, places: int, limit: int) -> Int:
+    """To -limit <= x < limit, with `places` binary places."""
+    return np.clip(x, -(limit << places), (limit << places) - 1)
+
+
+def _relu(x: Int, places: int, limit: int) -> Int:
+    return np.maximum(_clamp(x, places, limit), 0)
 
 
 class ReferenceEntropy:
@@ -24,29 +29,46 @@ class ReferenceEntropy:
         self.tensors = {
             name[8:]: value.astype(np.int64) for name, value in tensors.items() if name.startswith("entropy.")
         }
+        self.largest = 0.0
+        """Largest magnitude that a sum of products, in any order, could have had so far, in its units."""
 
-    def dense(self, name: str, x: Int) -> Int:
-        weight, bias = self.tensors[name + ".weight"], self.tensors[name + ".bias"]
-        return np.einsum("oc,chw->ohw", weight, x) + bias[:, None, None]
+    def dense(self, name: str, x: Int, places: int, wanted: int, add: Int | None = None) -> Int:
+        """Input has `places` binary places; the result is floored to `wanted`. `add` has 8 places."""
+        weight, bias, bits = (self.tensors[f"{name}.{kind}"] for kind in ("weight", "bias", "bits"))
+        sums = np.einsum("oc,chw->ohw", weight, x) + bias[:, None, None]
+        bound = np.einsum("oc,chw->ohw", abs(weight), abs(x)) + abs(bias)[:, None, None]
+        if add is not None:
+            aligned = add << (bits + places - 8)[:, None, None]
+            sums, bound = sums + aligned, bound + abs(aligned)
+        self.largest = max(self.largest, bound.max())
+        return self.shift(sums, bits + places - wanted)
 
-    def depthwise(self, name: str, x: Int) -> Int:
-        weight, bias = self.tensors[name + ".weight"], self.tensors[name + ".bias"]
+    @staticmethod
+    def shift(sums: Int, places: Int) -> Int:
+        """Drop binary places by row; a negative number adds some."""
+        places = places[:, None, None]
+        return np.where(places > 0, sums >> np.maximum(places, 0), sums << np.maximum(-places, 0))
+
+    def depthwise(self, name: str, x: Int, places: int, wanted: int) -> Int:
+        weight, bias, bits = (self.tensors[f"{name}.{kind}"] for kind in ("weight", "bias", "bits"))
         _, height, width = x.shape
         out = np.zeros_like(x)
         for row in range(height):
             for column in range(width):
-                total = bias.copy()
+                total, bound = bias.copy(), abs(bias)
                 for i in (-1, 0, 1):
                     for j in (-1, 0, 1):
                         if 0 <= row + i < height and 0 <= column + j < width:
-                            total += weight[:, 0, i + 1, j + 1] * x[:, row + i, column + j]
+                            product = weight[:, 0, i + 1, j + 1] * x[:, row + i, column + j]
+                            total, bound = total + product, bound + abs(product)
                 out[:, row, column] = total
-        return out
+                self.largest = max(self.largest, bound.max())
+        return self.shift(out, bits + places - wanted)
 
-    def block(self, name: str, x: Int) -> Int:
-        hidden = _clamp(self.dense(name + ".expand", x) >> 10, 0)
-        hidden = _clamp(self.depthwise(name + ".spatial", hidden) >> 10, 0)
-        return _clamp(x + _clamp(self.dense(name + ".project", hidden) >> 10))
+    def block(self, name: str, x: Int, places: int, limit: int) -> Int:
+        hidden = _relu(self.dense(name + ".expand", x, places, 6), 6, 64)
+        hidden = _relu(self.depthwise(name + ".spatial", hidden, 6, 7), 7, 32)
+        return _clamp(x + self.dense(name + ".project", hidden, 7, places), places, limit)
 
     @staticmethod
     def double(x: Int) -> Int:
@@ -59,29 +81,30 @@ class ReferenceEntropy:
 
     def parameters(self, z: Int, y_symbols: Int) -> tuple[Int, Int]:
         """All symbols, (N, h/4, w/4) and (M, h, w) -> table index of every y symbol, and y_hat * 64."""
-        x = _clamp(self.dense("hyper1", np.clip(z, -511, 511) * 64) >> 10, 0)
-        x = _clamp(self.dense("hyper2", self.double(x)) >> 10, 0)
-        hyper = self.block("hyper_block", self.double(x))
-        base = self.dense("base", hyper)
+        x = _relu(self.dense("hyper1", np.clip(z, -511, 511), 0, 5), 5, 32)
+        x = _relu(self.dense("hyper2", self.double(x), 5, 6), 6, 16)
+        hyper = self.block("hyper_block", self.double(x), 6, 16)
+        base = _clamp(self.dense("base", hyper, 6, 8), 8, 128)
         quarter = self.config.latent_channels // 4
         indexes = np.full_like(y_symbols, -1)
         y_hat = np.zeros_like(y_symbols)
         for step, flip in enumerate((0, 3, 2, 1)):
             hidden = hyper
             if step:
-                context = self.dense(f"context.{step - 1}", _clamp(y_hat))
-                hidden = _clamp((base + context) >> 10, 0)
+                seen = _clamp(y_hat >> 1, 5, 256)
+                hidden = _relu(self.dense(f"context.{step - 1}", seen, 5, 6, add=base), 6, 64)
                 for block in range(self.config.context_blocks):
-                    hidden = self.block(f"trunk.{block}", hidden)
-            head = self.dense(f"heads.{step}", hidden)
+                    hidden = self.block(f"trunk.{block}", hidden, 6, 64)
+            # Both with six places here; an index has three.
+            head = self.dense(f"heads.{step}", hidden, 6, 6)
             decoded = y_hat.copy()
             for position in range(4):
                 group = position ^ flip
                 i, j = divmod(position, 2)
                 part = head[2 * quarter * group : 2 * quarter * (group + 1), i::2, j::2]
                 channels = slice(group * quarter, (group + 1) * quarter)
-                mean = _clamp(part[:quarter] >> 10)
-                indexes[channels, i::2, j::2] = np.clip((part[quarter:] >> 13) + 20, 0, 63)
+                mean = _clamp(part[:quarter], 6, 512)
+                indexes[channels, i::2, j::2] = np.clip((part[quarter:] >> 3) + 20, 0, 63)
                 decoded[channels, i::2, j::2] = y_symbols[channels, i::2, j::2] * 64 + mean
             y_hat = decoded
         return indexes, y_hat

@@ -12,12 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tests.codec.reference_entropy import ReferenceEntropy, assemble
 from ugicm.codec.codec import Codec, Latent
 from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
+from ugicm.codec.errors import ModelStoreError
+from ugicm.codec.fixed_point import BITS_MAX, BITS_MIN, SUM_LIMIT, input_grid, largest_sums
 from ugicm.codec.store import StoredModel, read_model
 from ugicm_train.export import gaussian_tables, prior_tables
 from ugicm_train.model import EntropyNetwork, FactorizedPrior
@@ -56,21 +59,40 @@ def test_equals_int64_reference_on_random_latents(stored: StoredModel, reference
     check_against_reference(stored.config, reference, decoded, y_hat)
 
 
-def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
-    """Full-range weights and saturated activations at the shipped sizes: float32 sums would not be exact."""
-    config = dataclasses.replace(PRESETS["ugicm-s"], context_blocks=1)
+def largest_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Random weights whose rows reach the limit of exact sums, and tables."""
     random = np.random.default_rng(3)
     tensors = {}
-    for name, value in EntropyNetwork(config).state_dict().items():
-        if name.endswith("weight"):
-            integers = torch.from_numpy(random.integers(-32767, 32768, value.shape, np.int16))
-        else:
-            integers = torch.from_numpy(random.integers(-(2**34), 2**34, value.shape))
-        tensors[f"entropy.{name}"] = integers
+    for key, value in EntropyNetwork(config).state_dict().items():
+        if not key.endswith(".weight"):
+            continue
+        name = key.removesuffix(".weight")
+        # A context layer's bound has room for "base" in it, which takes more with every place.
+        most = 10 if name.startswith("context.") else BITS_MAX
+        bits = torch.from_numpy(random.integers(BITS_MIN, most, len(value), endpoint=True))
+        weight = torch.from_numpy(random.normal(0, 1, value.shape))
+        rows = weight.flatten(1).abs().sum(1).view(-1, *[1] * (weight.ndim - 1))
+        weight = (weight / rows * ((SUM_LIMIT >> 1) / input_grid(name).end)).round().clamp(-32767, 32767)
+        spare = SUM_LIMIT - 1 - largest_sums(name, weight, torch.zeros(len(bits)), bits)
+        bias = spare * torch.from_numpy(random.choice([-1, 1], len(bits)))
+        for kind, part, dtype in (
+            ("weight", weight, torch.int16),
+            ("bias", bias, torch.int32),
+            ("bits", bits, torch.uint8),
+        ):
+            tensors[f"entropy.{name}.{kind}"] = part.to(dtype)
     prior = FactorizedPrior(config.hyper_channels)
     for kind, arrays in (("z", prior_tables(prior)), ("y", gaussian_tables())):
         for part, array in zip(("frequencies", "lengths"), arrays, strict=True):
             tensors[f"tables.{kind}.{part}"] = torch.from_numpy(array)
+    return tensors
+
+
+def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
+    """Rows at the limit of what is exact in float32, and saturated activations, at the shipped sizes."""
+    config = dataclasses.replace(PRESETS["ugicm-s"], context_blocks=1)
+    tensors = largest_tensors(config)
+    random = np.random.default_rng(3)
     model = EntropyModel(config, tensors, torch.device("cpu"))
     reference = ReferenceEntropy(config, {name: value.numpy() for name, value in tensors.items()})
     z = torch.from_numpy(random.normal(0, 200, (1, config.hyper_channels, 1, 1)))
@@ -78,6 +100,20 @@ def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
     (tile,) = model.quantise(z, y)
     decoded, y_hat = model.unpack(model.pack(tile), 4, 4)
     check_against_reference(config, reference, decoded, y_hat)
+    assert SUM_LIMIT // 2 < reference.largest < SUM_LIMIT
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias", "bits"])
+def test_a_model_whose_sums_are_not_exact_is_refused(kind: str) -> None:
+    config = dataclasses.replace(PRESETS["ugicm-s"], context_blocks=1)
+    tensors = largest_tensors(config)
+    tensor = tensors[f"entropy.trunk.0.expand.{kind}"]
+    if kind == "bits":
+        tensor[5] = BITS_MAX + 1
+    else:
+        tensor[5] += tensor[5].sign()
+    with pytest.raises(ModelStoreError, match=r"entropy layer trunk\.0\.expand of ugicm-s is not exact"):
+        EntropyModel(config, tensors, torch.device("cpu"))
 
 
 def test_equals_int64_reference_on_a_photo(
@@ -89,6 +125,47 @@ def test_equals_int64_reference_on_a_photo(
     latent = tiny_codec.unpack(tiny_codec.encode([photo[:128, 64:256]], 80)[0])
     assert latent.y_hat is not None
     check_against_reference(stored.config, reference, latent.tiles[0], latent.y_hat)
+
+
+def random_symbols(model: EntropyModel) -> bytes:
+    generator = torch.Generator().manual_seed(7)
+    z = torch.randn(1, model.config.hyper_channels, 2, 3, generator=generator) * 40
+    y = torch.randn(1, model.config.latent_channels, 8, 12, generator=generator) * 20
+    (tile,) = model.quantise(z, y)
+    return b"".join(part.tobytes() for part in (tile.z, *tile.y, *tile.indexes))
+
+
+def test_settings_that_round_products_change_nothing(stored: StoredModel) -> None:
+    model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
+    expected = random_symbols(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert random_symbols(model) == expected
+    before = torch.get_float32_matmul_precision()
+    dtypes = []
+    linear = F.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "linear", lambda x, *rest: dtypes.append(x.dtype) or linear(x, *rest))
+        try:
+            torch.set_float32_matmul_precision("medium")
+            assert random_symbols(model) == expected
+        finally:
+            torch.set_float32_matmul_precision(before)
+    # Not every processor obeys the setting, but all get float64, which it does not reach.
+    assert set(dtypes) == {torch.float64}
+
+
+def test_products_that_lose_digits_are_noticed(stored: StoredModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an environment variable can make them do, unseen by torch's settings."""
+    expected = random_symbols(EntropyModel(stored.config, stored.tensors, torch.device("cpu")))
+    linear = F.linear
+
+    def lossy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            x, weight = x.bfloat16().float(), weight.bfloat16().float()
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", lossy)
+    assert random_symbols(EntropyModel(stored.config, stored.tensors, torch.device("cpu"))) == expected
 
 
 def test_skipped_symbols_are_zero(stored: StoredModel) -> None:

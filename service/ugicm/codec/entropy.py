@@ -2,22 +2,14 @@
 
 A decoder must reproduce the encoder's probabilities to the last bit, or everything after the first
 difference is garbage. So this path has no rounding that depends on the machine: weights, biases and
-activations are integers, carried in float64, where every sum here stays far below 2^53 and is therefore
-exact in any order: on any device, with any number of threads, alone or in a batch.
-
-Fixed-point units (powers of two):
-
-====================  ===========  =======================================
-weights               2^-10        int16
-activations, means    2^-6         clamped to int16 after every layer
-sums and biases       2^-16        32767 * 32768 * fan-in < 2^40
-====================  ===========  =======================================
-
-Every layer ends in an arithmetic shift (floor); the half that makes it round is part of the stored bias.
+activations are integers times powers of two, carried in float32, and the sums of every layer are proven at
+load to stay where float32 is exact, whatever the bitstream says (`ugicm.codec.fixed_point`). So they do not
+depend on their order: not on the device, the number of threads or the batch.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,19 +20,34 @@ from torch import Tensor
 
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
 from ugicm.codec.config import STEP_XOR, ModelConfig
+from ugicm.codec.errors import ModelStoreError
+from ugicm.codec.fixed_point import (
+    BASE,
+    BITS_MAX,
+    BITS_MIN,
+    HIDDEN,
+    HYPER,
+    HYPER1,
+    MEAN,
+    SEEN,
+    SPATIAL,
+    SUM_LIMIT,
+    TRUNK,
+    Grid,
+    largest_sums,
+    output_bits,
+    sum_bits,
+)
 
-WEIGHT_BITS, ACTIVATION_BITS, INDEX_BITS = 10, 6, 3
-SUM_BITS = WEIGHT_BITS + ACTIVATION_BITS
-ACTIVATION_MAX = 32767
-ACTIVATION_UNIT = 1 << ACTIVATION_BITS
 INDEX_OFFSET = 20
 """Table index of scale unit 0, that is of sigma = 1."""
 SCALE_COUNT = 64
 """Number of Gaussian tables; sigma of table i is 2^((i - 20) 5 / 32), from 0.11 to 105."""
 SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
-Z_LIMIT = ACTIVATION_MAX >> ACTIVATION_BITS
-PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))
+Z_LIMIT = 511
+MEAN_UNIT = 1 << MEAN.bits
+SEEN_STEP = 1 << (MEAN.bits - SEEN.bits)
 
 
 class TileSymbols(NamedTuple):
@@ -54,33 +61,128 @@ class TileSymbols(NamedTuple):
     """Per coding step: the table of each symbol, shaped alike."""
 
 
-Choose = Callable[[int, list[Tensor], list[Tensor]], list[Tensor]]
-"""(step, means, indexes) -> symbols, one tensor (B, h/2, w/2, M/4) for each of the four positions."""
+Choose = Callable[[int, Tensor, Tensor], Tensor]
+"""(step, means, indexes) -> symbols; all split by position, (4, B, h/2, w/2, M/4)."""
+
+
+class _Layer(NamedTuple):
+    """Weight and bias, scaled so that sums come out in units of the next grid, to be floored."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class _Weights(NamedTuple):
+    layers: dict[str, _Layer]
+    """By name, without the following."""
+    heads: list[_Layer]
+    """Per step, stacked by position: the rows of the channel group that is coded there."""
+    contexts: list[_Layer]
+    """Of steps 1, 2 and 3, stacked by position: the columns of the groups coded there before, in order."""
+
+    def to(self, dtype: torch.dtype) -> _Weights:
+        def convert(layer: _Layer) -> _Layer:
+            return _Layer(layer.weight.to(dtype), layer.bias.to(dtype))
+
+        return _Weights(
+            {name: convert(layer) for name, layer in self.layers.items()},
+            [convert(layer) for layer in self.heads],
+            [convert(layer) for layer in self.contexts],
+        )
+
+
+def _load_weights(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> _Weights:
+    """Prove that the sums of the stored integers are exact, then scale and arrange them."""
+    layers = {}
+    prefix, suffix = "entropy.", ".weight"
+    for key in tensors:
+        if not (key.startswith(prefix) and key.endswith(suffix)):
+            continue
+        name = key.removeprefix(prefix).removesuffix(suffix)
+        weight, bias, bits = (tensors[f"{prefix}{name}.{kind}"] for kind in ("weight", "bias", "bits"))
+        fewest, most = int(bits.min()), int(bits.max())
+        largest = int(largest_sums(name, weight, bias, bits).max())
+        if fewest < BITS_MIN or most > BITS_MAX or largest >= SUM_LIMIT:
+            raise ModelStoreError(
+                f"entropy layer {name} of {config.name} is not exact in float32: binary places {fewest} to "
+                f"{most} ({BITS_MIN} to {BITS_MAX} allowed), sums up to {largest} (below {SUM_LIMIT} "
+                "allowed); export the model again"
+            )
+        scale = torch.exp2((output_bits(name, len(bits)) - sum_bits(name, bits)).double())
+        layers[name] = _Layer(
+            (weight * scale.view(-1, *[1] * (weight.ndim - 1))).to(device, torch.float32),
+            (bias * scale).to(device, torch.float32),
+        )
+    width, size = config.entropy_channels, config.latent_channels // 4
+    heads, contexts = [], []
+    for step in range(4):
+        weight, bias = layers.pop(f"heads.{step}")
+        groups = [position ^ STEP_XOR[step] for position in range(4)]
+        rows = weight.view(4, 2 * size, width)[groups].transpose(1, 2).contiguous()
+        heads.append(_Layer(rows, bias.view(4, 1, 2 * size)[groups]))
+        if step:
+            weight, bias = layers.pop(f"context.{step - 1}")
+            known = [[position ^ STEP_XOR[earlier] for earlier in range(step)] for position in range(4)]
+            columns = weight.view(width, 4, size)[:, known].permute(1, 2, 3, 0)
+            contexts.append(
+                _Layer(columns.reshape(4, step * size, width).contiguous(), bias.expand(4, 1, width))
+            )
+    return _Weights(layers, heads, contexts)
+
+
+def _batched(x: Tensor, layer: _Layer) -> Tensor:
+    """A layer with other weights at each of the four positions, (4, B, h/2, w/2, C)."""
+    return torch.baddbmm(layer.bias, x.flatten(1, 3), layer.weight).view(*x.shape[:4], -1)
+
+
+def _split(x: Tensor) -> Tensor:
+    """(B, h, w, C) -> by position in the squares of 2x2, (4, B, h/2, w/2, C)."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // 2, 2, width // 2, 2, channels).permute(2, 4, 0, 1, 3, 5)
+    return squares.reshape(4, batch, height // 2, width // 2, channels)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """Inverse of `_split`."""
+    _, batch, height, width, channels = x.shape
+    squares = x.view(2, 2, batch, height, width, channels).permute(2, 3, 0, 4, 1, 5)
+    return squares.reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _double(x: Tensor) -> Tensor:
+    """Pixel shuffle by two on (B, h, w, 4C), channels in torch's order."""
+    batch, height, width, channels = x.shape
+    squares = x.view(batch, height, width, channels // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
+    return squares.reshape(batch, 2 * height, 2 * width, channels // 4)
+
+
+def _floor(sums: Tensor, grid: Grid) -> Tensor:
+    return sums.floor_().clamp_(-grid.end, grid.end - 1)
+
+
+def _relu(sums: Tensor, grid: Grid) -> Tensor:
+    return sums.floor_().clamp_(0, grid.end - 1)
 
 
 class EntropyModel:
     """Integer network and tables of one trained model, on one device.
 
-    Tensors are (B, h, w, C) float64 holding integers. Symbols that the tables cannot tell apart from zero
-    (index 0) are zero.
+    Tensors are (B, h, w, C) or, split by position in squares of 2x2, (4, B, h/2, w/2, C). They hold integers
+    in units of their grid. Symbols that the tables cannot tell apart from zero (index 0) are zero.
     """
 
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """``tensors``: the ``entropy.*`` and ``tables.*`` entries of ``weights.safetensors``."""
+        """``tensors``: the ``entropy.*`` and ``tables.*`` entries of ``weights.safetensors``.
+
+        Raises:
+            ModelStoreError: a layer's sums could leave the range in which they are exact.
+        """
         self.config = config
         self.device = device
-        # The shift at the end of a layer is a power of two, so it can be multiplied into weights and bias
-        # beforehand: sums are then fractions with 10 binary places, still exact, and `floor` completes it.
-        self._weights = {
-            name.removeprefix("entropy."): tensor.to(device, torch.float64) * 2.0**-WEIGHT_BITS
-            for name, tensor in tensors.items()
-            if name.startswith("entropy.")
-        }
-        for step in range(4):
-            for kind in ("weight", "bias"):
-                # Rows of each group: means, then table indexes, which shift by three more places.
-                head = self._weights[f"heads.{step}.{kind}"]
-                head.view(4, 2, -1)[:, 1] *= 2.0 ** -(SUM_BITS - INDEX_BITS - WEIGHT_BITS)
+        # Not every processor's convolution is a plain sum: some use Winograd's algorithm for 3x3.
+        self._convolve = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+        self._weights = {torch.float32: _load_weights(config, tensors, device)}
+        self._float32_is_exact = self._probe()
         self.z_tables, self.y_tables = (
             Tables(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
@@ -89,86 +191,97 @@ class EntropyModel:
             for kind in ("z", "y")
         )
 
-    # Layers. `_sum` keeps the full precision; `_floor` goes back to integers in activation units.
+    # What carries the integers
+
+    @torch.inference_mode()
+    def _probe(self) -> bool:
+        """Whether float32 products keep 24 bits here; environment variables can cost some."""
+        width = self.config.entropy_channels
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randint(HYPER.end, (1, 16, 16, width), generator=generator).to(self.device)
+        results: list[tuple[Tensor, ...]] = []
+        for dtype in (torch.float32, torch.float64):
+            weights, carried = self._weights[torch.float32].to(dtype), x.to(dtype)
+            results.append(
+                (
+                    F.linear(carried, *weights.layers["base"]),
+                    self._convolved(carried, weights.layers["hyper_block.spatial"]),
+                    _batched(_split(carried), weights.heads[0]),
+                )
+            )
+        return all(torch.equal(single.double(), double) for single, double in zip(*results, strict=True))
+
+    def _carrier(self) -> torch.dtype:
+        """float32; float64 where a setting or the machine lets products of float32 lose digits."""
+        backends = torch.backends
+        if self.device.type == "cuda":
+            settings = {backends.cuda.matmul.fp32_precision}
+        else:
+            settings = {getattr(backends.mkldnn, part).fp32_precision for part in ("matmul", "conv")}
+        if self._float32_is_exact and not settings & {"tf32", "bf16"}:
+            return torch.float32
+        if torch.float64 not in self._weights:
+            self._weights[torch.float64] = self._weights[torch.float32].to(torch.float64)
+        return torch.float64
+
+    # Layers
 
     def _sum(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights[f"{name}.bias"])
+        return F.linear(x, *self._weights[x.dtype].layers[name])
 
-    @staticmethod
-    def _floor(sums: Tensor, low: int) -> Tensor:
-        return sums.floor_().clamp_(low, ACTIVATION_MAX)
-
-    def _relu(self, name: str, x: Tensor) -> Tensor:
-        return self._floor(self._sum(name, x), 0)
-
-    def _spatial(self, name: str, x: Tensor) -> Tensor:
-        """Depthwise 3x3 with zero padding, then ReLU."""
-        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+    def _convolved(self, x: Tensor, layer: _Layer) -> Tensor:
+        """Depthwise 3x3 with zero padding."""
+        weight, bias = layer
+        if self._convolve:
+            sums = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias))
+            return sums.permute(0, 2, 3, 1)
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, 1, 1, 1, 1))
         sums = bias.expand_as(x).clone()
         for i in range(3):
             for j in range(3):
                 sums.addcmul_(padded[:, i : i + height, j : j + width], weight[:, 0, i, j])
-        return self._floor(sums, 0)
+        return sums
 
-    def _block(self, name: str, x: Tensor) -> Tensor:
-        hidden = self._spatial(f"{name}.spatial", self._relu(f"{name}.expand", x))
-        branch = self._floor(self._sum(f"{name}.project", hidden), -ACTIVATION_MAX - 1)
-        return (x + branch).clamp_(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
-
-    @staticmethod
-    def _double(x: Tensor) -> Tensor:
-        """Pixel shuffle by two on (B, h, w, 4C), channels in torch's order."""
-        return F.pixel_shuffle(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1).contiguous()
-
-    def _head(self, step: int, position: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (activation units) and table indexes of the group coded at this position."""
-        size = self.config.latent_channels // 4
-        group = position ^ STEP_XOR[step]
-        rows = slice(2 * group * size, 2 * (group + 1) * size)
-        sums = F.linear(
-            hidden,
-            self._weights[f"heads.{step}.weight"][rows],
-            self._weights[f"heads.{step}.bias"][rows],
-        )
-        sums.floor_()
-        mean = sums[..., :size].clamp(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
-        return mean, sums[..., size:].add(INDEX_OFFSET).clamp_(0, SCALE_COUNT - 1)
+    def _block(self, name: str, x: Tensor, grid: Grid) -> Tensor:
+        """`x` is changed in place."""
+        spatial = self._weights[x.dtype].layers[f"{name}.spatial"]
+        hidden = _relu(self._sum(f"{name}.expand", x), HIDDEN)
+        hidden = _relu(self._convolved(hidden, spatial), SPATIAL)
+        return x.add_(self._sum(f"{name}.project", hidden).floor_()).clamp_(-grid.end, grid.end - 1)
 
     def _walk(self, z: Tensor, choose: Choose) -> Tensor:
-        """Run the four steps; `choose` supplies each step's symbols. Returns y_hat (B, h, w, M)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._steps(z.to(self._carrier()), choose)
+
+    def _steps(self, z: Tensor, choose: Choose) -> Tensor:
+        """Run the four steps; `choose` supplies each step's symbols.
+
+        Returns y_hat in units of `MEAN` by position and coding step, (4, B, h/2, w/2, M).
+        """
         size = self.config.latent_channels // 4
+        weights = self._weights[z.dtype]
         # Same clamp for whatever a bitstream claims z to be.
-        x = z.clamp(-Z_LIMIT, Z_LIMIT).mul_(ACTIVATION_UNIT)
-        x = self._double(self._relu("hyper1", x))
-        x = self._double(self._relu("hyper2", x))
-        hyper = self._block("hyper_block", x)
-        base = self._sum("base", hyper)
-        y_hat = torch.zeros(
-            *hyper.shape[:3], self.config.latent_channels, dtype=torch.float64, device=self.device
-        )
+        x = _double(_relu(self._sum("hyper1", z.clamp(-Z_LIMIT, Z_LIMIT)), HYPER1))
+        x = _double(_relu(self._sum("hyper2", x), HYPER))
+        hidden = self._block("hyper_block", x, HYPER)
+        base = _split(_floor(self._sum("base", hidden), BASE)).mul_(2.0 ** (TRUNK.bits - BASE.bits))
+        batch, height, width = hidden.shape[:3]
+        y_hat = hidden.new_empty(4, batch, height // 2, width // 2, 4 * size)
+        seen = torch.empty_like(y_hat)
         for step in range(4):
-            if step == 0:
-                hidden = hyper
-            else:
-                seen = y_hat.clamp(-ACTIVATION_MAX - 1, ACTIVATION_MAX)
-                hidden = self._floor(self._sum(f"context.{step - 1}", seen).add_(base), 0)
+            if step:
+                context = _batched(seen[..., : step * size], weights.contexts[step - 1])
+                hidden = _merge(_relu(context.add_(base), TRUNK))
                 for block in range(self.config.context_blocks):
-                    hidden = self._block(f"trunk.{block}", hidden)
-            means, indexes = zip(
-                *(
-                    self._head(step, position, hidden[:, i::2, j::2])
-                    for position, (i, j) in enumerate(PHASES)
-                ),
-                strict=True,
-            )
-            symbols = choose(step, list(means), list(indexes))
-            for position, (i, j) in enumerate(PHASES):
-                group = position ^ STEP_XOR[step]
-                y_hat[:, i::2, j::2, group * size : (group + 1) * size] = (
-                    symbols[position] * ACTIVATION_UNIT + means[position]
-                )
+                    hidden = self._block(f"trunk.{block}", hidden, TRUNK)
+            sums = _batched(_split(hidden), weights.heads[step]).floor_()
+            means = sums[..., :size].clamp_(-MEAN.end, MEAN.end - 1)
+            indexes = sums[..., size:].add_(INDEX_OFFSET).clamp_(0, SCALE_COUNT - 1)
+            symbols = choose(step, means, indexes)
+            coded = slice(step * size, (step + 1) * size)
+            torch.add(means, symbols, alpha=MEAN_UNIT, out=y_hat[..., coded])
+            seen[..., coded] = _floor(y_hat[..., coded] * (1 / SEEN_STEP), SEEN)
         return y_hat
 
     @torch.inference_mode()
@@ -178,31 +291,30 @@ class EntropyModel:
         Which way a symbol rounds is the encoder's choice and need not be reproducible; what is predicted
         from the symbols is.
         """
-        z = z.double().round().clamp(-Z_LIMIT, Z_LIMIT)
-        target = y.double().mul(ACTIVATION_UNIT).permute(0, 2, 3, 1)
+        z = z.round().clamp(-Z_LIMIT, Z_LIMIT)
+        target = _split(y.permute(0, 2, 3, 1))
         size = self.config.latent_channels // 4
-        kept_symbols: list[Tensor] = []
-        kept_indexes: list[Tensor] = []
+        kept_symbols: list[Symbols] = []
+        kept_indexes: list[Indexes] = []
 
-        def choose(step: int, means: list[Tensor], indexes: list[Tensor]) -> list[Tensor]:
-            out = []
-            for position, (i, j) in enumerate(PHASES):
-                group = position ^ STEP_XOR[step]
-                part = target[:, i::2, j::2, group * size : (group + 1) * size]
-                symbols = (part - means[position]).div_(ACTIVATION_UNIT).round_()
-                symbols = symbols.clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
-                out.append(symbols.masked_fill_(indexes[position] == SKIP_INDEX, 0))
-            kept_symbols.append(torch.stack(out, 1).to(torch.int16).cpu())
-            kept_indexes.append(torch.stack(indexes, 1).to(torch.uint8).cpu())
-            return out
+        def choose(step: int, means: Tensor, indexes: Tensor) -> Tensor:
+            parts = [
+                part[..., (position ^ STEP_XOR[step]) * size :][..., :size]
+                for position, part in enumerate(target)
+            ]
+            symbols = torch.stack(parts).to(means).sub_(means, alpha=1 / MEAN_UNIT).round_()
+            symbols.clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT).mul_(indexes != SKIP_INDEX)
+            kept_symbols.append(symbols.to(torch.int16).cpu().numpy())
+            kept_indexes.append(indexes.to(torch.uint8).cpu().numpy())
+            return symbols
 
         self._walk(z.permute(0, 2, 3, 1), choose)
         z_symbols = z.to(torch.int16).cpu().numpy()
         return [
             TileSymbols(
                 z_symbols[item],
-                tuple(step[item].numpy() for step in kept_symbols),
-                tuple(step[item].numpy() for step in kept_indexes),
+                tuple(step[:, item] for step in kept_symbols),
+                tuple(step[:, item] for step in kept_indexes),
             )
             for item in range(len(z_symbols))
         ]
@@ -231,20 +343,27 @@ class EntropyModel:
         z = z.reshape(self.config.hyper_channels, *shape)
         kept: list[tuple[Symbols, Indexes]] = []
 
-        def choose(step: int, means: list[Tensor], indexes: list[Tensor]) -> list[Tensor]:
-            del step, means
-            index = torch.cat(indexes).to(torch.uint8).cpu().numpy()
+        def choose(step: int, means: Tensor, indexes: Tensor) -> Tensor:
+            del step
+            index = indexes[:, 0].to(torch.uint8).cpu().numpy()
             coded = index != SKIP_INDEX
             symbols = np.zeros(index.shape, np.int16)
             symbols[coded] = decoder.read(self.y_tables, index[coded])
             kept.append((symbols, index))
-            return list(torch.from_numpy(symbols).to(self.device, torch.float64).split(1))
+            return torch.from_numpy(symbols).to(means)[:, None]
 
-        start = torch.from_numpy(z).to(self.device, torch.float64).permute(1, 2, 0)[None]
-        y_hat = self._walk(start, choose)
+        start = torch.from_numpy(z).to(self.device).permute(1, 2, 0)[None]
+        by_step = self._walk(start, choose)
         decoder.finish()
         tile = TileSymbols(z, tuple(s for s, _ in kept), tuple(i for _, i in kept))
-        return tile, y_hat[0].permute(2, 0, 1).float() / ACTIVATION_UNIT
+        # From coding order to channel groups.
+        by_step = by_step.unflatten(-1, (4, -1))
+        groups = [
+            part[..., [STEP_XOR.index(group ^ position) for group in range(4)], :]
+            for position, part in enumerate(by_step)
+        ]
+        y_hat = _merge(torch.stack(groups).flatten(-2))[0].float().mul_(1 / MEAN_UNIT)
+        return tile, y_hat.permute(2, 0, 1)
 
     def _z_indexes(self, shape: tuple[int, ...]) -> Indexes:
         return np.repeat(np.arange(self.config.hyper_channels, dtype=np.uint8), int(np.prod(shape)))
