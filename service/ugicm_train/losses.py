@@ -64,11 +64,11 @@ def rate_distortion_loss(
 
     The machine view exists for the first samples only; the others count their human view alone, which
     leaves the balance of rate and distortion the same for all. At a `strength` between human (0) and machine
-    (1) the teacher counts in proportion.
+    (1) the teacher counts in proportion. Where no human view is decoded, it counts as without error.
     """
     count = len(output.machine)
     lambdas = lambda_of(config, level)
-    human = (output.human - x).square().mean((1, 2, 3))
+    human = (output.human - x).square().mean((1, 2, 3)) if len(output.human) else lambdas.new_zeros(len(x))
     machine = (output.machine - x[:count]).square().mean((1, 2, 3))
     distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion

@@ -52,8 +52,8 @@ class PolishedCodec(TrainableCodec):
             y = self.analysis(x).float() * gain
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(self.human_learns):
-            human = self.synthesis(latent)
+        # No samples where nothing learns from them.
+        human = self.synthesis(latent) if self.human_learns else latent.new_empty(0, 3, *x.shape[2:])
         machine = self.machine_view(latent[:machine_count], strength)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 

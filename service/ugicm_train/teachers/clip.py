@@ -83,4 +83,4 @@ def load(identifier: str) -> FeatureTeacher:
     preprocess = open_clip.get_model_preprocess_cfg(model)
     size, mean, std = preprocess["size"], preprocess["mean"], preprocess["std"]
     side = size if isinstance(size, int) else size[0]
-    return FeatureTeacher(ClipTower(model.visual), side=side, mean=mean, std=std)
+    return FeatureTeacher(ClipTower(model.visual), sides=(side,), mean=mean, std=std)

@@ -48,19 +48,20 @@ class FeatureTeacher:
     """Compares a random region of two pictures by the features of a frozen network.
 
     `network` maps (B, 3, side, side), normalised by `mean` and `std`, to a list of (B, positions, C): the
-    tapped blocks, then the embedding as a single position.
+    tapped blocks, then the embedding as a single position. Every call draws one of the `sides`, in pixels, so
+    that what is learned does not hang on one scale.
     """
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        side: int,
+        sides: Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.side = side
+        self.sides = tuple(sides)
         # Converted once: autocast would convert frozen weights again at every call.
         self.network = network.to(dtype).eval().requires_grad_(False)
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -77,9 +78,10 @@ class FeatureTeacher:
     def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
         """Distance of (B, 3, H, W) pictures in [0, 1], (B,) in 0..2; differentiable in `machine` only."""
         boxes = [draw_region(picture) for picture in original]
+        side = self.sides[int(torch.randint(len(self.sides), ()))]
         with torch.no_grad():
-            wanted = self.features(cut(original, boxes, self.side))
-        seen = self.features(cut(machine, boxes, self.side))
+            wanted = self.features(cut(original, boxes, side))
+        seen = self.features(cut(machine, boxes, side))
         terms = [feature_distance(a, b) for a, b in zip(seen, wanted, strict=True)]
         return torch.stack(terms).mean(0)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval as fuse
 
 from ugicm_train.teachers.distance import FeatureTeacher, positions, require
 
-SIDE, SIDE_MULTIPLE = 192, 32
-"""Default side and what a side must be a multiple of, in pixels."""
+SIDES, SIDE_MULTIPLE = (96, 128, 160), 32
+"""Default sides and what a side must be a multiple of, in pixels. Crops of 256 pixels are mostly seen smaller
+than they are, as photos are by classifiers and detectors."""
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 TAPS = (2, 4, 10, 15)
 """Last blocks at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
@@ -51,5 +54,5 @@ class EfficientNetLite0(nn.Module):
         return [*out, self.head(x).mean((2, 3))[:, None]]
 
 
-def load(side: int) -> FeatureTeacher:
-    return FeatureTeacher(EfficientNetLite0(), side=side, mean=MEAN, std=STD)
+def load(sides: Sequence[int]) -> FeatureTeacher:
+    return FeatureTeacher(EfficientNetLite0(), sides=sides, mean=MEAN, std=STD)

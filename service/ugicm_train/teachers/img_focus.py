@@ -7,6 +7,7 @@ people look, so its last blocks are weak in semantics and are left out.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions, require
 
-SIDE, SIDE_MULTIPLE = 140, 14
-"""Default side and what a side must be a multiple of, in pixels."""
+SIDES, SIDE_MULTIPLE = (140,), 14
+"""Default sides and what a side must be a multiple of, in pixels."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WIDTH, HEADS, PATCH, GRID = 384, 6, 14, 37
 TAPS = (3, 6, 9)
@@ -117,5 +118,5 @@ def read_weights(depth: int) -> dict[str, Tensor]:
     return state
 
 
-def load(side: int) -> FeatureTeacher:
-    return FeatureTeacher(ImgFocus(), side=side, mean=MEAN, std=STD)
+def load(sides: Sequence[int]) -> FeatureTeacher:
+    return FeatureTeacher(ImgFocus(), sides=sides, mean=MEAN, std=STD)

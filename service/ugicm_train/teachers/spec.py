@@ -16,12 +16,11 @@ _TERM = re.compile(
 
 def _packaged(name: str, side: int | None) -> Teacher:
     module = PACKAGED[name]
-    side = side or module.SIDE
-    if side % module.SIDE_MULTIPLE:
+    if side and side % module.SIDE_MULTIPLE:
         raise TeacherError(
             f"the side of {name} must be a multiple of {module.SIDE_MULTIPLE} pixels, got {side}"
         )
-    return module.load(side)
+    return module.load((side,) if side else module.SIDES)
 
 
 def parse_teacher(spec: str) -> Teacher:
