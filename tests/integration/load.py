@@ -2,16 +2,17 @@
 
     python tests/integration/load.py PHOTO... --clients 16 --seconds 120
 
-Each client encodes a photo, then decodes it by id for a person or a machine, without a pause. Prints a JSON
-object: requests by status, latencies, megapixels per second of both, and the server's memory over time.
-Settings of the server come from UGICM_* variables.
+Each client encodes a photo at a quality of its own, then decodes it by id for a person or a machine, without
+a pause: no two bitstreams are alike, so no picture is at hand already. Prints a JSON object: requests by
+status, latencies, megapixels per second of both, look-ups of pictures, and the server's memory over time
+beside the bytes in its caches. Settings of the server come from UGICM_* variables.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from typing import NamedTuple
 import httpx2
 import numpy as np
 from PIL import Image
+
+from ugicm.codec.bitstream import QUALITY_STEPS
 
 PORT = 8765
 URL = f"http://127.0.0.1:{PORT}"
@@ -40,23 +43,22 @@ class Sample(NamedTuple):
     pixels: int
 
 
-def clients(photos: list[bytes], count: int, seconds: float) -> list[Sample]:
-    """What `count` closed-loop clients see in `seconds`."""
+def clients(photos: list[bytes], count: int, seconds: float, *, seed: int) -> list[Sample]:
+    """What `count` closed-loop clients see in `seconds`; another seed asks for other bitstreams."""
     samples: list[Sample] = []
-    sizes = [np.prod(Image.open(photo).size) for photo in map(_file, photos)]
+    sizes = [np.prod(Image.open(io.BytesIO(photo)).size) for photo in photos]
     stop_at = time.monotonic() + seconds
 
     def client(number: int) -> None:
+        random = np.random.default_rng((seed, number))
         with httpx2.Client(base_url=URL, timeout=120) as http:
             turn = number
             while time.monotonic() < stop_at:
                 turn += 1
                 pixels = int(sizes[turn % len(photos)])
-                quality = 20 + turn * 7 % 60  # new bitstreams, so that no picture is at hand already
+                quality = float(random.integers(20 * QUALITY_STEPS, 80 * QUALITY_STEPS)) / QUALITY_STEPS
                 started = time.monotonic()
-                answer = http.post(
-                    f"/encode?quality={quality}.{number:03}", content=photos[turn % len(photos)]
-                )
+                answer = http.post(f"/encode?quality={quality}", content=photos[turn % len(photos)])
                 samples.append(Sample("encode", answer.status_code, time.monotonic() - started, pixels))
                 if answer.status_code != 200:
                     time.sleep(float(answer.headers.get("retry-after", 1)))
@@ -97,49 +99,64 @@ def library(photos: list[bytes], seconds: float) -> float:
     return pixels / 1e6 / (time.monotonic() - started)
 
 
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+def metrics() -> dict[str, float]:
+    """The server's, by name and labels."""
+    with urllib.request.urlopen(f"{URL}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
+def memory_mb() -> dict[str, float]:
+    """Resident memory of the server, and what its two caches hold of it."""
+    now = metrics()
+    return {
+        "resident": now["process_resident_memory_bytes"] / 1e6,
+        "bitstreams": now['ugicm_cache_bytes{tier="bitstream"}'] / 1e6,
+        "pictures": now['ugicm_cache_bytes{tier="picture"}'] / 1e6,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Closed-loop load on the real service.")
     parser.add_argument("photos", type=Path, nargs="+")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--warm-up", type=float, default=30, help="seconds of load before the measured ones")
     parser.add_argument("--seconds", type=float, default=120)
     arguments = parser.parse_args()
     photos = [path.read_bytes() for path in arguments.photos]
 
     bare_before = library(photos, arguments.seconds / 8)
     server = subprocess.Popen([sys.executable, "-c", SERVE], stderr=subprocess.DEVNULL)
-    memory: list[float] = []
+    memory: list[dict[str, float]] = []
     try:
         while not _ready():
             time.sleep(0.1)
-        clients(photos, arguments.clients, arguments.seconds / 12)  # warm
+        clients(photos, arguments.clients, arguments.warm_up, seed=0)
+        before = metrics()
+        memory.append(memory_mb())
         done = threading.Event()
 
         def watch() -> None:
             while not done.wait(arguments.seconds / 60):
-                memory.append(resident_mb(server.pid))
+                memory.append(memory_mb())
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         started = time.monotonic()
-        samples = clients(photos, arguments.clients, arguments.seconds)
+        samples = clients(photos, arguments.clients, arguments.seconds, seed=1)
         elapsed = time.monotonic() - started
         done.set()
         watcher.join()
-        with urllib.request.urlopen(f"{URL}/metrics") as answer:
-            metrics = answer.read().decode().splitlines()
+        after = metrics()
     finally:
         server.terminate()
         server.wait()
     bare_after = library(photos, arguments.seconds / 8)
 
+    def counted(name: str) -> int:
+        return round(after.get(name, 0) - before.get(name, 0))
+
     served = sum(sample.pixels for sample in samples if sample.status == 200) / 1e6 / elapsed
-    bare = (bare_before + bare_after) / 2
     half = len(memory) // 2
     report = {
         "clients": arguments.clients,
@@ -151,12 +168,24 @@ def main() -> None:
         },
         "service_mp_per_s": round(served, 3),
         "library_mp_per_s": [round(bare_before, 3), round(bare_after, 3)],
-        "ratio": round(served / bare, 3),
-        "memory_mb": [round(memory[0]), round(memory[half]), round(memory[-1])],
-        "memory_growth_second_half": round(max(memory[half:]) / max(memory[:half]) - 1, 4),
-        "batches": [
-            line for line in metrics if line.startswith("ugicm_batch_images") and "bucket" not in line
-        ],
+        "ratio": round(2 * served / (bare_before + bare_after), 3),
+        "pictures": {
+            result: counted(f'ugicm_cache_requests_total{{result="{result}",tier="picture"}}')
+            for result in ("miss", "hit", "shared")
+        },
+        "pictures_per_batch": round(
+            counted("ugicm_batch_images_sum") / counted("ugicm_batch_images_count"), 2
+        ),
+        "memory_mb": {
+            when: {name: round(value) for name, value in memory[index].items()}
+            for when, index in (("start", 0), ("middle", half), ("end", -1))
+        },
+        "memory_growth_second_half": round(
+            max(point["resident"] for point in memory[half:])
+            / max(point["resident"] for point in memory[: half + 1])
+            - 1,
+            4,
+        ),
     }
     print(json.dumps(report, indent=1))
 
@@ -166,12 +195,6 @@ def _quantiles(seconds: list[float]) -> dict[str, int]:
         return {}
     points = statistics.quantiles(seconds, n=100)
     return {name: round(1e3 * points[index]) for name, index in (("p50", 49), ("p95", 94), ("p99", 98))}
-
-
-def _file(data: bytes) -> object:
-    import io
-
-    return io.BytesIO(data)
 
 
 def _ready() -> bool:

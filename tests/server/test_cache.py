@@ -48,6 +48,24 @@ def broken() -> BrokenCache:
     return BrokenCache()
 
 
+def test_large_entries_live_apart_from_the_heap() -> None:
+    lru: ByteLru[str] = ByteLru(1 << 20)
+    large, small = bytes(range(256)) * 512, b"small"
+    lru.put("large", large)
+    lru.put("small", small)
+    assert lru.get("large") == large
+    assert lru.get("large") is not large
+    assert lru.get("small") is small
+    assert lru.size == len(large) + len(small) + 2 * ByteLru.OVERHEAD
+
+
+def test_a_large_cache_does_not_use_up_the_maps_of_the_process() -> None:
+    lru: ByteLru[str] = ByteLru(ByteLru.MAX_MAPS << 20)
+    value = bytes(ByteLru.MAP_BYTES)
+    lru.put("a", value)
+    assert lru.get("a") is value
+
+
 def test_the_lru_is_bounded_by_bytes() -> None:
     overhead = ByteLru.OVERHEAD
     lru: ByteLru[str] = ByteLru(3 * (100 + overhead))

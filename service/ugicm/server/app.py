@@ -15,8 +15,8 @@ from starlette.staticfiles import StaticFiles
 from ugicm import __version__
 from ugicm.server import openapi, problems
 from ugicm.server.auth import require_key
-from ugicm.server.backends import open_cache
-from ugicm.server.cache import BitstreamCache, GuardedCache
+from ugicm.server.backends import FileCache, open_cache
+from ugicm.server.cache import BitstreamCache, GuardedCache, MemoryCache
 from ugicm.server.deps import Services
 from ugicm.server.engine import Codec, Engine
 from ugicm.server.metrics import Metrics
@@ -59,7 +59,10 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loaded = await asyncio.to_thread(load_model, settings) if codec is None else codec
         engine = Engine(loaded, settings, metrics)
-        guarded = GuardedCache(cache or open_cache(settings), metrics, timeout_s=settings.cache_timeout_s)
+        kept = cache or open_cache(settings)
+        if isinstance(kept, MemoryCache | FileCache):
+            metrics.cache_bytes.labels("bitstream").set_function(lambda: kept.size)
+        guarded = GuardedCache(kept, metrics, timeout_s=settings.cache_timeout_s)
         app.state.services = Services(
             settings,
             engine,

@@ -31,6 +31,11 @@ class FileCache:
         self._size: int | None = None
         self._lock = threading.Lock()
 
+    @property
+    def size(self) -> int:
+        """Bytes in the folder at the last sweep and of what this process did since; 0 before the first."""
+        return self._size or 0
+
     async def get(self, id: str) -> bytes | None:
         return await asyncio.to_thread(self._get, id)
 
@@ -86,10 +91,15 @@ class FileCache:
         return False
 
     def _delete(self, id: str) -> bool:
+        path = self._path(id)
         try:
-            self._path(id).unlink()
+            size = path.stat().st_size
+            path.unlink()
         except FileNotFoundError:
             return False
+        with self._lock:
+            if self._size is not None:
+                self._size = max(0, self._size - size)
         return True
 
     def _check(self) -> None:

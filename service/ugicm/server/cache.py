@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -52,29 +53,37 @@ class BitstreamCache(Protocol):
 class ByteLru(Generic[Key]):
     """Least recently used bytes, bounded by their sum.
 
-    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too.
+    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too. Large entries live
+    in memory maps of their own: between the buffers of the networks in the heap, which is never trimmed
+    (`ugicm.memory`), long-lived ones would leave holes, and the process would grow by far more than them.
     """
 
     OVERHEAD = 256
+    MAP_BYTES = 128 << 10
+    """From this size on, an entry is mapped."""
+    MAX_MAPS = 1 << 14
+    """A process may have 65,530 maps by default, so a larger cache maps larger entries only."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.size = 0
         """Bytes held now."""
-        self._entries: OrderedDict[Key, bytes] = OrderedDict()
+        self._map_bytes = max(self.MAP_BYTES, max_bytes // self.MAX_MAPS)
+        self._entries: OrderedDict[Key, bytes | mmap.mmap] = OrderedDict()
 
     def get(self, key: Key) -> bytes | None:
         """The value, which becomes the most recent one; or None."""
-        if (value := self._entries.get(key)) is not None:
-            self._entries.move_to_end(key)
-        return value
+        if (value := self._entries.get(key)) is None:
+            return None
+        self._entries.move_to_end(key)
+        return bytes(value)
 
     def put(self, key: Key, value: bytes) -> None:
         """Keep the value and drop the oldest until the sum fits; one over the bound is not kept."""
         self.delete(key)
         if len(value) + self.OVERHEAD > self.max_bytes:
             return
-        self._entries[key] = value
+        self._entries[key] = value if len(value) < self._map_bytes else _mapped(value)
         self.size += len(value) + self.OVERHEAD
         while self.size > self.max_bytes:
             self.delete(next(iter(self._entries)))
@@ -91,11 +100,22 @@ class ByteLru(Generic[Key]):
         return iter(self._entries)
 
 
+def _mapped(value: bytes) -> mmap.mmap:
+    copy = mmap.mmap(-1, len(value), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy[:] = value
+    return copy
+
+
 class MemoryCache:
     """A `BitstreamCache` in this process."""
 
     def __init__(self, max_bytes: int) -> None:
         self._entries: ByteLru[str] = ByteLru(max_bytes)
+
+    @property
+    def size(self) -> int:
+        """Bytes held now."""
+        return self._entries.size
 
     async def get(self, id: str) -> bytes | None:
         return self._entries.get(id)

@@ -67,7 +67,7 @@ class Metrics:
         )
         self.cache_up = Gauge("ugicm_cache_up", "1 while the bitstream cache answers.", registry=registry)
         self.cache_bytes = Gauge(
-            "ugicm_cache_bytes", "Bytes held by this process.", ("tier",), registry=registry
+            "ugicm_cache_bytes", "Bytes kept in memory or files.", ("tier",), registry=registry
         )
         self.model_info = Gauge(
             "ugicm_model_info",
