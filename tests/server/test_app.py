@@ -365,7 +365,8 @@ def test_deadline(make_client: Any, codec: Any, image_file: Any) -> None:
     codec.gate.clear()
     body = assert_problem(client.post("/encode", content=image_file()), 504, "timeout")
     codec.gate.set()
-    assert body["setting"] == "UGICM_REQUEST_TIMEOUT_S"
+    assert (body["limit"], body["setting"]) == (0.05, "UGICM_REQUEST_TIMEOUT_S")
+    assert body["actual"] >= 0.05
 
 
 # Conditional requests
@@ -434,4 +435,7 @@ def test_server_timing_names_the_stages(client: TestClient, image_file: Any) -> 
     assert stages >= {"queue", "image", "analysis", "entropy"}
     decoded = client.post("/decode", json={"id": response.json()["id"]})
     assert "synthesis;dur=" in decoded.headers["server-timing"]
+    again = client.post("/decode", json={"id": response.json()["id"]})
+    assert again.headers["server-timing"].startswith("cache;dur=")
+    assert "synthesis" not in again.headers["server-timing"]
     assert response.headers["x-content-type-options"] == "nosniff"

@@ -84,6 +84,22 @@ def test_links_of_an_encode_work_without_a_key(client: Any, links: dict[str, str
     assert client.delete(links["bitstream"]).status_code == 401
 
 
+def test_shared_caches_keep_nothing_that_needs_a_key_or_has_expired(
+    client: Any, make_client: Any, links: dict[str, str], image_file: Any
+) -> None:
+    free = make_client()
+    for name, age_s in (("bitstream", 31536000), ("human", 3600)):
+        path = links[name].partition("?")[0]
+        keyed = client.get(path, headers=KEY).headers["cache-control"]
+        assert keyed.startswith(f"private, max-age={age_s}")
+        soon = sign(path, {}, SecretStr("new-secret-02"), int(time.time()) + 60)
+        scope, max_age = client.get(soon).headers["cache-control"].split(", ")[:2]
+        assert scope == "public"
+        assert int(max_age.removeprefix("max-age=")) <= 60
+        free_path = free.post("/encode", content=image_file()).json()["links"][name]
+        assert free.get(free_path).headers["cache-control"].startswith(f"public, max-age={age_s}")
+
+
 def test_a_changed_link_is_refused(client: Any, links: dict[str, str]) -> None:
     for changed in (
         links["human"].replace("human", "machine"),

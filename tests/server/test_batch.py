@@ -47,7 +47,7 @@ def test_too_many_images(make_client: Any, image_file: Any) -> None:
     client = make_client(max_batch_images=2)
     assert len(lines(client.post("/encode/batch", files=parts(*[image_file()] * 2)))) == 2
     body = client.post("/encode/batch", files=parts(*[image_file()] * 3)).json()
-    assert (body["status"], body["code"], body["limit"]) == (413, "too-many-images", 2)
+    assert (body["status"], body["code"], body["limit"], body["actual"]) == (413, "too-many-images", 2, 3)
     assert body["setting"] == "UGICM_MAX_BATCH_IMAGES"
 
 

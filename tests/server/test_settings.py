@@ -14,10 +14,12 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_environment_with_units_and_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UGICM_MAX_BYTES", "1.5MiB")
+    monkeypatch.setenv("UGICM_PICTURE_CACHE_BYTES", "64MiB")
     monkeypatch.setenv("UGICM_API_KEYS", " key-number-1 ,, key-number-2,")
     monkeypatch.setenv("UGICM_BATCH_PIXELS", "")
     settings = Settings()
     assert settings.max_bytes == 1_572_864
+    assert settings.picture_cache_bytes == 64 << 20
     assert [key.get_secret_value() for key in settings.api_keys] == ["key-number-1", "key-number-2"]
     assert settings.batch_pixels is None
     assert "key-number" not in repr(settings)

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from ugicm.server.deps import ServicesDep
 from ugicm.server.problems import Code, ServiceError
+from ugicm.server.settings import setting
 
 EXPIRY, SIGNATURE = "exp", "sig"
 """Query parameters of a signed link: Unix time in seconds, HMAC-SHA256 in hex."""
@@ -53,7 +54,13 @@ def _check_link(path: str, query: dict[str, str], keys: Sequence[SecretStr]) -> 
         raise ServiceError(Code.BAD_SIGNATURE, "the signature does not belong to this link")
     expiry = query.get(EXPIRY, "")
     if not (expiry.isascii() and expiry.isdigit() and time.time() < int(expiry)):
-        raise ServiceError(Code.BAD_SIGNATURE, "the link has expired")
+        name = setting("url_ttl_s")
+        raise ServiceError(
+            Code.BAD_SIGNATURE,
+            f"the link has expired: {EXPIRY} is {expiry!r}, now is {int(time.time())}; "
+            f"{name} changes how long links work",
+            setting=name,
+        )
 
 
 def _given_key(request: Request) -> str | None:

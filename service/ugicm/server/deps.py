@@ -19,7 +19,7 @@ from ugicm.server.middleware import Lifecycle
 from ugicm.server.models import BitstreamRef, ImageFormat, Preference
 from ugicm.server.openapi import OCTETS
 from ugicm.server.pictures import PictureCache
-from ugicm.server.problems import Code, ServiceError
+from ugicm.server.problems import Code, ServiceError, shown
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings
 
@@ -124,8 +124,10 @@ async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
         try:
             return BitstreamRef.model_validate_json(await request.body())
         except ValidationError as error:
+            first = error.errors()[0]
             raise ServiceError(
-                Code.INVALID_PARAMETER, f'the JSON body must be {{"id": ...}}: {error.errors()[0]["msg"]}'
+                Code.INVALID_PARAMETER,
+                f'the JSON body must be {{"id": ...}}: {first["msg"]}, got {shown(first["input"])}',
             ) from None
     if kind in ("", OCTETS, CURL_DEFAULT, BITSTREAM_MEDIA_TYPE):
         return await _raw_body(request)

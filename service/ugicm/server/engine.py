@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -38,6 +39,14 @@ _TIMING_OF_STAGE = {
     "entropy_decode": "entropy",
     "synthesis": "synthesis",
 }
+
+
+class DeadlineExceededError(TimeoutError):
+    """The answer was not made in time."""
+
+    def __init__(self, *, limit_s: float, actual_s: float) -> None:
+        super().__init__(f"no answer after {actual_s:.3g} s; the limit is {limit_s:g} s")
+        self.limit_s, self.actual_s = limit_s, actual_s
 
 
 class Codec(Protocol):
@@ -98,11 +107,11 @@ class Engine:
         Raises:
             CodecError: the image cannot be read or is too large, or the target cannot be met.
             OverloadedError: too many pixels are in the service.
-            TimeoutError: the deadline passed.
+            DeadlineExceededError: the deadline passed.
         """
         weight = self._weight(_pixels_of_image(data))
         with self.batcher.admit(weight):
-            async with asyncio.timeout(self._settings.request_timeout_s):
+            async with self._deadline():
                 image = await self._pooled(
                     "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
                 )
@@ -127,12 +136,12 @@ class Engine:
         Raises:
             CodecError: the bitstream is damaged, too large, or of another model.
             OverloadedError: too many pixels are in the service.
-            TimeoutError: the deadline passed.
+            DeadlineExceededError: the deadline passed.
         """
         header = peek(bitstream)
         weight = self._weight(header.width * header.height)
         with self.batcher.admit(weight):
-            async with asyncio.timeout(self._settings.request_timeout_s):
+            async with self._deadline():
                 latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
                 image = await self._on_device(
                     "synthesis", timings, self._synthesise, (latent, strength), weight
@@ -161,6 +170,15 @@ class Engine:
         """Finish what runs, then stop the threads."""
         await self.batcher.close()
         self._pool.shutdown(cancel_futures=True)
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        limit_s, started = self._settings.request_timeout_s, time.monotonic()
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceededError(limit_s=limit_s, actual_s=time.monotonic() - started) from None
 
     def _weight(self, pixels: int) -> int:
         # Sizes over the limit are refused with their own error later; they must not read as overload.

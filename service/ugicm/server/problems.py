@@ -21,6 +21,7 @@ from ugicm.codec.errors import (
 )
 from ugicm.server.batching import OverloadedError
 from ugicm.server.cache import CacheDownError
+from ugicm.server.engine import DeadlineExceededError
 from ugicm.server.images import ACCEPTED_MEDIA_TYPES, MalformedImageError, UnsupportedImageError
 from ugicm.server.settings import setting
 
@@ -64,7 +65,7 @@ class InvalidField(BaseModel):
     """One invalid parameter."""
 
     loc: str = Field(description="JSON pointer to the parameter.", examples=["/query/quality"])
-    message: str = Field(examples=["Input should be less than or equal to 100"])
+    message: str = Field(examples=["Input should be less than or equal to 100, got '101'"])
 
 
 class Problem(BaseModel):
@@ -97,9 +98,12 @@ class Problem(BaseModel):
     instance: str = Field(description="Path of the request.")
     code: str = Field(description="Stable, machine-readable.")
     request_id: str
-    limit: int | None = Field(default=None, description="The limit that was exceeded.")
-    actual: int | None = Field(default=None, description="The value that exceeded it.")
+    limit: int | float | None = Field(default=None, description="The limit that was exceeded.")
+    actual: int | float | None = Field(default=None, description="The value that exceeded it.")
     setting: str | None = Field(default=None, description="The server setting that changes the limit.")
+    retry_after_s: int | None = Field(
+        default=None, description="When to try again, as in `Retry-After`; images of a batch have it too."
+    )
     needed: str | None = Field(default=None, description="Digest of the model that wrote the bitstream.")
     loaded: str | None = Field(default=None, description="Model that this server runs.")
     errors: list[InvalidField] | None = None
@@ -112,7 +116,8 @@ class ServiceError(Exception):
         kind: what went wrong.
         detail: one sentence for people, with the values seen.
         headers: further response headers.
-        members: further members of `Problem` (``limit``, ``actual``, ``setting`` ...).
+        members: further members of `Problem` (``limit``, ``actual``, ``setting`` ...);
+            ``retry_after_s`` becomes a header as well.
     """
 
     def __init__(
@@ -120,6 +125,8 @@ class ServiceError(Exception):
     ) -> None:
         super().__init__(detail)
         self.kind, self.detail, self.headers, self.members = kind, detail, dict(headers or {}), members
+        if "retry_after_s" in members:
+            self.headers["Retry-After"] = str(members["retry_after_s"])
 
     def problem(self, *, instance: str, request_id: str) -> Problem:
         """The body of the answer."""
@@ -147,6 +154,11 @@ class ServiceError(Exception):
         )
 
 
+def shown(value: object) -> str:
+    """An invalid value, quoted, cut after 80 characters."""
+    return repr(str(value)[:80])
+
+
 def too_many_bytes(actual: int, limit: int) -> ServiceError:
     """The request body is larger than `limit` bytes; `actual` is what was declared or has arrived."""
     name = setting("max_bytes")
@@ -165,7 +177,7 @@ def too_many_requests(limit: int) -> ServiceError:
     return ServiceError(
         Code.OVERLOADED,
         f"{limit} requests are in flight, the limit; {name} changes it",
-        headers={"Retry-After": "1"},
+        retry_after_s=1,
         limit=limit,
         actual=limit + 1,
         setting=name,
@@ -202,7 +214,7 @@ def as_service_error(error: Exception) -> ServiceError:
                 Code.OVERLOADED,
                 f"{error.held} pixels are in the service and {error.weight} more are over the limit of "
                 f"{error.limit}; {name} changes it",
-                headers={"Retry-After": str(error.retry_after_s)},
+                retry_after_s=error.retry_after_s,
                 limit=error.limit,
                 actual=error.held + error.weight,
                 setting=name,
@@ -211,12 +223,16 @@ def as_service_error(error: Exception) -> ServiceError:
             return ServiceError(
                 Code.UNAVAILABLE,
                 f"{error}; decode by sending the bitstream itself, or try again",
-                headers={"Retry-After": str(CACHE_RETRY_AFTER_S)},
+                retry_after_s=CACHE_RETRY_AFTER_S,
             )
-        case TimeoutError():
+        case DeadlineExceededError():
             name = setting("request_timeout_s")
             return ServiceError(
-                Code.TIMEOUT, f"no answer within the deadline; {name} changes it", setting=name
+                Code.TIMEOUT,
+                f"{error}; {name} changes it",
+                limit=error.limit_s,
+                actual=round(error.actual_s, 3),
+                setting=name,
             )
         case RequestValidationError():
             return _invalid(error)
@@ -235,14 +251,24 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return as_service_error(error).response(request.scope)
 
-    for kind in (ServiceError, CodecError, OverloadedError, CacheDownError, TimeoutError, HTTPException):
+    for kind in (
+        ServiceError,
+        CodecError,
+        OverloadedError,
+        CacheDownError,
+        DeadlineExceededError,
+        HTTPException,
+        RequestValidationError,
+    ):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RequestValidationError, answer)
 
 
 def _invalid(error: RequestValidationError) -> ServiceError:
     fields = [
-        InvalidField(loc="/" + "/".join(map(str, item["loc"])), message=item["msg"])
+        InvalidField(
+            loc="/" + "/".join(map(str, item["loc"])),
+            message=f"{item['msg']}, got {shown(item['input'])}",
+        )
         for item in error.errors()
     ]
     detail = "; ".join(f"{field.loc}: {field.message}" for field in fields)
@@ -258,6 +284,7 @@ def _from_framework(error: HTTPException) -> ServiceError:
         415: Code.UNSUPPORTED_MEDIA_TYPE,
         422: Code.INVALID_PARAMETER,
     }
-    details = {404: "there is nothing at this path", 405: "this path does not take that method"}
+    allowed = (error.headers or {}).get("Allow", "other methods")
+    details = {404: "there is nothing at this path", 405: f"this path takes {allowed} only"}
     detail = details.get(status) or str(error.detail) or HTTPStatus(status).phrase
     return ServiceError(kinds.get(status, Code.INTERNAL), detail, headers=error.headers)

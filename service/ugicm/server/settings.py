@@ -86,8 +86,8 @@ class Settings(BaseSettings):
     """How long Redis keeps a bitstream after it was stored, in seconds."""
     cache_timeout_s: float = Field(default=2.0, gt=0)
     """Longest time to wait for a Redis or S3 cache before going on without it, in seconds."""
-    picture_cache_bytes: int = Field(default=128 << 20, ge=0)
-    """Size limit of the decoded pictures kept in memory; 0 keeps none."""
+    picture_cache_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=0)
+    """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
 
     api_keys: Secrets = ()
     """Keys that clients must send as ``X-API-Key`` or ``Authorization: Bearer``; several allow rotation.

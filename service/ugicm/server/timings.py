@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 STAGES = ("queue", "image", "analysis", "entropy", "synthesis", "cache")
 """Names that a client may see."""
 
@@ -17,6 +21,15 @@ class Timings:
         if stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
         self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time that the block takes, however it ends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - started)
 
     def header(self) -> str:
         """``queue;dur=1.2, analysis;dur=30.5``: milliseconds."""

@@ -50,8 +50,9 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
         if str(error.detail).startswith("Too many files"):
             raise ServiceError(
                 Code.TOO_MANY_IMAGES,
-                f"more images than the limit of {most}; {name} changes it",
+                f"{most + 1} images or more; the limit is {most}, {name} changes it",
                 limit=most,
+                actual=most + 1,
                 setting=name,
             ) from None
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None

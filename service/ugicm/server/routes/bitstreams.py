@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import SUFFIX
+from ugicm.server.auth import EXPIRY, SIGNATURE
 from ugicm.server.cache import ID_PATTERN
 from ugicm.server.conditional import etag_of, respond
-from ugicm.server.deps import ServicesDep, TimingsDep, ViewDep
+from ugicm.server.deps import Services, ServicesDep, TimingsDep, ViewDep
 from ugicm.server.models import BitstreamInfo
 from ugicm.server.openapi import BITSTREAM, IMAGE, problems
 from ugicm.server.problems import Code, ServiceError
@@ -18,9 +20,9 @@ from ugicm.server.routes.codec import decoded, describe, kept, media_type, pictu
 
 router = APIRouter(prefix="/bitstreams/{id}", tags=["bitstreams"])
 
-IMMUTABLE = "public, max-age=31536000, immutable"
+BITSTREAM_AGE_S = 365 * 86400
 """A bitstream never changes under its id."""
-REVALIDATE = "public, max-age=3600"
+PICTURE_AGE_S = 3600
 """A picture may change when the model's synthesis is improved; its ETag tells."""
 
 Id = Annotated[str, Path(pattern=ID_PATTERN, description="As `POST /encode` answered.")]
@@ -41,11 +43,11 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Not modi
         **problems(Code.RANGE_NOT_SATISFIABLE, *_COMMON),
     },
 )
-async def get_bitstream(request: Request, id: Id, services: ServicesDep) -> Response:
-    bitstream = await kept(services, id)
+async def get_bitstream(request: Request, id: Id, services: ServicesDep, timings: TimingsDep) -> Response:
+    bitstream = await kept(services, id, timings)
     headers = {
         "Bitstream-Id": id,
-        "Cache-Control": IMMUTABLE,
+        "Cache-Control": f"{_cache_control(request, services, BITSTREAM_AGE_S)}, immutable",
         "Cache-Status": "ugicm; hit",
         "Content-Disposition": f'inline; filename="{id[:8]}{SUFFIX}"',
     }
@@ -59,8 +61,8 @@ async def get_bitstream(request: Request, id: Id, services: ServicesDep) -> Resp
     description="Read from the bitstream's header; no network runs.",
     responses=problems(*_COMMON),
 )
-async def get_bitstream_info(id: Id, services: ServicesDep) -> BitstreamInfo:
-    return describe(id, await kept(services, id))
+async def get_bitstream_info(id: Id, services: ServicesDep, timings: TimingsDep) -> BitstreamInfo:
+    return describe(id, await kept(services, id, timings))
 
 
 @router.head("/image", include_in_schema=False)
@@ -87,8 +89,9 @@ async def get_bitstream_info(id: Id, services: ServicesDep) -> BitstreamInfo:
 async def get_image(
     request: Request, id: Id, view: ViewDep, services: ServicesDep, timings: TimingsDep
 ) -> Response:
-    picture, hit = await decoded(services, id, await kept(services, id), view, timings)
-    headers = {**picture_headers(id, view, hit=hit), "Cache-Control": REVALIDATE}
+    picture, hit = await decoded(services, id, await kept(services, id, timings), view, timings)
+    cache_control = _cache_control(request, services, PICTURE_AGE_S)
+    headers = {**picture_headers(id, view, hit=hit), "Cache-Control": cache_control}
     return respond(request, picture, etag=etag_of(picture), media_type=media_type(view), headers=headers)
 
 
@@ -103,3 +106,13 @@ async def delete_bitstream(id: Id, services: ServicesDep) -> None:
     services.pictures.forget(id)
     if not await services.cache.delete(id):
         raise ServiceError(Code.UNKNOWN_BITSTREAM, f"{id} is not in the cache")
+
+
+def _cache_control(request: Request, services: Services, age_s: int) -> str:
+    """Shared caches may keep what needs no key, and what a signed link gets until the link expires."""
+    if not services.settings.api_keys:
+        return f"public, max-age={age_s}"
+    if SIGNATURE in request.query_params:  # verified by `require_key`
+        left_s = int(request.query_params[EXPIRY]) - int(time.time())
+        return f"public, max-age={max(0, min(age_s, left_s))}"
+    return f"private, max-age={age_s}"

@@ -79,7 +79,8 @@ async def encode_image(
     cached = stored = False
     if store:
         try:
-            cached = await services.cache.put(id, bitstream)
+            with timings.measure("cache"):
+                cached = await services.cache.put(id, bitstream)
             stored = True
         except CacheDownError:
             pass
@@ -180,7 +181,7 @@ async def decode(
     content: BitstreamBody, view: ViewDep, services: ServicesDep, timings: TimingsDep
 ) -> Response:
     if isinstance(content, BitstreamRef):
-        id, bitstream = content.id, await kept(services, content.id)
+        id, bitstream = content.id, await kept(services, content.id, timings)
     else:
         id, bitstream = bitstream_id(content), content
     picture, hit = await decoded(services, id, bitstream, view, timings)
@@ -192,9 +193,11 @@ async def decode(
     return Response(picture, headers=headers, media_type=media_type(view))
 
 
-async def kept(services: Services, id: str) -> bytes:
+async def kept(services: Services, id: str, timings: Timings) -> bytes:
     """The kept bitstream of this id, or 404."""
-    if (bitstream := await services.cache.get(id)) is None:
+    with timings.measure("cache"):
+        bitstream = await services.cache.get(id)
+    if bitstream is None:
         raise ServiceError(
             Code.UNKNOWN_BITSTREAM,
             f"{id} is not in the cache: never stored here, or dropped to make room "
