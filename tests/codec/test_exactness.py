@@ -7,17 +7,19 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from tests.codec.reference_entropy import ReferenceEntropy, assemble
+from ugicm.codec import dense as dense_module
+from ugicm.codec import entropy
 from ugicm.codec.codec import Codec, Latent
 from ugicm.codec.config import PRESETS, ModelConfig
+from ugicm.codec.dense import dense
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import BITS_MAX, BITS_MIN, SUM_LIMIT, input_grid, largest_sums
@@ -44,15 +46,15 @@ def check_against_reference(
     symbols = assemble(config, tile.y)
     indexes, y_hat_units = reference.parameters(tile.z.astype(np.int64), symbols)
     np.testing.assert_array_equal(assemble(config, tile.indexes), indexes)
-    np.testing.assert_array_equal((y_hat.double() * 64).numpy(), y_hat_units)
+    np.testing.assert_array_equal((y_hat.double() * 64).permute(2, 0, 1).numpy(), y_hat_units)
 
 
 def test_equals_int64_reference_on_random_latents(stored: StoredModel, reference: ReferenceEntropy) -> None:
     model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(1, stored.config.hyper_channels, 2, 3, generator=generator) * 40
-    y = torch.randn(1, stored.config.latent_channels, 8, 12, generator=generator) * 20
-    y[:, 0] *= 30  # far beyond the tables: escapes, and context beyond its clamp
+    z = torch.randn(1, 2, 3, stored.config.hyper_channels, generator=generator) * 40
+    y = torch.randn(1, 8, 12, stored.config.latent_channels, generator=generator) * 20
+    y[..., 0] *= 30  # far beyond the tables: escapes, and context beyond its clamp
     (tile,) = model.quantise(z, y)
     decoded, y_hat = model.unpack(model.pack(tile), 8, 12)
     assert len({int(i) for step in tile.indexes for i in step.flat}) > 10, "indexes should vary"
@@ -95,8 +97,8 @@ def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
     random = np.random.default_rng(3)
     model = EntropyModel(config, tensors, torch.device("cpu"))
     reference = ReferenceEntropy(config, {name: value.numpy() for name, value in tensors.items()})
-    z = torch.from_numpy(random.normal(0, 200, (1, config.hyper_channels, 1, 1)))
-    y = torch.from_numpy(random.normal(0, 300, (1, config.latent_channels, 4, 4)))
+    z = torch.from_numpy(random.normal(0, 200, (1, 1, 1, config.hyper_channels)))
+    y = torch.from_numpy(random.normal(0, 300, (1, 4, 4, config.latent_channels)))
     (tile,) = model.quantise(z, y)
     decoded, y_hat = model.unpack(model.pack(tile), 4, 4)
     check_against_reference(config, reference, decoded, y_hat)
@@ -129,27 +131,32 @@ def test_equals_int64_reference_on_a_photo(
 
 def random_symbols(model: EntropyModel) -> bytes:
     generator = torch.Generator().manual_seed(7)
-    z = torch.randn(1, model.config.hyper_channels, 2, 3, generator=generator) * 40
-    y = torch.randn(1, model.config.latent_channels, 8, 12, generator=generator) * 20
+    z = torch.randn(1, 2, 3, model.config.hyper_channels, generator=generator) * 40
+    y = torch.randn(1, 8, 12, model.config.latent_channels, generator=generator) * 20
     (tile,) = model.quantise(z, y)
     return b"".join(part.tobytes() for part in (tile.z, *tile.y, *tile.indexes))
 
 
-def test_settings_that_round_products_change_nothing(stored: StoredModel) -> None:
+def test_settings_that_round_products_change_nothing(
+    stored: StoredModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
     expected = random_symbols(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert random_symbols(model) == expected
     before = torch.get_float32_matmul_precision()
     dtypes = []
-    linear = F.linear
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "linear", lambda x, *rest: dtypes.append(x.dtype) or linear(x, *rest))
-        try:
-            torch.set_float32_matmul_precision("medium")
-            assert random_symbols(model) == expected
-        finally:
-            torch.set_float32_matmul_precision(before)
+
+    def spy(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        dtypes.append(x.dtype)
+        return dense(x, *rest)
+
+    monkeypatch.setattr(entropy, "dense", spy)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert random_symbols(model) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
     # Not every processor obeys the setting, but all get float64, which it does not reach.
     assert set(dtypes) == {torch.float64}
 
@@ -157,22 +164,21 @@ def test_settings_that_round_products_change_nothing(stored: StoredModel) -> Non
 def test_products_that_lose_digits_are_noticed(stored: StoredModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an environment variable can make them do, unseen by torch's settings."""
     expected = random_symbols(EntropyModel(stored.config, stored.tensors, torch.device("cpu")))
-    linear = F.linear
 
-    def lossy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def lossy(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         if x.dtype == torch.float32:
             x, weight = x.bfloat16().float(), weight.bfloat16().float()
-        return linear(x, weight, bias)
+        return dense(x, weight, *rest)
 
-    monkeypatch.setattr(F, "linear", lossy)
+    monkeypatch.setattr(entropy, "dense", lossy)
     assert random_symbols(EntropyModel(stored.config, stored.tensors, torch.device("cpu"))) == expected
 
 
 def test_skipped_symbols_are_zero(stored: StoredModel) -> None:
     model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
-    z = torch.full((1, stored.config.hyper_channels, 2, 2), -300.0)
-    z[:, ::2] = 300
-    y = torch.full((1, stored.config.latent_channels, 8, 8), 9.0)
+    z = torch.full((1, 2, 2, stored.config.hyper_channels), -300.0)
+    z[..., ::2] = 300
+    y = torch.full((1, 8, 8, stored.config.latent_channels), 9.0)
     (tile,) = model.quantise(z, y)
     skipped = np.concatenate([step.reshape(-1) for step in tile.indexes]) == SKIP_INDEX
     symbols = np.concatenate([step.reshape(-1) for step in tile.y])
@@ -184,7 +190,7 @@ def test_skipped_symbols_are_zero(stored: StoredModel) -> None:
 class Setting(NamedTuple):
     threads: int
     precision: str
-    channels_last: bool
+    fused: bool
     batched: bool
 
 
@@ -201,34 +207,35 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def apply(setting: Setting, patch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(setting.threads)
+    patch.setattr(dense_module, "_FUSED", setting.fused)
+
+
 def _flatten(latent: Latent) -> bytes:
     return b"".join(part.tobytes() for tile in latent.tiles for part in (tile.z, *tile.y, *tile.indexes))
 
 
 def test_every_setting_decodes_every_other(
-    stored: StoredModel, photo: NDArray[np.uint8], restore_threads: None
+    stored: StoredModel, photo: NDArray[np.uint8], restore_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """{1, 2 threads} x {float32, bf16} x {contiguous, channels last} x {alone, in a batch of 5}."""
+    """{1, 2 threads} x {float32, bf16} x {plain, fused products} x {alone, in a batch of 5}."""
     picture = photo[40:140, 100:230]
     others = [photo[:64, :64], photo[:70, :65], photo[100:101, :1], photo[:130, :100]]
     codecs = {
-        (precision, channels_last): Codec(
-            stored, device="cpu", precision=precision, channels_last=channels_last
-        )
-        for precision in ("float32", "bfloat16")
-        for channels_last in (False, True)
+        precision: Codec(stored, device="cpu", precision=precision) for precision in ("float32", "bfloat16")
     }
     coded: dict[Setting, tuple[bytes, bytes]] = {}
     for setting in SETTINGS:
-        torch.set_num_threads(setting.threads)
-        codec = codecs[setting.precision, setting.channels_last]
+        apply(setting, monkeypatch)
+        codec = codecs[setting.precision]
         images = [*others[:2], picture, *others[2:]] if setting.batched else [picture]
         latent = codec.analyse(images, 70)[2 if setting.batched else 0]
         coded[setting] = codec.pack(latent), _flatten(latent)
     pictures: dict[tuple[bytes, str], NDArray[np.uint8]] = {}
     for setting in SETTINGS:
-        torch.set_num_threads(setting.threads)
-        codec = codecs[setting.precision, setting.channels_last]
+        apply(setting, monkeypatch)
+        codec = codecs[setting.precision]
         for data, symbols in set(coded.values()):
             latents = [codec.unpack(data)]
             assert _flatten(latents[0]) == symbols

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from ugicm.codec.conditioning import Gains, quality_to_level
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
+from ugicm.codec.inference import InferenceAnalysis, InferenceHyperAnalysis, InferenceSynthesis
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 Image = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
@@ -60,9 +62,9 @@ class Window(NamedTuple):
         return slice(self.left - self.before, self.left + self.width + self.after)
 
     def crop(self, x: Tensor, scale: int = 1) -> Tensor:
-        """Cut the margin off a transform's output (..., H, W) with `scale` samples a latent position."""
+        """Cut the margin off a transform's output (..., H, W, C) with `scale` samples a latent position."""
         top, left = self.above * scale, self.before * scale
-        return x[..., top : top + self.height * scale, left : left + self.width * scale]
+        return x[..., top : top + self.height * scale, left : left + self.width * scale, :]
 
 
 class Latent(NamedTuple):
@@ -72,7 +74,7 @@ class Latent(NamedTuple):
     tiles: tuple[TileSymbols, ...]
     """Integers of each tile, row by row."""
     y_hat: Tensor | None = None
-    """Dequantised latent (M, h, w) float32 before the inverse gains; only after `Codec.unpack`."""
+    """Dequantised latent (h, w, M) float32 before the inverse gains; only after `Codec.unpack`."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -155,9 +157,8 @@ class Codec:
         device: str = "auto",
         precision: str = "auto",
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        channels_last: bool = True,
     ) -> None:
-        """See `ugicm.codec.store.load_codec`; `channels_last` is the transforms' memory layout (faster)."""
+        """See `ugicm.codec.store.load_codec`."""
         keep_freed_memory()
         self.config = config = model.config
         self.name, self.digest, self._digest = config.name, model.digest.hex(), model.digest
@@ -166,9 +167,8 @@ class Codec:
         self._dtype = pick_precision(precision, self._device)
         self.device, self.precision = str(self._device), str(self._dtype).removeprefix("torch.")
         self.max_pixels = max_pixels
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
 
-        def load(module: torch.nn.Module, prefix: str) -> None:
+        def load(module: Module, prefix: str) -> Module:
             start = f"{prefix}."
             state = {k.removeprefix(start): v for k, v in model.tensors.items() if k.startswith(start)}
             try:
@@ -177,19 +177,15 @@ class Codec:
                 raise ModelStoreError(
                     f"the weights of {config.name} do not fit its config: {error}"
                 ) from error
-            module.requires_grad_(False).to(self._device)
+            return module.requires_grad_(False).to(self._device)
 
-        self._analysis = Analysis(config)
-        self._hyper_analysis = HyperAnalysis(config)
-        self._synthesis, self._preference = Synthesis(config), Synthesis(config)
-        self._gains = Gains(config.levels, config.latent_channels, 1.0)
-        load(self._analysis, "analysis")
-        load(self._hyper_analysis, "hyper_analysis")
-        load(self._synthesis, "synthesis")
-        load(self._preference, "preference")
-        load(self._gains, "gains")
-        self._analysis.to(self._dtype)
-        self._hyper_analysis.to(self._dtype)
+        self._analysis = InferenceAnalysis(load(Analysis(config), "analysis"), self._dtype)
+        self._hyper_analysis = InferenceHyperAnalysis(
+            load(HyperAnalysis(config), "hyper_analysis"), self._dtype
+        )
+        self._synthesis = load(Synthesis(config), "synthesis")
+        self._preference = load(Synthesis(config), "preference")
+        self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         self._entropy = EntropyModel(config, model.tensors, self._device)
         # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
         self._cpu_entropy = (
@@ -200,7 +196,7 @@ class Codec:
         # How far a transform looks, in latent positions: one block at 1/16, the others at 1/8.
         self._analysis_margin = 1 + math.ceil(config.encoder_blocks / 2)
         self._synthesis_margin = 1 + math.ceil(config.decoder_blocks / 2)
-        self._blended: OrderedDict[float, Synthesis] = OrderedDict()
+        self._blended: OrderedDict[float, InferenceSynthesis] = OrderedDict()
         self._blending = threading.Lock()
         for strength in (0.0, 1.0):
             self._synthesis_for(strength)
@@ -324,12 +320,12 @@ class Codec:
         header, segments = container.parse(data, max_pixels=self.max_pixels)
         if header.model_digest != self._digest:
             raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
-        y_hat = torch.empty(self.config.latent_channels, *latent_size(header.width, header.height))
+        y_hat = torch.empty(*latent_size(header.width, header.height), self.config.latent_channels)
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
             tile, part = self._cpu_entropy.unpack(segment, height, width)
-            y_hat[:, top : top + height, left : left + width] = part
+            y_hat[top : top + height, left : left + width] = part
             tiles.append(tile)
         return Latent(header, tuple(tiles), y_hat)
 
@@ -355,34 +351,32 @@ class Codec:
 
     # Parts
 
-    def _synthesise_group(self, latents: Sequence[Latent], synthesis: Synthesis) -> list[Image]:
+    def _synthesise_group(self, latents: Sequence[Latent], synthesis: InferenceSynthesis) -> list[Image]:
         """Pictures of one size and preference, window by window."""
         header = latents[0].header
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
-        inverse = self._gains(level)[1]
+        inverse = self._gains(level)[1].permute(0, 2, 3, 1)
         for window in tile_windows(header, self._synthesis_margin):
             parts = []
             for latent in latents:
                 if latent.y_hat is None:
                     raise ValueError("synthesise needs latents from unpack")
-                parts.append(latent.y_hat[:, window.rows, window.columns])
-            y_hat = torch.stack(parts).to(self._device) * inverse
-            pixels = synthesis(y_hat.to(self._dtype, memory_format=self._layout))
-            pixels = window.crop(pixels, LATENT_STRIDE).mul(255).round_().clamp_(0, 255).to(torch.uint8)
-            block = pixels.permute(0, 2, 3, 1).cpu().numpy()
+                parts.append(latent.y_hat[window.rows, window.columns])
+            pixels = synthesis(torch.stack(parts).to(self._device) * inverse)
+            block = window.crop(pixels, LATENT_STRIDE).cpu().numpy()
             y0, x0 = window.top * LATENT_STRIDE, window.left * LATENT_STRIDE
             for image, part in zip(images, block, strict=True):
                 target = image[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]]
                 target[:] = part[: target.shape[0], : target.shape[1]]
         return images
 
-    def _synthesis_for(self, strength: float) -> Synthesis:
+    def _synthesis_for(self, strength: float) -> InferenceSynthesis:
         """The synthesis transform of this preference."""
         with self._blending:
             if strength not in self._blended:
                 blended = self._synthesis.blended(self._preference, strength)
-                self._blended[strength] = blended.to(self._dtype)
+                self._blended[strength] = InferenceSynthesis(blended, self._dtype)
                 if len(self._blended) > SYNTHESES_KEPT:
                     # The two ends are what most callers ask for: never dropped.
                     del self._blended[next(s for s in self._blended if s not in (0.0, 1.0))]
@@ -419,7 +413,7 @@ class Codec:
         return level
 
     def _padded(self, image: Image, rows: slice | None = None, columns: slice | None = None) -> Tensor:
-        """Part of the picture padded by replication to whole hyper positions, (3, H, W) uint8.
+        """Part of the picture padded by replication to whole hyper positions, (H, W, 3) uint8.
 
         `rows` and `columns` are in latent positions of the padded picture.
         """
@@ -431,24 +425,22 @@ class Codec:
         missing = (y1 - y0 - part.shape[0], x1 - x0 - part.shape[1])
         if any(missing):
             part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-        return torch.from_numpy(np.array(part)).permute(2, 0, 1)
+        return torch.from_numpy(np.array(part))
 
     @torch.inference_mode()
     def _transform(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> y before gains, float32 (B, M, H/16, W/16)."""
-        x = pixels.to(self._device).float().div_(255).to(self._dtype, memory_format=self._layout)
-        return self._analysis(x).float()
+        """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
+        return self._analysis(pixels.to(self._device))
 
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
         """Apply the gains of each quality, then round."""
-        gain = self._gains(self._levels(qualities))[0]
+        gain = self._gains(self._levels(qualities))[0].permute(0, 2, 3, 1)
         y = torch.stack(list(latents)).to(self._device) * gain
-        z = self._hyper_analysis(y.to(self._dtype, memory_format=self._layout))
-        return self._entropy.quantise(z.float(), y)
+        return self._entropy.quantise(self._hyper_analysis(y), y)
 
     def _latents(self, image: Image) -> Iterator[Tensor]:
-        """y before gains, (M, h, w) of every tile."""
+        """y before gains, (h, w, M) of every tile."""
         for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis_margin):
             y = self._transform(self._padded(image, window.rows, window.columns)[None])[0]
             yield window.crop(y)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
 from ugicm.codec.config import STEP_XOR, ModelConfig
+from ugicm.codec.dense import dense
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import (
     BASE,
@@ -156,14 +157,6 @@ def _double(x: Tensor) -> Tensor:
     return squares.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
-def _floor(sums: Tensor, grid: Grid) -> Tensor:
-    return sums.floor_().clamp_(-grid.end, grid.end - 1)
-
-
-def _relu(sums: Tensor, grid: Grid) -> Tensor:
-    return sums.floor_().clamp_(0, grid.end - 1)
-
-
 class EntropyModel:
     """Integer network and tables of one trained model, on one device.
 
@@ -204,7 +197,7 @@ class EntropyModel:
             weights, carried = self._weights[torch.float32].to(dtype), x.to(dtype)
             results.append(
                 (
-                    F.linear(carried, *weights.layers["base"]),
+                    dense(carried, *weights.layers["base"]),
                     self._convolved(carried, weights.layers["hyper_block.spatial"]),
                     _batched(_split(carried), weights.heads[0]),
                 )
@@ -226,8 +219,9 @@ class EntropyModel:
 
     # Layers
 
-    def _sum(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, *self._weights[x.dtype].layers[name])
+    def _dense(self, name: str, x: Tensor, low: float = -np.inf, high: float = np.inf) -> Tensor:
+        """Clamped before the floor, which is the same for whole bounds."""
+        return dense(x, *self._weights[x.dtype].layers[name], low, high).floor_()
 
     def _convolved(self, x: Tensor, layer: _Layer) -> Tensor:
         """Depthwise 3x3 with zero padding."""
@@ -246,9 +240,9 @@ class EntropyModel:
     def _block(self, name: str, x: Tensor, grid: Grid) -> Tensor:
         """`x` is changed in place."""
         spatial = self._weights[x.dtype].layers[f"{name}.spatial"]
-        hidden = _relu(self._sum(f"{name}.expand", x), HIDDEN)
-        hidden = _relu(self._convolved(hidden, spatial), SPATIAL)
-        return x.add_(self._sum(f"{name}.project", hidden).floor_()).clamp_(-grid.end, grid.end - 1)
+        hidden = self._dense(f"{name}.expand", x, 0, HIDDEN.end - 1)
+        hidden = self._convolved(hidden, spatial).floor_().clamp_(0, SPATIAL.end - 1)
+        return x.add_(self._dense(f"{name}.project", hidden)).clamp_(-grid.end, grid.end - 1)
 
     def _walk(self, z: Tensor, choose: Choose) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
@@ -262,17 +256,18 @@ class EntropyModel:
         size = self.config.latent_channels // 4
         weights = self._weights[z.dtype]
         # Same clamp for whatever a bitstream claims z to be.
-        x = _double(_relu(self._sum("hyper1", z.clamp(-Z_LIMIT, Z_LIMIT)), HYPER1))
-        x = _double(_relu(self._sum("hyper2", x), HYPER))
+        x = _double(self._dense("hyper1", z.clamp(-Z_LIMIT, Z_LIMIT), 0, HYPER1.end - 1))
+        x = _double(self._dense("hyper2", x, 0, HYPER.end - 1))
         hidden = self._block("hyper_block", x, HYPER)
-        base = _split(_floor(self._sum("base", hidden), BASE)).mul_(2.0 ** (TRUNK.bits - BASE.bits))
+        base = _split(self._dense("base", hidden, -BASE.end, BASE.end - 1))
+        base *= 2.0 ** (TRUNK.bits - BASE.bits)
         batch, height, width = hidden.shape[:3]
         y_hat = hidden.new_empty(4, batch, height // 2, width // 2, 4 * size)
         seen = torch.empty_like(y_hat)
         for step in range(4):
             if step:
                 context = _batched(seen[..., : step * size], weights.contexts[step - 1])
-                hidden = _merge(_relu(context.add_(base), TRUNK))
+                hidden = _merge(context.add_(base).floor_().clamp_(0, TRUNK.end - 1))
                 for block in range(self.config.context_blocks):
                     hidden = self._block(f"trunk.{block}", hidden, TRUNK)
             sums = _batched(_split(hidden), weights.heads[step]).floor_()
@@ -281,18 +276,18 @@ class EntropyModel:
             symbols = choose(step, means, indexes)
             coded = slice(step * size, (step + 1) * size)
             torch.add(means, symbols, alpha=MEAN_UNIT, out=y_hat[..., coded])
-            seen[..., coded] = _floor(y_hat[..., coded] * (1 / SEEN_STEP), SEEN)
+            seen[..., coded] = (y_hat[..., coded] * (1 / SEEN_STEP)).floor_().clamp_(-SEEN.end, SEEN.end - 1)
         return y_hat
 
     @torch.inference_mode()
     def quantise(self, z: Tensor, y: Tensor) -> list[TileSymbols]:
-        """Round a batch: ``z`` (B, N, h/4, w/4) and ``y`` (B, M, h, w) floats after gains.
+        """Round a batch: ``z`` (B, h/4, w/4, N) and ``y`` (B, h, w, M) floats after gains.
 
         Which way a symbol rounds is the encoder's choice and need not be reproducible; what is predicted
         from the symbols is.
         """
         z = z.round().clamp(-Z_LIMIT, Z_LIMIT)
-        target = _split(y.permute(0, 2, 3, 1))
+        target = _split(y)
         size = self.config.latent_channels // 4
         kept_symbols: list[Symbols] = []
         kept_indexes: list[Indexes] = []
@@ -308,8 +303,8 @@ class EntropyModel:
             kept_indexes.append(indexes.to(torch.uint8).cpu().numpy())
             return symbols
 
-        self._walk(z.permute(0, 2, 3, 1), choose)
-        z_symbols = z.to(torch.int16).cpu().numpy()
+        self._walk(z, choose)
+        z_symbols = z.to(torch.int16).permute(0, 3, 1, 2).contiguous().cpu().numpy()
         return [
             TileSymbols(
                 z_symbols[item],
@@ -332,7 +327,7 @@ class EntropyModel:
     def unpack(self, segment: bytes, height: int, width: int) -> tuple[TileSymbols, Tensor]:
         """Decode one tile of latent size ``height`` x ``width`` (multiples of 4).
 
-        Returns its symbols and y_hat, (M, height, width) float32 (before the inverse gains).
+        Returns its symbols and y_hat, (height, width, M) float32 (before the inverse gains).
 
         Raises:
             MalformedBitstreamError: the segment is not a tile of this size.
@@ -363,7 +358,7 @@ class EntropyModel:
             for position, part in enumerate(by_step)
         ]
         y_hat = _merge(torch.stack(groups).flatten(-2))[0].float().mul_(1 / MEAN_UNIT)
-        return tile, y_hat.permute(2, 0, 1)
+        return tile, y_hat
 
     def _z_indexes(self, shape: tuple[int, ...]) -> Indexes:
         return np.repeat(np.arange(self.config.hyper_channels, dtype=np.uint8), int(np.prod(shape)))
