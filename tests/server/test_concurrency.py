@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -92,6 +93,35 @@ async def test_overload_is_refused_with_a_computed_wait(
     assert sample(client, "ugicm_rejected_total", code="overloaded") == 7
     assert (await client.post("/encode", content=image_file())).status_code == 200
     assert sample(client, "ugicm_queue_pixels") == 0
+
+
+def batch_of(*images: bytes) -> dict[str, Any]:
+    return {"files": [("images", (f"{i}.png", data)) for i, data in enumerate(images)]}
+
+
+async def test_images_of_a_batch_wait_for_each_other(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(queue_pixels=2 * 128 * 128)
+    response = await client.post("/encode/batch", **batch_of(*(image_file(seed=i) for i in range(7))))
+    assert [sorted(json.loads(line)) for line in response.text.splitlines()] == [
+        ["filename", "index", "result"]
+    ] * 7
+
+
+async def test_a_batch_is_refused_what_others_hold(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(queue_pixels=128 * 128)
+    codec.gate.clear()
+    (other,) = start([client.post("/encode", content=image_file())])
+    await until(lambda: sample(client, "ugicm_queue_pixels") == 128 * 128)
+    response = await client.post("/encode/batch", **batch_of(image_file(seed=1), image_file(seed=2)))
+    problems = [json.loads(line)["problem"] for line in response.text.splitlines()]
+    assert [problem["code"] for problem in problems] == ["overloaded"] * 2
+    assert all(1 <= problem["retry_after_s"] <= 60 for problem in problems)
+    codec.gate.set()
+    assert (await other).status_code == 200
 
 
 async def test_requests_beyond_the_limit_are_refused_but_health_checks_are_not(

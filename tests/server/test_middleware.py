@@ -113,7 +113,7 @@ async def test_a_body_of_exactly_the_limit_passes() -> None:
         await answer(send)
 
     client = Client(chunk(b"12345", more=True), chunk(b"67890"))
-    await BodyLimit(app, 10)(scope(content_length="10"), client.receive, client.send)
+    await BodyLimit(app, 10, 60)(scope(content_length="10"), client.receive, client.send)
     assert client.received[0]["status"] == 200
 
 
@@ -124,7 +124,7 @@ async def test_a_longer_body_stops_at_the_limit() -> None:
 
     client = Client(*[chunk(b"1234", more=True)] * 100)
     with pytest.raises(ServiceError, match="limit is 10"):
-        await BodyLimit(app, 10)(scope(), client.receive, client.send)
+        await BodyLimit(app, 10, 60)(scope(), client.receive, client.send)
     assert len(client.messages) == 97
 
 
@@ -145,6 +145,38 @@ async def test_other_protocols_pass_untouched(metrics: Metrics) -> None:
         seen.append((scope, receive, send))
 
     client = Client()
-    stack = RequestContext(CancelDeparted(BodyLimit(app, 1), metrics), metrics, Lifecycle())
+    stack = RequestContext(CancelDeparted(BodyLimit(app, 1, 60), metrics), metrics, Lifecycle())
     await stack({"type": "lifespan"}, client.receive, client.send)
     assert seen == [({"type": "lifespan"}, client.receive, client.send)]
+
+
+async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await answer(send)
+
+    limited = RequestContext(BodyLimit(app, 10, 0.01), metrics, Lifecycle())
+    silent = Client(chunk(b"x", more=True))
+    await limited(scope(), silent.receive, silent.send)
+    assert silent.received[0]["status"] == 408
+    assert b'"setting":"UGICM_UPLOAD_TIMEOUT_S"' in silent.received[1]["body"]
+    assert (b"connection", b"close") in silent.received[0]["headers"]
+
+
+async def test_waiting_for_a_disconnect_has_no_limit(metrics: Metrics) -> None:
+    asked = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        asked.set()
+        assert (await receive())["type"] == "http.disconnect"
+        await answer(send)
+
+    client = Client(chunk(b"x"))
+    running = asyncio.create_task(BodyLimit(app, 10, 0.01)(scope(), client.receive, client.send))
+    await asked.wait()
+    await asyncio.sleep(0.05)
+    client.gone.set()
+    await running
+    assert client.received[0]["status"] == 200

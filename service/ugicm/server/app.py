@@ -99,7 +99,7 @@ def create_app(
             Middleware(RequestContext, metrics=metrics, lifecycle=lifecycle),
             Middleware(RequestLimit, max_requests=settings.max_requests),
             Middleware(CancelDeparted, metrics=metrics),
-            Middleware(BodyLimit, max_bytes=settings.max_bytes),
+            Middleware(BodyLimit, max_bytes=settings.max_bytes, timeout_s=settings.upload_timeout_s),
         ],
     )
     app.state.lifecycle = lifecycle

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
-from ugicm.server.problems import as_service_error, too_many_bytes, too_many_requests
+from ugicm.server.problems import as_service_error, too_many_bytes, too_many_requests, upload_stalled
 from ugicm.server.timings import Timings
 
 CLIENT_CLOSED_REQUEST = 499
@@ -114,10 +114,14 @@ class RequestLimit:
 
 
 class BodyLimit:
-    """Refuse request bodies over `max_bytes`: declared ones at once, others as soon as they pass it."""
+    """Refuse request bodies over `max_bytes`: declared ones at once, others as soon as they pass it.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    A body of which nothing arrives for `timeout_s` seconds is given up, or idle uploads would use up the
+    requests that may be in flight.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self.app, self.max_bytes, self.timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -127,11 +131,16 @@ class BodyLimit:
         if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
             await too_many_bytes(int(declared), self.max_bytes).response(scope)(scope, receive, send)
             return
-        received = 0
+        received, complete = 0, False
 
         async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, complete
+            try:
+                async with asyncio.timeout(None if complete else self.timeout_s):
+                    message = await receive()
+            except TimeoutError:
+                raise upload_stalled(self.timeout_s) from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.max_bytes:
                 raise too_many_bytes(received, self.max_bytes)

@@ -49,6 +49,7 @@ class Code(_Kind, Enum):
     METHOD_NOT_ALLOWED = 405, "method-not-allowed", "Method not allowed"
     NOT_ACCEPTABLE = 406, "not-acceptable", "No acceptable format"
     MODEL_MISMATCH = 409, "model-mismatch", "Bitstream of another model"
+    UPLOAD_STALLED = 408, "upload-stalled", "Request body does not arrive"
     TOO_MANY_BYTES = 413, "too-many-bytes", "Request body too large"
     TOO_MANY_IMAGES = 413, "too-many-images", "Too many images"
     TOO_MANY_PIXELS = 413, "too-many-pixels", "Image too large"
@@ -171,6 +172,18 @@ def too_many_bytes(actual: int, limit: int) -> ServiceError:
     )
 
 
+def upload_stalled(limit_s: float) -> ServiceError:
+    """No byte of the request body came for `limit_s` seconds."""
+    name = setting("upload_timeout_s")
+    return ServiceError(
+        Code.UPLOAD_STALLED,
+        f"nothing of the request body arrived for {limit_s:g} s, the limit; {name} changes it",
+        headers={"Connection": "close"},
+        limit=limit_s,
+        setting=name,
+    )
+
+
 def too_many_requests(limit: int) -> ServiceError:
     """More than `limit` requests are in flight."""
     name = setting("max_requests")
@@ -220,9 +233,11 @@ def as_service_error(error: Exception) -> ServiceError:
                 setting=name,
             )
         case CacheDownError():
+            name = setting("cache_url")
             return ServiceError(
                 Code.UNAVAILABLE,
-                f"{error}; decode by sending the bitstream itself, or try again",
+                f"{error}; decode by sending the bitstream itself, or try again ({name} says where it is)",
+                setting=name,
                 retry_after_s=CACHE_RETRY_AFTER_S,
             )
         case DeadlineExceededError():

@@ -73,6 +73,8 @@ class Settings(BaseSettings):
     max_requests: int = Field(default=256, ge=1)
     """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most this many
     times ``max_bytes`` of memory. Health checks do not count."""
+    upload_timeout_s: float = Field(default=30.0, gt=0)
+    """Longest silence while a request body arrives, in seconds; beyond it the answer is 408."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 

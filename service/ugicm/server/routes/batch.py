@@ -12,8 +12,9 @@ from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from ugicm.server.batching import OverloadedError
 from ugicm.server.deps import ServicesDep, media_type_of, unsupported
-from ugicm.server.models import BatchLine
+from ugicm.server.models import BatchLine, EncodeResult
 from ugicm.server.openapi import binary_answer, multipart, problems
 from ugicm.server.problems import Code, ServiceError, as_service_error
 from ugicm.server.routes.codec import StoreParam, TargetDep, encode_image
@@ -75,6 +76,7 @@ PartsDep = Annotated[list[Part], Depends(read_parts)]
         200: binary_answer("One `BatchLine` per image, as JSON and a line feed.", (NDJSON,)),
         **problems(
             Code.MALFORMED_BODY,
+            Code.UPLOAD_STALLED,
             Code.TOO_MANY_BYTES,
             Code.TOO_MANY_IMAGES,
             Code.UNSUPPORTED_MEDIA_TYPE,
@@ -91,13 +93,32 @@ async def encode_batch(
     store: StoreParam = True,
 ) -> Response:
     places = asyncio.Semaphore(PARALLEL)
+    inside: set[asyncio.Task[EncodeResult]] = set()
     request_id: str = request.state.request_id
+
+    async def encoded(part: Part) -> EncodeResult:
+        return (await encode_image(services, part.data, target, Timings(), store=store))[0]
+
+    async def encoded_with_room(part: Part) -> EncodeResult:
+        """Images of one request wait for each other; only what others hold can refuse them."""
+        while True:
+            task = asyncio.create_task(encoded(part))
+            before = set(inside)
+            inside.add(task)
+            try:
+                return await task
+            except OverloadedError:
+                if not before:
+                    raise
+            finally:
+                inside.discard(task)
+            await asyncio.wait(before, return_when=asyncio.FIRST_COMPLETED)
 
     async def line(index: int, part: Part) -> BatchLine:
         answer = BatchLine(index=index, filename=part.filename)
         try:
             async with places:
-                answer.result, _ = await encode_image(services, part.data, target, Timings(), store=store)
+                answer.result = await encoded_with_room(part)
         except Exception as error:
             problem = as_service_error(error)
             if problem.kind is Code.INTERNAL:

@@ -27,6 +27,7 @@ router = APIRouter(tags=["codec"])
 
 _BODY_PROBLEMS = (
     Code.MALFORMED_BODY,
+    Code.UPLOAD_STALLED,
     Code.TOO_MANY_BYTES,
     Code.TOO_MANY_PIXELS,
     Code.UNSUPPORTED_MEDIA_TYPE,
