@@ -69,13 +69,12 @@ class StandIn:
         return re.sub(r"(?<![\w./])/(opt|src)\b", lambda match: str(self.root / match[1]), text)
 
 
-def build(root: Path, *, seed: Path | None = None, context: Path = REPOSITORY) -> StandIn:
+def build(root: Path, *, seed: Path | None = None) -> StandIn:
     """Execute the steps of the Dockerfile below `root`.
 
     Args:
         root: an empty folder.
         seed: site-packages whose content counts as installed already, so that nothing is downloaded.
-        context: the build context.
     """
     image = StandIn(root)
     for step in read_steps(DOCKERFILE):
@@ -88,7 +87,7 @@ def build(root: Path, *, seed: Path | None = None, context: Path = REPOSITORY) -
                 image.workdir = step.text
                 image.path(".").mkdir(parents=True, exist_ok=True)
             case "COPY":
-                _copy(image, step.text, context)
+                _copy(image, step.text)
             case "RUN":
                 _run(image, step.text)
                 if seed and "venv" in step.text:
@@ -104,7 +103,7 @@ def build(root: Path, *, seed: Path | None = None, context: Path = REPOSITORY) -
     return image
 
 
-def _copy(image: StandIn, text: str, context: Path) -> None:
+def _copy(image: StandIn, text: str) -> None:
     *sources, target = text.split()
     if sources[0].startswith("--from="):
         # All stages share one folder, so what is copied must not move.
@@ -112,7 +111,7 @@ def _copy(image: StandIn, text: str, context: Path) -> None:
             raise ValueError(f"COPY {text} moves files between stages")
         return
     for source in sources:
-        found, place = context / source, image.path(target)
+        found, place = REPOSITORY / source, image.path(target)
         if found.is_dir():
             shutil.copytree(found, place, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+import urllib.request
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +18,10 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from PIL import Image
 
 from ugicm.cli import app as cli
+from ugicm.server.backends import RedisCache, open_cache
 from ugicm.server.settings import PREFIX, Settings, setting
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,6 +63,11 @@ def base() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def gpu() -> dict[str, Any]:
     return compose("docker/compose.gpu.yml")[0]
+
+
+def in_bytes(size: str) -> int:
+    """``2g`` as Docker reads it."""
+    return int(size[:-1]) << {"k": 10, "m": 20, "g": 30}[size[-1]]
 
 
 def is_command_line(words: list[str]) -> bool:
@@ -156,12 +165,36 @@ def test_environment_and_ports(base: dict[str, Any], gpu: dict[str, Any]) -> Non
     assert f"./model_store:{store}:ro" in service["volumes"]
 
 
+def test_the_settings_take_the_values(
+    base: dict[str, Any], gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (base, gpu):
+        for name, value in file["services"]["ugicm"]["environment"].items():
+            monkeypatch.setenv(name, re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(value)))
+    settings = Settings()
+    assert settings.device == "cuda"
+    assert settings.max_requests == 32
+    assert isinstance(open_cache(settings), RedisCache)
+    assert (REPOSITORY / "model_store" / settings.model / "config.json").exists()
+
+
 def test_the_cache_is_one_of_the_services_and_healthy_first(base: dict[str, Any]) -> None:
     service, cache = base["services"]["ugicm"], base["services"]["cache"]
     assert service["environment"][setting("cache_url")] == "redis://cache:6379/0"
     assert service["depends_on"]["cache"]["condition"] == "service_healthy"
     assert cache["healthcheck"]["test"][-1] == "ping"
     assert "--maxmemory-policy allkeys-lru" in cache["command"]
+
+
+def test_bodies_fit_the_memory(base: dict[str, Any]) -> None:
+    service = base["services"]["ugicm"]
+    defaults = Settings()
+    bodies = int(service["environment"][setting("max_requests")]) * defaults.max_bytes
+    (temporary,) = service["tmpfs"]
+    assert in_bytes(temporary.removeprefix("/tmp:size=")) >= bodies
+    caches = defaults.picture_cache_bytes
+    model = 1 << 30  # resident after a load, docs/performance.md
+    assert in_bytes(service["deploy"]["resources"]["limits"]["memory"]) >= 2 * bodies + caches + model
 
 
 def test_the_grace_period_is_longer_than_the_shutdown(base: dict[str, Any]) -> None:
@@ -182,30 +215,13 @@ def test_only_the_override_asks_for_a_gpu(base: dict[str, Any], gpu: dict[str, A
 
 
 @pytest.mark.slow
-def test_the_steps_lead_to_a_served_request(
-    tmp_path: Path, tiny_store: Path, photo: Any, free_port: int
+def test_the_steps_lead_to_a_request_served_by_the_shipped_model(
+    tmp_path: Path, photo: Any, free_port: int
 ) -> None:
     pytest.importorskip("hatchling", reason="building the wheel offline needs hatchling")
-    import io
-    import urllib.request
-
-    from PIL import Image
-
-    context = tmp_path / "context"
-    for source in {name for text in steps("COPY") for name in text.split()[:-1]}:
-        if (REPOSITORY / source).is_dir() and source != "model_store":
-            shutil.copytree(REPOSITORY / source, context / source)
-        elif (REPOSITORY / source).is_file():
-            (context / source).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / source, context / source)
-    shutil.copytree(tiny_store, context / "model_store")
     root = tmp_path / "root"
-    image = dockerfile.build(root, seed=Path(sysconfig.get_paths()["purelib"]), context=context)
-    environment = image.run_environment() | {
-        "UGICM_PORT": str(free_port),
-        "UGICM_HOST": "127.0.0.1",
-        "UGICM_MODEL": "tiny",
-    }
+    image = dockerfile.build(root, seed=Path(sysconfig.get_paths()["purelib"]))
+    environment = image.run_environment() | {"UGICM_PORT": str(free_port), "UGICM_HOST": "127.0.0.1"}
     environment.pop("PYTHONPATH", None)
     process = subprocess.Popen(image.command, env=environment, cwd=tmp_path)
     try:
@@ -216,9 +232,13 @@ def test_the_steps_lead_to_a_served_request(
             time.sleep(0.2)
         out = io.BytesIO()
         Image.fromarray(photo[:64, :64]).save(out, "PNG")
-        url = f"http://127.0.0.1:{free_port}/encode"
-        with urllib.request.urlopen(urllib.request.Request(url, out.getvalue())) as answer:
-            assert b'"width":64' in answer.read()
+        url = f"http://127.0.0.1:{free_port}"
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/encode", out.getvalue())) as answer:
+            encoded = json.load(answer)
+        with urllib.request.urlopen(url + encoded["links"]["machine"]) as answer:
+            assert Image.open(answer).size == (64, 64)
+        with urllib.request.urlopen(f"{url}/info") as answer:
+            assert json.load(answer)["model"]["name"] == Settings().model
     finally:
         process.terminate()
         assert process.wait(60) == 0
