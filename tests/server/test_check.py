@@ -56,6 +56,7 @@ def test_a_damaged_model_is_found(tiny_store: Path, tiny_settings: Settings, tmp
 def test_a_cache_that_cannot_be_reached(tiny_settings: Settings, url: str) -> None:
     findings = {f.name: f for f in check(tiny_settings.model_copy(update={"cache_url": url}))}
     assert not findings["cache"].ok
+    assert "UGICM_CACHE_URL" in findings["cache"].detail
     assert findings["round trip"].ok
 
 

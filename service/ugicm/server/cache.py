@@ -186,7 +186,7 @@ class GuardedCache:
             self._down_until = time.monotonic() + self.PAUSE_S
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(0)
-            _log.warning("bitstream cache failed", error=repr(error))
+            _log.warning("bitstream cache failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
             raise CacheDownError("the bitstream cache does not answer") from error
         self._metrics.cache_up.set(1)
         return result

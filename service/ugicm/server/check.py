@@ -74,6 +74,7 @@ def _check_names() -> Finding:
 async def _check_cache(settings: Settings) -> Finding:
     from ugicm.server.backends import open_cache
     from ugicm.server.cache import bitstream_id
+    from ugicm.server.settings import setting
 
     scheme = settings.cache_url.partition(":")[0]
     try:
@@ -86,7 +87,8 @@ async def _check_cache(settings: Settings) -> Finding:
             await cache.delete(bitstream_id(probe))
             await cache.close()
     except Exception as error:
-        return Finding("cache", False, f"{scheme}: {error!r}")
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        return Finding("cache", False, f"{scheme}: {reason}; {setting('cache_url')} says where it is")
     return Finding("cache", intact, f"{scheme}: {'keeps what it is given' if intact else 'lost an entry'}")
 
 

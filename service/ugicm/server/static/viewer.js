@@ -187,6 +187,8 @@ async function open(file) {
     return;
   }
   state.file = file;
+  state.result = null;
+  $("stage").hidden = $("facts").hidden = true; // they show another photo
   show("original", state.original);
   await encode();
 }
