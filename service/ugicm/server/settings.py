@@ -71,8 +71,9 @@ class Settings(BaseSettings):
     pool_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads for reading and writing images and for entropy coding; unset: one per processor."""
     max_requests: int = Field(default=256, ge=1)
-    """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most twice this
-    many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not count."""
+    """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most twice
+    this many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not
+    count."""
     upload_timeout_s: float = Field(default=30.0, gt=0)
     """Longest silence while a request body arrives, in seconds; beyond it the answer is 408."""
     request_timeout_s: float = Field(default=60.0, gt=0)
