@@ -1,4 +1,4 @@
-"""``ugicm``: encode, decode, info, serve, check, health.
+"""``ugicm``: encode, decode, info, serve, check, health, bench.
 
 Everything heavy is imported inside the command that needs it, so help and `info` start at once.
 """
@@ -245,6 +245,47 @@ def health(
     typer.echo(finding.detail, err=not finding.ok)
     if not finding.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    photos: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[PHOTO]...", help="Photos to tile pictures from  [default: a drawn one]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    megapixels: Annotated[str, typer.Option(help="Sizes, comma-separated.")] = "0.1,0.4,1,4,24",
+    batches: Annotated[str, typer.Option(help="Pictures at a time, comma-separated.")] = "1,8",
+    quality: Annotated[float, typer.Option(min=1, max=100)] = DEFAULT_QUALITY,
+    threads: Annotated[int, typer.Option(min=0, help="0: as torch chooses.")] = 0,
+    peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
+    learned: Annotated[
+        bool, typer.Option(help="Time CompressAI's networks too, with random weights; minutes.")
+    ] = False,
+    model: Model = DEFAULT_MODEL,
+    model_store: ModelStore = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Measure the codec's speed here, stage by stage, beside other codecs and the processor's peak."""
+    try:
+        sizes = [float(part) for part in megapixels.split(",")]
+        counts = [int(part) for part in batches.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"sizes and batches are comma-separated numbers: {error}") from None
+    if min(*sizes, *counts) <= 0:
+        raise typer.BadParameter("sizes and batches are above zero")
+    codec = _load(model, model_store, device, precision, DEFAULT_MAX_PIXELS)
+    from ugicm.bench.peers import LEARNED
+    from ugicm.bench.run import Options, run, table
+
+    options = Options(sizes, counts, quality, threads, peers, LEARNED if learned else ())
+    try:
+        report = run(codec, photos or [], options)
+    except (CodecError, OSError) as error:
+        raise _failed("bench", error) from None
+    for line in [json.dumps(report)] if as_json else table(report):
+        typer.echo(line)
 
 
 def _settings(**options: Any) -> Settings:

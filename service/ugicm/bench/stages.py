@@ -1,0 +1,100 @@
+"""Which stage of the codec does what: its time and its arithmetic."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ugicm.codec import coder, dense
+from ugicm.codec.codec import Codec
+
+Observe = Callable[[str, Callable[[], Any]], Any]
+"""(stage, work) -> the result of the work."""
+
+TRANSFORMS = ("analysis", "hyper analysis", "synthesis")
+STAGES = (*TRANSFORMS[:2], "entropy model", "coder", TRANSFORMS[2])
+
+
+@contextmanager
+def observed(codec: Codec, observe: Observe) -> Iterator[None]:
+    """Pass the work of every stage through `observe`; decoding, the coder works within the entropy model."""
+    undo: list[Callable[[], None]] = []
+
+    def watch(owner: Any, name: str, stage: str) -> None:
+        function = getattr(owner, name)
+        own = name in vars(owner)
+
+        def through(*arguments: Any) -> Any:
+            return observe(stage, lambda: function(*arguments))
+
+        setattr(owner, name, through)
+        undo.append(lambda: setattr(owner, name, function) if own else delattr(owner, name))
+
+    def synthesis_for(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        synthesis = make_synthesis(strength)
+        return lambda y: observe("synthesis", lambda: synthesis(y))
+
+    make_synthesis = codec._synthesis_for
+    watch(codec, "_analysis", "analysis")
+    watch(codec, "_hyper_analysis", "hyper analysis")
+    watch(codec._entropy, "quantise", "entropy model")
+    watch(codec._cpu_entropy, "pack", "coder")
+    watch(codec._cpu_entropy, "unpack", "entropy model")
+    watch(coder.SymbolDecoder, "read", "coder")
+    vars(codec)["_synthesis_for"] = synthesis_for
+    try:
+        yield
+    finally:
+        del vars(codec)["_synthesis_for"]
+        for step in reversed(undo):
+            step()
+
+
+class StageClock:
+    """Seconds of each stage, without those of a stage within it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._inner = [0.0]
+
+    def observe(self, stage: str, work: Callable[[], Any]) -> Any:
+        self._inner.append(0.0)
+        start = time.perf_counter()
+        result = work()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        passed = time.perf_counter() - start
+        self.seconds[stage] += passed - self._inner.pop()
+        self._inner[-1] += passed
+        return result
+
+
+def macs_per_pixel(codec: Codec, side: int = 128) -> dict[str, float]:
+    """Multiply-accumulates per pixel of each stage that has any, counted while it codes a square picture."""
+    counts: dict[str, float] = defaultdict(float)
+
+    def observe(stage: str, work: Callable[[], Any]) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = work()
+        counts[f"{direction} {stage}" if stage == "entropy model" else stage] += counter.get_total_flops() / 2
+        return result
+
+    picture = np.zeros((side, side, 3), np.uint8)
+    fused, dense._FUSED = dense._FUSED, False  # the counter knows torch's public operations only
+    try:
+        with observed(codec, observe):
+            direction = "encoder's"
+            data = codec.encode([picture])
+            direction = "decoder's"
+            codec.decode(data)
+    finally:
+        dense._FUSED = fused
+    return {stage: count / side**2 for stage, count in counts.items() if count}

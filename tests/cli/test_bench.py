@@ -1,0 +1,96 @@
+"""What `ugicm bench` reports; never how fast anything was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
+
+from ugicm.bench import run
+from ugicm.bench.stages import observed
+from ugicm.cli import app
+from ugicm.codec.codec import Codec
+
+
+@pytest.fixture
+def arguments(
+    tiny_store: Path, tmp_path: Path, photo: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    monkeypatch.setattr(run, "TIMED_S", 0.0)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    return [
+        *("bench", str(tmp_path / "photo.png"), "--megapixels", "0.02,0.1", "--batches", "2,1"),
+        *("--model", "tiny", "--model-store", str(tiny_store), "--device", "cpu", "--precision", "float32"),
+    ]
+
+
+def bench(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_report_is_one_object(arguments: list[str]) -> None:
+    report = json.loads(bench(*arguments, "--json"))
+    rows = report["results"]
+    own = [row for row in rows if row["codec"] == "ugicm tiny"]
+    # Whole hyper positions nearest to the sizes asked for.
+    assert {(row["op"], row["megapixels"], row["batch"]) for row in own} == {
+        (op, size, batch) for op in ("encode", "decode") for size in (0.025, 0.098) for batch in (1, 2)
+    }
+    for row in rows:
+        assert 0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"]
+        pixels = row["megapixels"] * row["batch"]
+        assert row["ms_per_megapixel"] == pytest.approx(row["median_ms"] / pixels, rel=0.1)
+        assert row["bytes"] > 0
+        assert row["threads"] > 0
+    for row in own:
+        stages = row["stages_ms"]
+        transform = "analysis" if row["op"] == "encode" else "synthesis"
+        assert min(stages[name] for name in (transform, "entropy model", "coder")) > 0
+        assert sum(stages.values()) == pytest.approx(row["median_ms"], abs=0.1)
+        assert 0 < row["share_of_peak"] < 2
+    assert report["machine"]["peak_gflops"]["float32"] > 0
+    jpeg = [row for row in rows if row["codec"] == "Pillow JPEG"]
+    assert {(row["op"], row["megapixels"]) for row in jpeg} == {
+        (op, size) for op in ("encode", "decode") for size in (0.025, 0.098)
+    }
+    assert all(row["times_ours"] >= 0 for row in jpeg)
+
+
+def test_table_and_drawn_picture(arguments: list[str]) -> None:
+    del arguments[1]
+    text = bench(*arguments, "--no-peers")
+    assert "ugicm tiny" in text
+    assert "of peak" in text
+    assert "Pillow" not in text
+
+
+def test_sizes_must_be_numbers(arguments: list[str]) -> None:
+    for value in ("1,x", "0"):
+        result = CliRunner().invoke(app, [*arguments, "--megapixels", value])
+        assert result.exit_code == 2
+        assert "sizes and batches" in result.stderr
+
+
+def test_watching_leaves_no_trace(tiny_codec: Codec, photo: NDArray[Any]) -> None:
+    before = dict(vars(tiny_codec))
+    stages = []
+
+    def observe(stage: str, work: Any) -> Any:
+        stages.append(stage)
+        return work()
+
+    with observed(tiny_codec, observe):
+        watched = tiny_codec.encode([photo])
+        tiny_codec.decode(watched)
+    assert stages.count("synthesis") == stages.count("analysis") == 1
+    assert vars(tiny_codec) == before
+    count = len(stages)
+    assert tiny_codec.encode([photo]) == watched
+    assert len(stages) == count
