@@ -31,8 +31,8 @@ def observed(codec: Codec, observe: Observe) -> Iterator[None]:
         function = getattr(owner, name)
         own = name in vars(owner)
 
-        def through(*arguments: Any) -> Any:
-            return observe(stage, lambda: function(*arguments))
+        def through(*arguments: Any, **options: Any) -> Any:
+            return observe(stage, lambda: function(*arguments, **options))
 
         setattr(owner, name, through)
         undo.append(lambda: setattr(owner, name, function) if own else delattr(owner, name))

@@ -319,8 +319,7 @@ class EntropyModel:
         encoder = SymbolEncoder()
         encoder.write(self.z_tables, tile.z.reshape(-1), self._z_indexes(tile.z.shape[1:]))
         for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
-            coded = indexes != SKIP_INDEX
-            encoder.write(self.y_tables, symbols[coded], indexes[coded])
+            encoder.write(self.y_tables, symbols.reshape(-1), indexes.reshape(-1), first=SKIP_INDEX + 1)
         return encoder.finish()
 
     @torch.inference_mode()
@@ -341,9 +340,9 @@ class EntropyModel:
         def choose(step: int, means: Tensor, indexes: Tensor) -> Tensor:
             del step
             index = indexes[:, 0].to(torch.uint8).cpu().numpy()
-            coded = index != SKIP_INDEX
-            symbols = np.zeros(index.shape, np.int16)
-            symbols[coded] = decoder.read(self.y_tables, index[coded])
+            symbols = decoder.read(self.y_tables, index.reshape(-1), first=SKIP_INDEX + 1).reshape(
+                index.shape
+            )
             kept.append((symbols, index))
             return torch.from_numpy(symbols).to(means)[:, None]
 
