@@ -292,13 +292,17 @@ def _settings(**options: Any) -> Settings:
     """Settings of the service from the environment; options that are given win."""
     from pydantic import ValidationError
 
-    from ugicm.server.settings import Settings
+    from ugicm.server.settings import Settings, setting
 
     try:
         return Settings(**{name: value for name, value in options.items() if value is not None})
     except ValidationError as error:
         for problem in error.errors():
-            _failed(".".join(map(str, problem["loc"])) or "settings", ValueError(problem["msg"]))
+            # Secrets are judged all together, without a location: no value of theirs is shown.
+            name, shown = "settings", ""
+            if problem["loc"]:
+                name, shown = setting(str(problem["loc"][0])), f", got {problem['input']!r}"
+            _failed(name, ValueError(problem["msg"] + shown))
         raise typer.Exit(2) from None
 
 

@@ -107,7 +107,8 @@ def test_interrupt_does_not_wait(start: Any) -> None:
     [
         ({"model": "none-such"}, "no model 'none-such'"),
         ({"cache_url": "ftp://cache"}, "UGICM_CACHE_URL"),
-        ({"max_pixels": "many"}, "max_pixels"),
+        ({"max_pixels": "many"}, "UGICM_MAX_PIXELS"),
+        ({"port": 70000}, "less than or equal to 65535, got '70000'"),
     ],
 )
 def test_it_does_not_start_and_says_why(start: Any, settings: dict[str, Any], message: str) -> None:
