@@ -400,9 +400,10 @@ def test_serve_names_a_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     result = ugicm_("serve", "--port", 99999)
     assert result.exit_code == 2
     ports, pixels = sorted(result.stderr.splitlines(), reverse=True)
-    assert ports.startswith("ugicm: port: ")
-    assert "65535" in ports
-    assert pixels.startswith("ugicm: max_pixels: ")
+    assert ports.startswith("ugicm: UGICM_PORT: ")
+    assert ports.endswith("65535, got 99999")
+    assert pixels.startswith("ugicm: UGICM_MAX_PIXELS: ")
+    assert pixels.endswith("got 'many'")
 
 
 def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
