@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,37 +23,50 @@ TRANSFORMS = ("analysis", "hyper analysis", "synthesis")
 STAGES = (*TRANSFORMS[:2], "entropy model", "coder", TRANSFORMS[2])
 
 
+class _Watched:
+    """A transform whose calls go through `observe`."""
+
+    def __init__(self, transform: Any, stage: str, observe: Observe) -> None:
+        self._transform, self._stage, self._observe = transform, stage, observe
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transform, name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._observe(self._stage, lambda: self._transform(*arguments))
+
+
 @contextmanager
 def observed(codec: Codec, observe: Observe) -> Iterator[None]:
     """Pass the work of every stage through `observe`; decoding, the coder works within the entropy model."""
     undo: list[Callable[[], None]] = []
 
+    def replace(owner: Any, name: str, value: Any) -> None:
+        if name in vars(owner):
+            undo.append(partial(setattr, owner, name, vars(owner)[name]))
+        else:
+            undo.append(partial(delattr, owner, name))
+        setattr(owner, name, value)
+
     def watch(owner: Any, name: str, stage: str) -> None:
         function = getattr(owner, name)
-        own = name in vars(owner)
 
         def through(*arguments: Any, **options: Any) -> Any:
             return observe(stage, lambda: function(*arguments, **options))
 
-        setattr(owner, name, through)
-        undo.append(lambda: setattr(owner, name, function) if own else delattr(owner, name))
+        replace(owner, name, through)
 
-    def synthesis_for(strength: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        synthesis = make_synthesis(strength)
-        return lambda y: observe("synthesis", lambda: synthesis(y))
-
-    make_synthesis = codec._synthesis_for
-    watch(codec, "_analysis", "analysis")
-    watch(codec, "_hyper_analysis", "hyper analysis")
+    synthesis_for = codec._synthesis_for
+    replace(codec, "_analysis", _Watched(codec._analysis, "analysis", observe))
+    replace(codec, "_hyper_analysis", _Watched(codec._hyper_analysis, "hyper analysis", observe))
+    replace(codec, "_synthesis_for", lambda s: _Watched(synthesis_for(s), "synthesis", observe))
     watch(codec._entropy, "quantise", "entropy model")
     watch(codec._cpu_entropy, "pack", "coder")
     watch(codec._cpu_entropy, "unpack", "entropy model")
     watch(coder.SymbolDecoder, "read", "coder")
-    vars(codec)["_synthesis_for"] = synthesis_for
     try:
         yield
     finally:
-        del vars(codec)["_synthesis_for"]
         for step in reversed(undo):
             step()
 

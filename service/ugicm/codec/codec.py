@@ -19,7 +19,13 @@ from ugicm.codec.conditioning import Gains, quality_to_level
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
-from ugicm.codec.inference import InferenceAnalysis, InferenceHyperAnalysis, InferenceSynthesis
+from ugicm.codec.inference import (
+    NOTHING,
+    InferenceAnalysis,
+    InferenceHyperAnalysis,
+    InferenceSynthesis,
+    Sides,
+)
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
@@ -45,26 +51,18 @@ class Window(NamedTuple):
     height: int
     width: int
     """The tile itself, in latent positions."""
-    above: int
-    before: int
-    below: int
-    after: int
-    """Margins in latent positions; zero at the picture's border."""
+    margin: Sides
+    """In latent positions; zero at the picture's border."""
 
     @property
     def rows(self) -> slice:
         """Latent rows of the tile with its margin."""
-        return slice(self.top - self.above, self.top + self.height + self.below)
+        return slice(self.top - self.margin.above, self.top + self.height + self.margin.below)
 
     @property
     def columns(self) -> slice:
         """Latent columns of the tile with its margin."""
-        return slice(self.left - self.before, self.left + self.width + self.after)
-
-    def crop(self, x: Tensor, scale: int = 1) -> Tensor:
-        """Cut the margin off a transform's output (..., H, W, C) with `scale` samples a latent position."""
-        top, left = self.above * scale, self.before * scale
-        return x[..., top : top + self.height * scale, left : left + self.width * scale, :]
+        return slice(self.left - self.margin.before, self.left + self.width + self.margin.after)
 
 
 class Latent(NamedTuple):
@@ -133,10 +131,7 @@ def tile_windows(header: Header, margin: int) -> list[Window]:
             left,
             min(side, height - top),
             min(side, width - left),
-            min(margin, top),
-            min(margin, left),
-            min(margin, max(0, height - top - side)),
-            min(margin, max(0, width - left - side)),
+            Sides(top, max(0, height - top - side), left, max(0, width - left - side)).within(margin),
         )
         for top in range(0, height, side)
         for left in range(0, width, side)
@@ -193,9 +188,6 @@ class Codec:
             if self._device.type == "cpu"
             else EntropyModel(config, model.tensors, torch.device("cpu"))
         )
-        # How far a transform looks, in latent positions: one block at 1/16, the others at 1/8.
-        self._analysis_margin = 1 + math.ceil(config.encoder_blocks / 2)
-        self._synthesis_margin = 1 + math.ceil(config.decoder_blocks / 2)
         self._blended: OrderedDict[float, InferenceSynthesis] = OrderedDict()
         self._blending = threading.Lock()
         for strength in (0.0, 1.0):
@@ -357,14 +349,14 @@ class Codec:
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
-        for window in tile_windows(header, self._synthesis_margin):
+        for window in tile_windows(header, synthesis.margin):
             parts = []
             for latent in latents:
                 if latent.y_hat is None:
                     raise ValueError("synthesise needs latents from unpack")
                 parts.append(latent.y_hat[window.rows, window.columns])
-            pixels = synthesis(torch.stack(parts).to(self._device) * inverse)
-            block = window.crop(pixels, LATENT_STRIDE).cpu().numpy()
+            pixels = synthesis(torch.stack(parts).to(self._device) * inverse, window.margin)
+            block = pixels.cpu().numpy()
             y0, x0 = window.top * LATENT_STRIDE, window.left * LATENT_STRIDE
             for image, part in zip(images, block, strict=True):
                 target = image[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]]
@@ -428,9 +420,9 @@ class Codec:
         return torch.from_numpy(np.array(part))
 
     @torch.inference_mode()
-    def _transform(self, pixels: Tensor) -> Tensor:
+    def _transform(self, pixels: Tensor, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
-        return self._analysis(pixels.to(self._device))
+        return self._analysis(pixels.to(self._device), margin)
 
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
@@ -441,9 +433,9 @@ class Codec:
 
     def _latents(self, image: Image) -> Iterator[Tensor]:
         """y before gains, (h, w, M) of every tile."""
-        for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis_margin):
-            y = self._transform(self._padded(image, window.rows, window.columns)[None])[0]
-            yield window.crop(y)
+        for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis.margin):
+            pixels = self._padded(image, window.rows, window.columns)[None]
+            yield self._transform(pixels, window.margin)[0]
 
     def _quantise_each(self, latents: Iterable[Tensor], header: Header) -> Iterator[TileSymbols]:
         """One tile after the other, as they are asked for."""

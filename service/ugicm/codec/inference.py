@@ -7,7 +7,9 @@ beforehand. Pictures are uint8 at both ends. Hidden layers are overwritten in pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,36 @@ def shuffle(x: Tensor, side: int) -> Tensor:
     return x.reshape(batch, height * side, width * side, channels // side**2)
 
 
+class Sides(NamedTuple):
+    """Something at each side of a picture's part, in positions."""
+
+    above: int = 0
+    below: int = 0
+    before: int = 0
+    after: int = 0
+
+    def scaled(self, factor: float) -> Sides:
+        return Sides(*(int(factor * side) for side in self))
+
+    def over(self, limit: int) -> Sides:
+        """What each side has beyond `limit`."""
+        return Sides(*(max(side - limit, 0) for side in self))
+
+    def within(self, limit: int) -> Sides:
+        """What each side has up to `limit`."""
+        return Sides(*(min(side, limit) for side in self))
+
+    def trim(self, x: Tensor) -> Tensor:
+        """Cut so much off (B, H, W, C)."""
+        if not any(self):
+            return x
+        height, width = x.shape[1:3]
+        return x[:, self.above : height - self.below, self.before : width - self.after]
+
+
+NOTHING = Sides()
+
+
 class _Block:
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self._bound = block.bound
@@ -79,11 +111,11 @@ class _Block:
         )
         self._merge = _plain(block.merge, dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Changes ``x``."""
+    def __call__(self, x: Tensor, trim: Sides = NOTHING) -> Tensor:
+        """Changes ``x``. `trim` cuts the outermost positions off, once the 3x3 filter has seen them."""
         hidden = F.silu(self._expand(x, high=self._bound), inplace=True).permute(0, 3, 1, 2)
-        hidden = F.conv2d(hidden, *self._spatial, padding=1, groups=hidden.shape[1])
-        x.add_(self._project(hidden.permute(0, 2, 3, 1)))
+        hidden = F.conv2d(hidden, *self._spatial, padding=1, groups=hidden.shape[1]).permute(0, 2, 3, 1)
+        x = trim.trim(x).contiguous().add_(self._project(trim.trim(hidden).contiguous()))
         gate = F.silu(self._gate(x, -self._bound, self._bound), inplace=True)
         return x.add_(self._merge(gate.mul_(self._value(x, -self._bound, self._bound))))
 
@@ -101,12 +133,18 @@ class InferenceAnalysis:
         self._blocks = _stack(analysis.blocks, dtype)
         self._down = _after_unshuffle(analysis.down, 2, dtype)
         self._last = _Block(analysis.last, dtype)
+        self.margin = 1 + math.ceil(len(self._blocks) / 2)
+        """How far the transform looks, in latent positions."""
 
-    def __call__(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor, margin: Sides = NOTHING) -> Tensor:
+        """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it."""
+        margin, needed = margin.scaled(2), len(self._blocks) + 2
+        pixels = margin.over(needed).scaled(PATCH).trim(pixels)
         x = self._unfold(unshuffle(pixels, PATCH).to(self._dtype).sub_(GREY))
         for block in self._blocks:
-            x = block(x)
-        return self._last(self._down(unshuffle(x, 2))).float()
+            margin, needed = margin.within(needed), needed - 1
+            x = block(x, margin.over(needed))
+        return self._last(self._down(unshuffle(x, 2)), margin.within(needed).scaled(1 / 2)).float()
 
 
 class InferenceHyperAnalysis:
@@ -134,11 +172,17 @@ class InferenceSynthesis:
         self._up = _before_shuffle(synthesis.up, 2, dtype)
         self._blocks = _stack(synthesis.blocks, dtype)
         self._fold = _before_shuffle(synthesis.fold, PATCH, dtype, scale=255)
+        self.margin = 1 + math.ceil(len(self._blocks) / 2)
+        """How far the transform looks, in latent positions."""
 
-    def __call__(self, y: Tensor) -> Tensor:
-        x = shuffle(self._up(self._first(y.to(self._dtype, copy=True))), 2)
+    def __call__(self, y: Tensor, margin: Sides = NOTHING) -> Tensor:
+        """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it."""
+        x = self._first(y.to(self._dtype, copy=True), margin.over(self.margin - 1))
+        margin, needed = margin.within(self.margin - 1).scaled(2), len(self._blocks)
+        x = margin.over(needed).trim(shuffle(self._up(x), 2)).contiguous()
         for block in self._blocks:
-            x = block(x)
+            margin, needed = margin.within(needed), needed - 1
+            x = block(x, margin.over(needed))
         # Rounded to nearest: the pixel is the integer part of what is half above.
         pixels = self._fold(x).float().add_(GREY + 0.5).clamp_(0, 255.5).to(torch.uint8)
         return shuffle(pixels, PATCH)
