@@ -64,6 +64,7 @@ def test_synthesis(pixels: torch.Tensor, blocks: int) -> None:
     network = Synthesis(dataclasses.replace(TINY, decoder_blocks=blocks))
     loud(network)
     y = torch.randn(1, 16, 28, TINY.latent_channels)
+    network.fold.weight.mul_(0.15 / network(y.permute(0, 3, 1, 2)).std())  # few pixels are cut off
     expected = network(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).mul(255).round().clamp(0, 255)
     prepared = InferenceSynthesis(network, torch.float32)
     whole = prepared(y).int()
