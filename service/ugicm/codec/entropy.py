@@ -191,15 +191,17 @@ class EntropyModel:
         """Whether float32 products keep 24 bits here; environment variables can cost some."""
         width = self.config.entropy_channels
         generator = torch.Generator().manual_seed(0)
-        x = torch.randint(HYPER.end, (1, 16, 16, width), generator=generator).to(self.device)
+        # Activations of 12 bits, one more than TF32 keeps.
+        x = torch.randint(min(TRUNK.end, HIDDEN.end), (1, 16, 16, width), generator=generator)
+        x = x.to(self.device)
         results: list[tuple[Tensor, ...]] = []
         for dtype in (torch.float32, torch.float64):
             weights, carried = self._weights[torch.float32].to(dtype), x.to(dtype)
             results.append(
                 (
-                    dense(carried, *weights.layers["base"]),
-                    self._convolved(carried, weights.layers["hyper_block.spatial"]),
-                    _batched(_split(carried), weights.heads[0]),
+                    dense(carried, *weights.layers["trunk.0.expand"]),
+                    self._convolved(carried, weights.layers["trunk.0.spatial"]),
+                    _batched(_split(carried), weights.heads[1]),
                 )
             )
         return all(torch.equal(single.double(), double) for single, double in zip(*results, strict=True))
