@@ -260,8 +260,11 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="0: as torch chooses.")] = 0,
     peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
     learned: Annotated[
-        bool, typer.Option(help="Time CompressAI's networks too, with random weights; minutes.")
-    ] = False,
+        str,
+        typer.Option(
+            metavar="NAMES", help="CompressAI's networks to time too, comma-separated, or all; slow."
+        ),
+    ] = "",
     model: Model = DEFAULT_MODEL,
     model_store: ModelStore = None,
     device: Device = "auto",
@@ -279,7 +282,10 @@ def bench(
     from ugicm.bench.peers import LEARNED
     from ugicm.bench.run import Options, run, table
 
-    options = Options(sizes, counts, quality, threads, peers, LEARNED if learned else ())
+    networks = LEARNED if learned == "all" else [name for name in learned.split(",") if name]
+    if unknown := set(networks) - set(LEARNED):
+        raise typer.BadParameter(f"no network {', '.join(unknown)}; there are {', '.join(LEARNED)}")
+    options = Options(sizes, counts, quality, threads, peers, networks)
     try:
         report = run(codec, photos or [], options)
     except (CodecError, OSError) as error:

@@ -78,6 +78,22 @@ def test_sizes_must_be_numbers(arguments: list[str]) -> None:
         assert "sizes and batches" in result.stderr
 
 
+def test_networks_have_names(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--learned", "mbt2018-mean,jpeg"])
+    assert result.exit_code == 2
+    assert "no network jpeg; there are bmshj2018-hyperprior" in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+def test_networks_of_others(arguments: list[str]) -> None:
+    pytest.importorskip("compressai")
+    text = bench(
+        *arguments, "--megapixels", "0.02", "--learned", "bmshj2018-hyperprior,elic2022", "--no-peers"
+    )
+    assert "CompressAI bmshj2018-hyperprior" in text
+    assert "CompressAI elic2022" in text
+
+
 def test_watching_leaves_no_trace(tiny_codec: Codec, photo: NDArray[Any]) -> None:
     before = dict(vars(tiny_codec))
     stages = []

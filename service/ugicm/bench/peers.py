@@ -7,7 +7,7 @@ downloaded. What they write is no measure of their compression.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ def pillow_peers(threads: int) -> Iterator[Peer]:
     yield from (peer(*setting) for setting in settings)
 
 
-def learned_peers(names: tuple[str, ...] = LEARNED) -> Iterator[Peer]:
+def learned_peers(names: Sequence[str] = LEARNED) -> Iterator[Peer]:
     """Models of CompressAI on the CPU; none where it is not installed."""
     try:
         from compressai.models import Elic2022Official

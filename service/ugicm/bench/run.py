@@ -189,7 +189,7 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
     if options.peers:
         peers.append(pillow_peers(threads))
     if options.learned:
-        peers.append(learned_peers(tuple(options.learned)))
+        peers.append(learned_peers(options.learned))
     small = [resized(photos, size, 0) for size in sizes if size <= options.peer_megapixels]
     for peer in (peer for group in peers for peer in group):
         rows += _peer_rows(peer, small, threads)
