@@ -54,8 +54,8 @@ class ByteLru(Generic[Key]):
     """Least recently used bytes, bounded by their sum.
 
     An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too. Large entries live
-    in memory maps of their own: between the buffers of the networks in the heap, which is never trimmed
-    (`ugicm.memory`), long-lived ones would leave holes, and the process would grow by far more than them.
+    in memory maps of their own: in the heap, which is never trimmed (`ugicm.memory`), long-lived ones would
+    lie scattered among the buffers of the networks, and the process would go on growing with a full cache.
     """
 
     OVERHEAD = 256
