@@ -16,6 +16,7 @@ async function request(path, options = {}) {
   const response = await fetch(path, { ...options, headers: headers(options.headers) });
   if (response.ok) return response;
   if (response.status === 401 || response.status === 403) $("key-label").hidden = false;
+  if (response.status === 401) throw new Error("This server asks for an API key.");
   const problem = await response.json().catch(() => ({}));
   throw new Error(problem.detail || `the server answered ${response.status}`);
 }
@@ -204,7 +205,10 @@ $("strength").addEventListener("change", () => {
   if (state.result) decode(++state.generation).catch((error) => say(error.message, true));
 });
 $("actual").addEventListener("change", layout);
-$("key").addEventListener("change", encode);
+$("key").addEventListener("change", () => {
+  describe();
+  encode();
+});
 $("controls").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
@@ -212,9 +216,14 @@ document.addEventListener("drop", (event) => {
   if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
 });
 
-request("info")
-  .then((response) => response.json())
-  .then(({ version, model }) => {
+async function describe() {
+  try {
+    const { version, model } = await (await request("info")).json();
     $("model").textContent = `${model.name} on ${model.device}, version ${version}`;
-  })
-  .catch((error) => say(error.message, true));
+    if (!state.file) say("Choose a photo, or drop one anywhere.");
+  } catch (error) {
+    say(error.message, true);
+  }
+}
+
+describe();
