@@ -108,7 +108,10 @@ def test_interrupt_does_not_wait(start: Any) -> None:
         ({"model": "none-such"}, "no model 'none-such'"),
         ({"cache_url": "ftp://cache"}, "UGICM_CACHE_URL"),
         ({"max_pixels": "many"}, "UGICM_MAX_PIXELS"),
-        ({"port": 70000}, "less than or equal to 65535, got '70000'"),
+        (
+            {"precision": "float16"},
+            "UGICM_PRECISION: Input should be 'auto', 'float32' or 'bfloat16', got 'float16'",
+        ),
     ],
 )
 def test_it_does_not_start_and_says_why(start: Any, settings: dict[str, Any], message: str) -> None:
