@@ -31,7 +31,7 @@ Image = NDArray[np.uint8]
 
 LIMIT_S = 20.0
 """A peer that would need longer for one picture is left out."""
-TIMED_S = 2.0
+TIMED_S = 1.0
 """Repeat until this much time has been measured, within..."""
 REPEATS = (3, 15)
 
