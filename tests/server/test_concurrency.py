@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -93,6 +94,24 @@ async def test_overload_is_refused_with_a_computed_wait(
     assert sample(client, "ugicm_rejected_total", code="overloaded") == 7
     assert (await client.post("/encode", content=image_file())).status_code == 200
     assert sample(client, "ugicm_queue_pixels") == 0
+
+
+async def test_a_header_that_takes_long_holds_up_nobody_else(
+    make_async_client: MakeAsyncClient, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await make_async_client()
+    answered = threading.Event()
+
+    def slow(data: bytes) -> int:
+        assert answered.wait(10)
+        return 1
+
+    monkeypatch.setattr("ugicm.server.engine._pixels_of_image", slow)
+    (work,) = start([client.post("/encode", content=image_file())])
+    await asyncio.sleep(0)
+    assert (await client.get("/livez")).status_code == 200
+    answered.set()
+    assert (await work).status_code == 200
 
 
 def batch_of(*images: bytes) -> dict[str, Any]:

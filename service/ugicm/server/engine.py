@@ -97,6 +97,7 @@ class Engine:
             on_batch=self._on_batch,
         )
         self._pool = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="ugicm-pool")
+        self._headers = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="ugicm-header")
         self._failed = False
         metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
         metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)
@@ -109,9 +110,12 @@ class Engine:
             OverloadedError: too many pixels are in the service.
             DeadlineExceededError: the deadline passed.
         """
-        weight = self._weight(_pixels_of_image(data))
-        with self.batcher.admit(weight):
-            async with self._deadline():
+        async with self._deadline():
+            # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
+            # that a refusal does not wait.
+            loop = asyncio.get_running_loop()
+            weight = self._weight(await loop.run_in_executor(self._headers, _pixels_of_image, data))
+            with self.batcher.admit(weight):
                 image = await self._pooled(
                     "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
                 )
@@ -140,8 +144,8 @@ class Engine:
         """
         header = peek(bitstream)
         weight = self._weight(header.width * header.height)
-        with self.batcher.admit(weight):
-            async with self._deadline():
+        async with self._deadline():
+            with self.batcher.admit(weight):
                 latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
                 image = await self._on_device(
                     "synthesis", timings, self._synthesise, (latent, strength), weight
@@ -170,6 +174,7 @@ class Engine:
         """Finish what runs, then stop the threads."""
         await self.batcher.close()
         self._pool.shutdown(cancel_futures=True)
+        self._headers.shutdown(cancel_futures=True)
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:

@@ -103,16 +103,15 @@ async def encode_batch(
         """Images of one request wait for each other; only what others hold can refuse them."""
         while True:
             task = asyncio.create_task(encoded(part))
-            before = set(inside)
             inside.add(task)
             try:
                 return await task
             except OverloadedError:
-                if not before:
+                if inside == {task}:
                     raise
             finally:
                 inside.discard(task)
-            await asyncio.wait(before, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(set(inside), return_when=asyncio.FIRST_COMPLETED)
 
     async def line(index: int, part: Part) -> BatchLine:
         answer = BatchLine(index=index, filename=part.filename)
