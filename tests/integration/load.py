@@ -3,7 +3,7 @@
     python tests/integration/load.py PHOTO... --clients 16 --seconds 120
 
 Each client encodes a photo at a quality of its own, then decodes it by id for a person or a machine, without
-a pause: no two bitstreams are alike, so no picture is at hand already. Prints a JSON object: requests by
+a pause: hardly two bitstreams are alike, so no picture is at hand already. Prints a JSON object: requests by
 status, latencies, megapixels per second of both, look-ups of pictures, and the server's memory over time
 beside the bytes in its caches. Settings of the server come from UGICM_* variables.
 """
