@@ -42,7 +42,7 @@ def test_make_targets_exist() -> None:
 
 def test_ugicm_options_exist() -> None:
     examples = commands(".venv/bin/ugicm")
-    assert {words[1] for words in examples} == {"encode", "decode", "info"}
+    assert {words[1] for words in examples} == {"encode", "decode", "info", "bench"}
     for words in examples:
         shown = CliRunner().invoke(app, [words[1], "--help"]).stdout
         for word in words[2:]:
