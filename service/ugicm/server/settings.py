@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: CUDA where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the transforms; ``auto`` is bfloat16 where it is the faster one here, measured at start-up."""
+    """Precision of the transforms; ``auto`` is bfloat16 where a start-up probe finds it faster."""
     warm_up: bool = True
     """Run both transforms once before the service reports ready."""
 
