@@ -459,6 +459,13 @@ def test_command_line(
     with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 3 * 128
 
+    (tmp_path / "wide").mkdir()
+    PIL.Image.new("RGB", (300, 70)).save(tmp_path / "wide" / "wide.png")
+    again = [*common, *options, "--top1", f"{network}:colours", str(colours)]
+    assert run(parser.parse_args([*again, "--sheet-images", str(tmp_path / "wide")])) == 0
+    with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.width > 3 * 300 > 2 * sheet.height
+
 
 def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
     codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")

@@ -44,6 +44,7 @@ from ugicm_train.evaluation.machine_report import (
     read_image,
     table,
 )
+from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image, psnr_db
 from ugicm_train.evaluation.rate_distortion import describe_machine
 from ugicm_train.evaluation.tasks import (
@@ -307,6 +308,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, help="use only so many pictures of each task")
     parser.add_argument("--sheet-quality", type=float, default=25.0, help="quality of the contact sheet")
+    parser.add_argument(
+        "--sheet-images", type=Path, help="folder of the contact sheet's pictures (default: the first task's)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
 
@@ -331,7 +335,10 @@ def run(arguments: argparse.Namespace) -> int:
     if "jxl" in arguments.peers and (jpeg_xl := jpeg_xl_coder()) is not None:
         peers.append(jpeg_xl)
     report = evaluate(ours, peers, tasks, arguments.out, limit=arguments.limit)
-    images = tasks[0].images()
+    if arguments.sheet_images:
+        images = {path.name: path for path in read_images(arguments.sheet_images)}
+    else:
+        images = tasks[0].images()
     first = list(images)[:: max(1, len(images) // SHEET_PICTURES)][:SHEET_PICTURES]
     contact_sheet(
         ours, arguments.sheet_quality, {name: images[name] for name in first}, arguments.out / SHEET
