@@ -60,18 +60,21 @@ def _period(random: Generator) -> int:
     return int(random.integers(1, 3)) if random.random() < 0.5 else int(random.integers(3, PERIOD_MAX + 1))
 
 
+def _pattern(random: Generator, on: NDArray[np.bool_]) -> Picture:
+    """Two colours of any contrast: full contrast alone is too far from photographs to be learned."""
+    first, second = _colour(random).astype(float), _colour(random).astype(float)
+    second = first + random.random() * (second - first)
+    return np.where(on[..., None], first, second).astype(np.uint8)
+
+
 def stripes(random: Generator, size: int) -> Picture:
-    on = (np.arange(size) // _period(random)) % 2
-    pattern = np.broadcast_to(on, (size, size))
-    if random.random() < 0.5:
-        pattern = pattern.T
-    return np.where(pattern[..., None], _colour(random), _colour(random))
+    on = np.broadcast_to((np.arange(size) // _period(random)) % 2 == 1, (size, size))
+    return _pattern(random, on if random.random() < 0.5 else on.T)
 
 
 def checkerboard(random: Generator, size: int) -> Picture:
     on = np.arange(size) // _period(random)
-    pattern = (on[:, None] + on) % 2
-    return np.where(pattern[..., None], _colour(random), _colour(random))
+    return _pattern(random, (on[:, None] + on) % 2 == 1)
 
 
 def noise(random: Generator, size: int) -> Picture:
