@@ -335,6 +335,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "jxl" in arguments.peers and (jpeg_xl := jpeg_xl_coder()) is not None:
         peers.append(jpeg_xl)
     report = evaluate(ours, peers, tasks, arguments.out, limit=arguments.limit)
+    images: Mapping[str, Path]
     if arguments.sheet_images:
         images = {path.name: path for path in read_images(arguments.sheet_images)}
     else:
