@@ -309,6 +309,7 @@ def train(
     if state is not None:
         trainer.load(state)
     elif start is not None:
+        # Needs the entropy coder's package, which training from nothing does not.
         from ugicm_train.restore import restore, start_from
 
         stored = read_model(model_path(start))
