@@ -6,6 +6,8 @@ frozen. No bitstream changes by a byte, so what was encoded before is decoded be
     machine     what the machine's synthesis transform adds to the human's: the human view stays as it is, to
                 the last bit
     both        the human's synthesis transform, too, as in the paper
+
+At the end the machine view's grain is set (`ugicm.codec.grain`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import CONFIG_FILE, model_path, read_model
 from ugicm.memory import keep_freed_memory
+from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec
@@ -29,6 +32,11 @@ from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 
 VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
+
+GRAIN = 0.3
+"""Default share of the error that comes back as grain."""
+GRAIN_CROPS = 32
+"""Crops that the error is measured on, at each level."""
 
 
 class PolishedCodec(TrainableCodec):
@@ -82,6 +90,7 @@ def polish(
     restart: bool = False,
     teacher: Teacher | None = None,
     teacher_name: str | None = None,
+    grain: float = 0.0,
     resume: bool = False,
 ) -> None:
     """Polish the synthesis transform of a model and write the model folder.
@@ -96,6 +105,7 @@ def polish(
         restart: forget the machine view that the model has learned and begin with the human view.
         teacher: judge of the machine view; None leaves the squared error alone.
         teacher_name: recorded in ``config.json``.
+        grain: deviation of the machine view's grain, as a share of the human view's error; 0 for none.
         resume: go on from the checkpoint in `run`.
     """
     config, tensors, training, model = _read(source)
@@ -110,9 +120,14 @@ def polish(
     polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))
-    polisher.run(polisher.read(data), teacher)
+    sampler = polisher.read(data)
+    polisher.run(sampler, teacher)
     if polisher.stop_requested:
         return  # the checkpoint waits for --resume
+    if grain:
+        tensors["grain"] = grain * root_mean_squared_error(polisher.average, sampler)
+    else:
+        tensors.pop("grain", None)
     for part in VIEWS[view]:
         for name, value in getattr(polisher.average, part).state_dict().items():
             tensors[f"{part}.{name}"] = value.float().cpu().contiguous()
@@ -121,11 +136,23 @@ def polish(
         "restarted": restart,
         "teacher": teacher_name,
         "teacher_weight": options.teacher_weight,
+        "grain": grain,
         "steps": polisher.step,
         "minutes": round(polisher.minutes, 1),
     }
     write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
     (run / CHECKPOINT).unlink()
+
+
+@torch.no_grad()
+def root_mean_squared_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
+    """Error of the human view at each level, (levels,), where pixels lie in [0, 1]."""
+    errors = []
+    for level in range(model.config.levels):
+        x = sampler.batch(GRAIN_CROPS)
+        human = model(x, x.new_full((len(x),), level), machine_count=0, noise=False).human
+        errors.append((human - x).square().mean().sqrt())
+    return torch.stack(errors).cpu()
 
 
 def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
@@ -157,6 +184,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restart", action="store_true", help="begin with the human view as the machine view"
     )
     parser.add_argument("--teacher-weight", type=float, default=6.0)
+    parser.add_argument(
+        "--grain",
+        type=float,
+        default=GRAIN,
+        help="noise in the machine view, as a share of the codec's error",
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=256, help="pixels a side, a multiple of 64")
     parser.add_argument("--matrix-lr", type=float, default=0.001, help="dense weights (both views)")
@@ -199,6 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
         restart=arguments.restart,
         teacher=parse_teacher(arguments.teacher),
         teacher_name=arguments.teacher,
+        grain=arguments.grain,
         resume=arguments.resume,
     )
     return 0

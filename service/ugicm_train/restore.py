@@ -26,7 +26,8 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
         ValueError: the tensors are not those of this config.
     """
     model = TrainableCodec(config)
-    state = {name: value for name, value in tensors.items() if not name.startswith("tables.")}
+    not_trained = ("tables.", "grain")
+    state = {name: value for name, value in tensors.items() if not name.startswith(not_trained)}
     for name in [name for name in state if name.startswith("entropy.") and name.endswith(".bits")]:
         bits, layer = state.pop(name), name.removesuffix(".bits")
         short = layer.removeprefix("entropy.")

@@ -120,3 +120,17 @@ def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) ->
     (work / "checkpoint.pt").touch()
     with pytest.raises(FileExistsError, match="--resume"):
         polish(source, source, OPTIONS, [data], work)
+
+
+def test_grain_follows_the_error(tmp_path: Path, data: Path, photo: NDArray[np.uint8]) -> None:
+    before, after = write_tiny_model(tmp_path / "before"), tmp_path / "after"
+    polish(before, after, OPTIONS, [data], tmp_path / "run", grain=0.5)
+    table = read_model(after).tensors["grain"]
+    codec = load_codec(after, device="cpu", precision="float32")
+    bitstream = codec.encode([photo], 1.0)[0]
+    assert float(table[0]) * 255 == pytest.approx(
+        0.5 * squared_error(codec, bitstream, photo, 0.0) ** 0.5, rel=0.25
+    )
+    # A model can be polished again, and lose its grain.
+    polish(after, after, OPTIONS, [data], tmp_path / "run")
+    assert "grain" not in read_model(after).tensors

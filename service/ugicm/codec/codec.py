@@ -22,6 +22,7 @@ from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
+from ugicm.codec.grain import deviation_at
 from ugicm.codec.inference import (
     NOTHING,
     InferenceAnalysis,
@@ -198,6 +199,8 @@ class Codec:
         )
         self._synthesis = load(Synthesis(config), "synthesis")
         self._preference = load(Synthesis(config), "preference")
+        grain = model.tensors.get("grain")
+        self._grain = None if grain is None else grain.to(self._device)
         self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         self._entropy = EntropyModel(config, model.tensors, self._device)
         # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
@@ -352,28 +355,31 @@ class Codec:
         ]
         out: list[Image | None] = [None] * len(latents)
         for group in _batches(keys):
-            synthesis = self._synthesis_for(strengths[group[0]])
-            for index, image in zip(
-                group, self._synthesise_group([latents[i] for i in group], synthesis), strict=True
-            ):
+            images = self._synthesise_group([latents[i] for i in group], strengths[group[0]])
+            for index, image in zip(group, images, strict=True):
                 out[index] = image
         return [image for image in out if image is not None]
 
     # Parts
 
-    def _synthesise_group(self, latents: Sequence[Latent], synthesis: InferenceSynthesis) -> list[Image]:
+    def _synthesise_group(self, latents: Sequence[Latent], strength: float) -> list[Image]:
         """Pictures of one size and preference, window by window."""
+        synthesis = self._synthesis_for(strength)
         header = latents[0].header
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
+        grain = None
+        if strength and self._grain is not None:
+            grain = 255 * strength * deviation_at(self._grain, level)
         for window in tile_windows(header, synthesis.margin):
             parts = []
             for latent in latents:
                 if latent.y_hat is None:
                     raise ValueError("synthesise needs latents from unpack")
                 parts.append(latent.y_hat[window.rows, window.columns])
-            pixels = synthesis(torch.stack(parts).to(self._device) * inverse, window.margin)
+            y_hat = torch.stack(parts).to(self._device) * inverse
+            pixels = synthesis(y_hat, window.margin, grain)
             block = pixels.cpu().numpy()
             y0, x0 = window.top * LATENT_STRIDE, window.left * LATENT_STRIDE
             for image, part in zip(images, block, strict=True):

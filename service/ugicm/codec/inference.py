@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from ugicm.codec.config import PATCH
 from ugicm.codec.dense import dense
+from ugicm.codec.grain import add_grain, noise
 from ugicm.codec.networks import Analysis, Block, HyperAnalysis, Pointwise, Synthesis
 
 GREY = 127.5
@@ -168,6 +169,7 @@ class InferenceSynthesis:
 
     def __init__(self, synthesis: Synthesis, dtype: torch.dtype) -> None:
         self._dtype = dtype
+        self._noise = noise(synthesis.up.weight.device)
         self._first = _Block(synthesis.first, dtype)
         self._up = _before_shuffle(synthesis.up, 2, dtype)
         self._blocks = _stack(synthesis.blocks, dtype)
@@ -175,14 +177,19 @@ class InferenceSynthesis:
         self.margin = 1 + math.ceil(len(self._blocks) / 2)
         """How far the transform looks, in latent positions."""
 
-    def __call__(self, y: Tensor, margin: Sides = NOTHING) -> Tensor:
-        """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it."""
+    def __call__(self, y: Tensor, margin: Sides = NOTHING, grain: Tensor | None = None) -> Tensor:
+        """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it.
+
+        ``grain`` (B,): standard deviation of the noise added, in units of the pixels.
+        """
         x = self._first(y.to(self._dtype, copy=True), margin.over(self.margin - 1))
         margin, needed = margin.within(self.margin - 1).scaled(2), len(self._blocks)
         x = margin.over(needed).trim(shuffle(self._up(x), 2)).contiguous()
         for block in self._blocks:
             margin, needed = margin.within(needed), needed - 1
             x = block(x, margin.over(needed))
+        pixels = self._fold(x).float()
+        if grain is not None:
+            add_grain(pixels, self._noise, grain)
         # Rounded to nearest: the pixel is the integer part of what is half above.
-        pixels = self._fold(x).float().add_(GREY + 0.5).clamp_(0, 255.5).to(torch.uint8)
-        return shuffle(pixels, PATCH)
+        return shuffle(pixels.add_(GREY + 0.5).clamp_(0, 255.5).to(torch.uint8), PATCH)
