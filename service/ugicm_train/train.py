@@ -82,7 +82,7 @@ class TrainOptions:
 
 
 def optimizers(model: nn.Module, options: TrainOptions) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, FiLM, depthwise."""
+    """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, depthwise."""
     matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
     ids = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]

@@ -22,7 +22,7 @@ from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine import add_arguments, evaluate, jpeg_xl_coder, run
 from ugicm_train.evaluation.machine_report import Point, compare, curve, score_at
-from ugicm_train.evaluation.tasks import BoxMap, Detections, MeanIou, Top1, check_images, read_labels
+from ugicm_train.evaluation.tasks import BoxMap, Detections, MaskMap, MeanIou, Top1, check_images, read_labels
 
 Image = NDArray[np.uint8]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
@@ -116,6 +116,52 @@ class TestBoxMap:
         empty = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
         task = BoxMap("boxes", lambda image: empty, instances.parent, instances)
         assert task.score({"1.png": task.judge("1.png", np.zeros((60, 80, 3), np.uint8))}) == 0
+
+
+class TestMaskMap:
+    @pytest.fixture
+    def instances(self, tmp_path: Path) -> Path:
+        pytest.importorskip("pycocotools")
+        path = tmp_path / "instances.json"
+        square = [[10, 10, 50, 10, 50, 40, 10, 40]]
+        box = {"category_id": 9, "bbox": [10, 10, 40, 30], "area": 1200, "iscrowd": 0}
+        path.write_text(
+            json.dumps(
+                {
+                    "images": [
+                        {"id": i, "file_name": f"{i}.png", "width": 80, "height": 60} for i in (1, 2, 3)
+                    ],
+                    "categories": [{"id": 7, "name": "cat"}, {"id": 9, "name": "dog"}],
+                    # The second picture has a box alone, the third nothing.
+                    "annotations": [
+                        {"id": 1, "image_id": 1, "segmentation": square, **box},
+                        {"id": 2, "image_id": 2, **box},
+                    ],
+                }
+            )
+        )
+        return path
+
+    def score(self, instances: Path, rows: int, index: int = 1) -> float:
+        masks = np.zeros((1, 60, 80), bool)
+        masks[0, 10 : 10 + rows, 10:50] = True
+        found = Detections(np.zeros((1, 4)), np.array([0.9]), np.array([index]), masks)
+        task = MaskMap("masks", lambda image: found, instances.parent, instances)
+        assert list(task.images()) == ["1.png"]
+        judgement = json.loads(json.dumps(task.judge("1.png", np.zeros((60, 80, 3), np.uint8))))
+        return task.score({"1.png": judgement})
+
+    def test_masks_count_not_boxes(self, instances: Path) -> None:
+        assert self.score(instances, 30) == pytest.approx(1)
+        assert self.score(instances, 30, index=0) == 0
+        # IoU 30 / 40 = .75: right at .5 ... .75, 6 of 10 thresholds.
+        assert self.score(instances, 40) == pytest.approx(0.6)
+
+    def test_a_network_without_masks_is_named(self, instances: Path) -> None:
+        found = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        task = MaskMap("plain masks", lambda image: found, instances.parent, instances)
+        with pytest.raises(ValueError, match=r"plain masks gives no masks of 1\.png"):
+            task.judge("1.png", np.zeros((60, 80, 3), np.uint8))
 
 
 class TestMeanIou:
@@ -223,7 +269,8 @@ class TestRuntimes:
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
         onnx.save_model(model, tmp_path / "det.onnx")
         detect = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", [])
-        boxes, scores, classes = detect(np.zeros((220, 440, 3), np.uint8))
+        boxes, scores, classes, masks = detect(np.zeros((220, 440, 3), np.uint8))
+        assert masks is None
         assert classes.tolist() == [17]
         assert scores[0] == pytest.approx(0.8**0.4, abs=1e-5)
         np.testing.assert_allclose(boxes[0], [200 - 55, 50 - 27.5, 200 + 55, 50 + 27.5], atol=0.1)
@@ -246,7 +293,11 @@ class TestRuntimes:
             adaptors.load_classifier(f"{file}:dark")
         before = adaptors.identity_of(f"{file}:bright")
         file.write_text("def bright():\n    return lambda image: image.max((0, 1))\n")
-        assert adaptors.identity_of(f"{file}:bright") != before
+        assert (changed := adaptors.identity_of(f"{file}:bright")) != before
+        elsewhere = tmp_path / "elsewhere" / file.name
+        elsewhere.parent.mkdir()
+        file.rename(elsewhere)
+        assert adaptors.identity_of(f"{elsewhere}:bright") == changed
 
 
 def lite_rt_model(operator: str) -> bytes:
@@ -318,6 +369,7 @@ class TestTorchvision:
             "boxes": torch.tensor([[0.0, 0, 5, 5], [1, 1, 9, 9], [2, 2, 3, 3]]),
             "scores": torch.tensor([0.9, 0.8, 0.7]),
             "labels": torch.tensor([weights.meta["categories"].index(n) for n in ("dog", "zebra", "cat")]),
+            "masks": torch.tensor([0.2, 0.8, 0.6])[:, None, None, None].expand(3, 1, *photo.shape[:2]),
         }
         real = adaptors.torchvision_detector(name, categories=["cat", "dog"], pretrained=False)(photo)
         assert real.boxes.shape == (len(real.scores), 4)
@@ -327,6 +379,10 @@ class TestTorchvision:
         found = adaptors.torchvision_detector(name, categories=["cat", "dog"])(photo)
         assert found.classes.tolist() == [1, 0]
         assert found.boxes.tolist() == [[0, 0, 5, 5], [2, 2, 3, 3]]
+        assert real.masks is None
+        assert found.masks is not None
+        assert found.masks.all((1, 2)).tolist() == [False, True]
+        assert found.masks.any((1, 2)).tolist() == [False, True]
         assert model.training is False
 
     def test_segmenter(self, photo: Image) -> None:
@@ -449,7 +505,7 @@ def test_command_line(
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     common = [str(tiny_store / "tiny"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    with pytest.raises(ValueError, match="--top1, --map, --miou"):
+    with pytest.raises(ValueError, match="--top1, --map, --mask-map, --miou"):
         run(parser.parse_args(common))
     options = ["--qualities", "1", "50", "--peers", "jpeg", "--limit", "2"]
     arguments = parser.parse_args([*common, *options, "--top1", f"{network}:colours", str(colours)])

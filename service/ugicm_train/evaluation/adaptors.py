@@ -33,6 +33,8 @@ CROP_SHARE = 0.875
 """Side of the centred square that classifiers see, as part of the shorter side."""
 GREY = 128
 """Fills what a segmenter's square input has beside the picture."""
+MASK_MIN = 0.5
+"""Pixels of an object are those that the network gives at least so much."""
 
 Array = NDArray[Any]
 
@@ -232,7 +234,7 @@ def torchvision_classifier(name: str, *, pretrained: bool = True) -> Classifier:
 
 
 def torchvision_detector(name: str, *, categories: Sequence[str], pretrained: bool = True) -> Detector:
-    """Faster R-CNN, Mask R-CNN (its boxes), RetinaNet, ...
+    """Faster R-CNN, Mask R-CNN (with its masks), RetinaNet, ...
 
     `categories` are the class names of the annotations, in their order; torchvision's classes that are not
     among them are dropped.
@@ -246,7 +248,10 @@ def torchvision_detector(name: str, *, categories: Sequence[str], pretrained: bo
         found = model([preprocess(_tensor(image))])[0]
         classes = np.array([index[label] for label in found["labels"].tolist()], np.int64)
         known = classes >= 0
-        return Detections(found["boxes"].numpy()[known], found["scores"].numpy()[known], classes[known])
+        masks = (found["masks"][:, 0] > MASK_MIN).numpy()[known] if "masks" in found else None
+        return Detections(
+            found["boxes"].numpy()[known], found["scores"].numpy()[known], classes[known], masks
+        )
 
     return detect
 
@@ -301,10 +306,11 @@ def load_segmenter(spec: str) -> Segmenter:
 
 
 def identity_of(spec: str) -> str:
-    """The name and, where it is of a file, the file's SHA-256."""
+    """The name and, where it is of a file, the file's SHA-256; wherever the file lies."""
     for part in (spec, spec.partition(":")[2], spec.rpartition(":")[0]):
-        if part and Path(part).is_file():
-            return f"{spec} {hashlib.sha256(Path(part).read_bytes()).hexdigest()[:16]}"
+        if part and (path := Path(part)).is_file():
+            name = spec.replace(part, path.name)
+            return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     return spec
 
 

@@ -49,6 +49,7 @@ from ugicm_train.evaluation.metrics import Image, psnr_db
 from ugicm_train.evaluation.rate_distortion import describe_machine
 from ugicm_train.evaluation.tasks import (
     BoxMap,
+    MaskMap,
     MeanIou,
     Task,
     Top1,
@@ -254,7 +255,7 @@ def evaluate(
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
-    """The tasks that ``--top1``, ``--map`` and ``--miou`` name."""
+    """The tasks that ``--top1``, ``--map``, ``--mask-map`` and ``--miou`` name."""
     tasks: list[Task] = []
 
     def describe(network: str, *data: str) -> tuple[str, str]:
@@ -269,13 +270,19 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         name, identity = describe(network, folder, instances)
         detector = adaptors.load_detector(network, categories_of(Path(instances)))
         tasks.append(BoxMap(name, detector, Path(folder), Path(instances), identity))
+    for network, folder, instances in arguments.mask_map:
+        name, identity = describe(network, folder, instances)
+        detector = adaptors.load_detector(network, categories_of(Path(instances)))
+        tasks.append(MaskMap(f"{name} masks", detector, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
         name, identity = describe(network, folder, masks)
         segmenter = adaptors.load_segmenter(network)
         tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
-        raise ValueError(f"give tasks of different names with --top1, --map, --miou; got {names or 'none'}")
+        raise ValueError(
+            f"give tasks of different names with --top1, --map, --mask-map, --miou; got {names or 'none'}"
+        )
     return tasks
 
 
@@ -296,6 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option, text, names in (
         ("--top1", "classifier; IMAGES has labels.csv with file,class_index", ("NETWORK", "IMAGES")),
         ("--map", "detector; INSTANCES is COCO JSON", ("NETWORK", "IMAGES", "INSTANCES")),
+        ("--mask-map", "finds objects' pixels; as --map", ("NETWORK", "IMAGES", "INSTANCES")),
         ("--miou", "segmenter; MASKS has class masks NAME.png", ("NETWORK", "IMAGES", "MASKS")),
     ):
         parser.add_argument(option, action="append", default=[], nargs=len(names), metavar=names, help=text)

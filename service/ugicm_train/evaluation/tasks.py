@@ -1,4 +1,4 @@
-"""Tasks that score decoded pictures: top-1, COCO mAP, mean IoU.
+"""Tasks that score decoded pictures: top-1, COCO mAP of boxes and of masks, mean IoU.
 
 A task judges one picture at a time and scores all judgements together. Judgements are plain JSON values, so
 that an interrupted evaluation can go on where it stopped. The network is a callable; `adaptors` makes such
@@ -35,6 +35,8 @@ class Detections(NamedTuple):
     """(n,) confidences, comparable between pictures."""
     classes: NDArray[np.integer[Any]]
     """(n,) index of the class in the annotation file's order of categories."""
+    masks: NDArray[np.bool_] | None = None
+    """(n, H, W) pixels of each object, from networks that find them."""
 
 
 Classifier = Callable[[Image], NDArray[Any]]
@@ -125,31 +127,95 @@ class BoxMap:
         return [[c, round(s, 5), *(round(edge, 2) for edge in box)] for c, s, box in rows]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(self.instances))
-            categories = sorted(truth.getCatIds())
-            ids = {image["file_name"]: image["id"] for image in truth.loadImgs(truth.getImgIds())}
-            results = [
-                {
-                    "image_id": ids[name],
-                    "category_id": categories[c],
-                    "score": score,
-                    "bbox": [left, top, right - left, bottom - top],
-                }
-                for name, rows in judgements.items()
+        found = {
+            name: [
+                {"class": c, "score": score, "bbox": [left, top, right - left, bottom - top]}
                 for c, score, left, top, right, bottom in rows
             ]
-            if not results:
-                return 0.0
-            evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-            evaluation.params.imgIds = [ids[name] for name in judgements]
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return max(0.0, float(evaluation.stats[0]))
+            for name, rows in judgements.items()
+        }
+        return coco_map(self.instances, found, "bbox")
+
+
+@dataclass(frozen=True)
+class MaskMap:
+    """COCO's mAP over IoU .5 to .95 of instance masks, by pycocotools; over the pictures that have masks."""
+
+    name: str
+    detect: Detector
+    folder: Path
+    instances: Path
+    """COCO JSON with polygons or run lengths."""
+    identity: str = ""
+    metric: str = "mask mAP"
+
+    def images(self) -> Mapping[str, Path]:
+        content = json.loads(self.instances.read_text(encoding="utf-8"))
+        bare = {a["image_id"] for a in content["annotations"] if not a.get("segmentation")}
+        drawn = {a["image_id"] for a in content["annotations"]} - bare
+        return {
+            image["file_name"]: self.folder / image["file_name"]
+            for image in content["images"]
+            if image["id"] in drawn
+        }
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        """[class, score, run lengths as COCO writes them] of each object."""
+        from pycocotools import mask
+
+        found = self.detect(image)
+        if found.masks is None:
+            raise ValueError(
+                f"{self.name} gives no masks of {name}; mask mAP needs a network that does, such as "
+                "torchvision:maskrcnn_resnet50_fpn"
+            )
+        rows = zip(found.classes.tolist(), found.scores.tolist(), found.masks, strict=True)
+        return [
+            [c, round(s, 5), mask.encode(np.asfortranarray(pixels, np.uint8))["counts"].decode()]
+            for c, s, pixels in rows
+        ]
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        found = {
+            name: [{"class": c, "score": score, "segmentation": counts} for c, score, counts in rows]
+            for name, rows in judgements.items()
+        }
+        return coco_map(self.instances, found, "segm")
+
+
+def coco_map(instances: Path, found: Mapping[str, Sequence[dict[str, Any]]], kind: str) -> float:
+    """COCO's mAP of the objects found in each picture.
+
+    Args:
+        instances: COCO JSON.
+        found: by file name; each object with ``class`` (in the order of the categories), ``score`` and
+            ``bbox`` (left, top, width, height) or ``segmentation`` (run lengths).
+        kind: ``bbox`` or ``segm``.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(instances))
+        categories = sorted(truth.getCatIds())
+        images = {image["file_name"]: image for image in truth.loadImgs(truth.getImgIds())}
+        results = []
+        for name, objects in found.items():
+            size = [images[name]["height"], images[name]["width"]]
+            for item in objects:
+                result = {"image_id": images[name]["id"], "category_id": categories[item["class"]], **item}
+                del result["class"]
+                if kind == "segm":
+                    result["segmentation"] = {"size": size, "counts": item["segmentation"]}
+                results.append(result)
+        if not results:
+            return 0.0
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.params.imgIds = [images[name]["id"] for name in found]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return max(0.0, float(evaluation.stats[0]))
 
 
 @dataclass(frozen=True)
