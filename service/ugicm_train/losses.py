@@ -15,9 +15,6 @@ MACHINE_WEIGHT = 0.5
 RATE_BALANCE = 0.45
 """Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
 every rate pulls about equally, the high ones slightly more (they starve first)."""
-TOP_HEAVY = 0.8
-"""Levels are drawn as last * u^0.8, u uniform: again, slightly more often at high rate."""
-
 
 LOSS_MAX = 15.0
 """A sample's balanced loss is scaled down to this: photos stay below, 1-pixel stripes may not drown them."""
@@ -39,9 +36,9 @@ class LossTerms(NamedTuple):
     teacher: Tensor
 
 
-def sample_levels(config: ModelConfig, count: int, device: torch.device) -> Tensor:
-    """Continuous levels (count,) in [0, levels - 1]."""
-    return (config.levels - 1) * torch.rand(count, device=device) ** TOP_HEAVY
+def sample_levels(config: ModelConfig, count: int, device: torch.device, power: float = 1.0) -> Tensor:
+    """Continuous levels (count,) in [0, levels - 1]; a `power` below 1 draws high rates more often."""
+    return (config.levels - 1) * torch.rand(count, device=device) ** power
 
 
 def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
@@ -76,9 +73,9 @@ def rate_distortion_loss(
     if teacher is not None and count:
         distance = teacher(output.machine, x[:count])
         judged = distance.mean().detach()
-        # The teacher's share follows the distortion's: proportional to sqrt(lambda).
-        weight = teacher_weight * strength * (lambdas[:count] / config.lambda_max).sqrt()
-        loss = torch.cat([loss[:count] + weight * distance, loss[count:]])
+        # The same at every rate, while the squared error counts in proportion to lambda: where little detail
+        # is lost, little is changed.
+        loss = torch.cat([loss[:count] + teacher_weight * strength * distance, loss[count:]])
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
     balanced = loss * balance
     return LossTerms(

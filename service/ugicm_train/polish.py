@@ -35,6 +35,8 @@ VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
 
 GRAIN = 0.3
 """Default share of the error that comes back as grain."""
+LEVEL_POWER = 1.2
+"""Low rates are drawn more often: there machines lose most."""
 GRAIN_CROPS = 32
 """Crops that the error is measured on, at each level."""
 
@@ -183,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="begin with the human view as the machine view"
     )
-    parser.add_argument("--teacher-weight", type=float, default=6.0)
+    parser.add_argument("--teacher-weight", type=float, default=1.0)
     parser.add_argument(
         "--grain",
         type=float,
@@ -217,6 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
         warmup_steps=20,
         decay=0.5,
         ema=0.99,
+        level_power=LEVEL_POWER,
         teacher_weight=arguments.teacher_weight,
         seed=arguments.seed,
         device=arguments.device,

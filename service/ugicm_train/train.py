@@ -55,6 +55,8 @@ class TrainOptions:
     crop: int = 256
     synthetic_share: float = 0.04
     """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
+    level_power: float = 0.8
+    """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
     """Part of the batch that also decodes the machine view."""
     matrix_lr: float = 0.005
@@ -180,7 +182,7 @@ class Trainer:
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
         """One update; a batch whose gradients are not finite or far out of line is skipped."""
         options = self.options
-        level = sample_levels(self.config, len(x), x.device)
+        level = sample_levels(self.config, len(x), x.device, options.level_power)
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
         strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
         count = round(options.machine_share * len(x))

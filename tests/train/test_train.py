@@ -169,10 +169,12 @@ def test_machine_view_of_a_part_of_the_batch() -> None:
     assert torch.isfinite(rate_distortion_loss(TINY, none, x, level).loss)
 
 
-def test_levels_cover_the_ladder() -> None:
+@pytest.mark.parametrize("power", [0.8, 1.0, 1.2])
+def test_levels_cover_the_ladder(power: float) -> None:
     torch.manual_seed(0)
-    levels = sample_levels(TINY, 2000, torch.device("cpu"))
+    levels = sample_levels(TINY, 2000, torch.device("cpu"), power)
     assert 0 <= levels.min() < 0.1
+    assert float(levels.mean()) == pytest.approx((TINY.levels - 1) / (1 + power), rel=0.05)
     assert TINY.levels - 1.1 < levels.max() <= TINY.levels - 1
     ends = lambda_of(TINY, torch.tensor([0.0, TINY.levels - 1.0]))
     assert ends.tolist() == pytest.approx([TINY.lambda_min, TINY.lambda_max])
