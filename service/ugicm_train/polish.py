@@ -33,7 +33,7 @@ from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
 
-GRAIN = 0.3
+GRAIN = 0.1
 """Default share of the error that comes back as grain."""
 LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
