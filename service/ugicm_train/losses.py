@@ -36,7 +36,7 @@ class LossTerms(NamedTuple):
     teacher: Tensor
 
 
-def sample_levels(config: ModelConfig, count: int, device: torch.device, power: float = 1.0) -> Tensor:
+def sample_levels(config: ModelConfig, count: int, device: torch.device, power: float) -> Tensor:
     """Continuous levels (count,) in [0, levels - 1]; a `power` below 1 draws high rates more often."""
     return (config.levels - 1) * torch.rand(count, device=device) ** power
 

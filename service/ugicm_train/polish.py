@@ -35,10 +35,10 @@ VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
 
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
-LEVEL_POWER = 1.2
-"""Low rates are drawn more often: there machines lose most."""
 GRAIN_CROPS = 32
 """Crops that the error is measured on, at each level."""
+LEVEL_POWER = 1.2
+"""Low rates are drawn more often: there machines lose most."""
 
 
 class PolishedCodec(TrainableCodec):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ugicm.codec.coder import TOTAL
-from ugicm.codec.conditioning import Gains
+from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.fixed_point import rounding_half, sum_bits
 from ugicm_train.model import FactorizedPrior, TrainableCodec
@@ -81,10 +81,8 @@ def move_levels(gains: Gains, old: ModelConfig, new: ModelConfig) -> None:
     span = np.log(old.lambda_max / old.lambda_min)
     wanted = np.linspace(np.log(new.lambda_min), np.log(new.lambda_max), new.levels)
     position = torch.from_numpy((wanted - np.log(old.lambda_min)) / span * last).float()
-    low = position.floor().clamp(0, last - 1).long()
-    share = (position - low)[:, None]
     for table in (gains.log_gain, gains.log_inverse):
-        table.copy_(torch.lerp(table[low], table[low + 1], share))
+        table.copy_(at_level(table, position))
 
 
 def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tests.conftest import write_tiny_model
 from ugicm.codec.codec import Codec
-from ugicm.codec.grain import TILE, add_grain, deviation_at, noise
+from ugicm.codec.conditioning import at_level
+from ugicm.codec.grain import TILE, add_grain, noise
 from ugicm.codec.store import read_model
 
 LEVEL_DEVIATION = 6 / 255
@@ -36,7 +37,7 @@ def test_noise_is_white_and_always_the_same() -> None:
 
 def test_each_picture_has_its_own_amount_and_none_is_left_out() -> None:
     pixels = torch.zeros(2, TILE + 3, 2 * TILE + 1, 192)
-    add_grain(pixels, noise(torch.device("cpu")), torch.tensor([2.0, 5.0]))
+    add_grain(pixels, torch.tensor([2.0, 5.0]))
     for picture, deviation in zip(pixels, (2.0, 5.0), strict=True):
         for part in (picture, picture[TILE:], picture[:, 2 * TILE :]):
             assert float(part.std()) == pytest.approx(deviation, rel=0.05)
@@ -45,7 +46,7 @@ def test_each_picture_has_its_own_amount_and_none_is_left_out() -> None:
 def test_deviation_between_levels() -> None:
     table = torch.tensor([8.0, 4.0, 2.0])
     wanted = torch.tensor([8.0, 6.0, 3.5, 2.0])
-    torch.testing.assert_close(deviation_at(table, torch.tensor([0.0, 0.5, 1.25, 2.0])), wanted)
+    torch.testing.assert_close(at_level(table, torch.tensor([0.0, 0.5, 1.25, 2.0])), wanted)
 
 
 def test_only_the_machine_view_has_grain(codecs: tuple[Codec, Codec], photo: NDArray[np.uint8]) -> None:

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ugicm.codec import bitstream as container
 from ugicm.codec.bitstream import Header
-from ugicm.codec.conditioning import Gains, quality_to_level
+from ugicm.codec.conditioning import Gains, at_level, quality_to_level
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
-from ugicm.codec.grain import deviation_at
 from ugicm.codec.inference import (
     NOTHING,
     InferenceAnalysis,
@@ -371,7 +370,7 @@ class Codec:
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
         grain = None
         if strength and self._grain is not None:
-            grain = 255 * strength * deviation_at(self._grain, level)
+            grain = 255 * strength * at_level(self._grain, level)
         for window in tile_windows(header, synthesis.margin):
             parts = []
             for latent in latents:

@@ -15,6 +15,13 @@ def quality_to_level(quality: float | Tensor, levels: int) -> float | Tensor:
     return (quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN) * (levels - 1)
 
 
+def at_level(table: Tensor, level: Tensor) -> Tensor:
+    """Rows of ``table`` (levels, ...) at continuous levels (B,), linear between and beyond them: (B, ...)."""
+    low = level.floor().clamp(0, len(table) - 2).long()
+    share = (level - low).view(-1, *[1] * (table.ndim - 1))
+    return torch.lerp(table[low], table[low + 1], share)
+
+
 class Gains(nn.Module):
     """Per-channel gains before quantisation and after dequantisation, one pair per rate.
 
@@ -32,11 +39,7 @@ class Gains(nn.Module):
 
     def forward(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """``level`` (B,) in [0, levels-1] -> gain and inverse gain, each (B, channels, 1, 1)."""
-        last = self.log_gain.shape[0] - 1
-        low = level.floor().clamp(0, last - 1).long()
-        share = (level - low)[:, None]
         gain, inverse = (
-            torch.lerp(table[low], table[low + 1], share).exp()[:, :, None, None]
-            for table in (self.log_gain, self.log_inverse)
+            at_level(table, level).exp()[:, :, None, None] for table in (self.log_gain, self.log_inverse)
         )
         return gain, inverse

@@ -27,16 +27,10 @@ def noise(device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device)
 
 
-def add_grain(pixels: Tensor, noise: Tensor, deviation: Tensor) -> None:
-    """Add `noise`, repeated, times ``deviation`` (B,) to patches of pixels (B, h, w, 192), in place."""
-    scale = deviation.view(-1, 1, 1, 1)
+def add_grain(pixels: Tensor, deviation: Tensor) -> None:
+    """Add noise of standard deviation ``deviation`` (B,) to patches of pixels (B, h, w, 192), in place."""
+    values, scale = noise(pixels.device), deviation.view(-1, 1, 1, 1)
     for row in pixels.split(TILE, 1):
         for square in row.split(TILE, 2):
             height, width = square.shape[1:3]
-            square.addcmul_(noise[:height, :width], scale)
-
-
-def deviation_at(table: Tensor, level: Tensor) -> Tensor:
-    """Standard deviation at continuous levels (B,) from those of the whole levels (levels,)."""
-    low = level.floor().clamp(0, len(table) - 2).long()
-    return torch.lerp(table[low], table[low + 1], level - low)
+            square.addcmul_(values[:height, :width], scale)

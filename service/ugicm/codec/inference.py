@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from ugicm.codec.config import PATCH
 from ugicm.codec.dense import dense
-from ugicm.codec.grain import add_grain, noise
+from ugicm.codec.grain import add_grain
 from ugicm.codec.networks import Analysis, Block, HyperAnalysis, Pointwise, Synthesis
 
 GREY = 127.5
@@ -169,7 +169,6 @@ class InferenceSynthesis:
 
     def __init__(self, synthesis: Synthesis, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._noise = noise(synthesis.up.weight.device)
         self._first = _Block(synthesis.first, dtype)
         self._up = _before_shuffle(synthesis.up, 2, dtype)
         self._blocks = _stack(synthesis.blocks, dtype)
@@ -190,6 +189,6 @@ class InferenceSynthesis:
             x = block(x, margin.over(needed))
         pixels = self._fold(x).float()
         if grain is not None:
-            add_grain(pixels, self._noise, grain)
+            add_grain(pixels, grain)
         # Rounded to nearest: the pixel is the integer part of what is half above.
         return shuffle(pixels.add_(GREY + 0.5).clamp_(0, 255.5).to(torch.uint8), PATCH)

@@ -266,14 +266,11 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         name, identity = describe(network, folder)
         labels = read_labels(Path(folder) / "labels.csv")
         tasks.append(Top1(name, adaptors.load_classifier(network), Path(folder), labels, identity))
-    for network, folder, instances in arguments.map:
-        name, identity = describe(network, folder, instances)
-        detector = adaptors.load_detector(network, categories_of(Path(instances)))
-        tasks.append(BoxMap(name, detector, Path(folder), Path(instances), identity))
-    for network, folder, instances in arguments.mask_map:
-        name, identity = describe(network, folder, instances)
-        detector = adaptors.load_detector(network, categories_of(Path(instances)))
-        tasks.append(MaskMap(f"{name} masks", detector, Path(folder), Path(instances), identity))
+    for kind, given, suffix in ((BoxMap, arguments.map, ""), (MaskMap, arguments.mask_map, " masks")):
+        for network, folder, instances in given:
+            name, identity = describe(network, folder, instances)
+            detector = adaptors.load_detector(network, categories_of(Path(instances)))
+            tasks.append(kind(name + suffix, detector, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
         name, identity = describe(network, folder, masks)
         segmenter = adaptors.load_segmenter(network)

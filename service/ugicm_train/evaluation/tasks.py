@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -104,118 +104,105 @@ def read_labels(path: Path) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class BoxMap:
-    """COCO's mAP over IoU .5 to .95 of boxes, by pycocotools."""
+class CocoMap:
+    """COCO's mAP over IoU .5 to .95, by pycocotools; what is compared is the subclass's."""
 
     name: str
     detect: Detector
     folder: Path
     instances: Path
-    """COCO JSON with boxes."""
+    """COCO JSON."""
     identity: str = ""
-    metric: str = "mAP"
+    metric: ClassVar[str]
+    kind: ClassVar[str]
+    """pycocotools' name of what is compared."""
+
+    def shapes(self, name: str, found: Detections) -> list[list[Any]]:
+        """What is kept of the shape of each object in the picture `name`, JSON values."""
+        raise NotImplementedError
+
+    def result(self, shape: list[Any]) -> dict[str, Any]:
+        """The field of a COCO result that a kept shape fills."""
+        raise NotImplementedError
 
     def images(self) -> Mapping[str, Path]:
         images = json.loads(self.instances.read_text(encoding="utf-8"))["images"]
         return {image["file_name"]: self.folder / image["file_name"] for image in images}
 
     def judge(self, name: str, image: Image) -> Judgement:
-        """[class, score, left, top, right, bottom] of each object."""
-        del name
+        """[class, score, *shape] of each object."""
         found = self.detect(image)
-        rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-        return [[c, round(s, 5), *(round(edge, 2) for edge in box)] for c, s, box in rows]
+        rows = zip(found.classes.tolist(), found.scores.tolist(), self.shapes(name, found), strict=True)
+        return [[c, round(s, 5), *shape] for c, s, shape in rows]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        found = {
-            name: [
-                {"class": c, "score": score, "bbox": [left, top, right - left, bottom - top]}
-                for c, score, left, top, right, bottom in rows
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(self.instances))
+            categories = sorted(truth.getCatIds())
+            ids = {image["file_name"]: image["id"] for image in truth.loadImgs(truth.getImgIds())}
+            results = [
+                {
+                    "image_id": ids[name],
+                    "category_id": categories[c],
+                    "score": score,
+                    **self.result(shape),
+                }
+                for name, rows in judgements.items()
+                for c, score, *shape in rows
             ]
-            for name, rows in judgements.items()
-        }
-        return coco_map(self.instances, found, "bbox")
+            if not results:
+                return 0.0
+            evaluation = COCOeval(truth, truth.loadRes(results), self.kind)
+            evaluation.params.imgIds = [ids[name] for name in judgements]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return max(0.0, float(evaluation.stats[0]))
 
 
-@dataclass(frozen=True)
-class MaskMap:
-    """COCO's mAP over IoU .5 to .95 of instance masks, by pycocotools; over the pictures that have masks."""
+class BoxMap(CocoMap):
+    """mAP of boxes; kept are left, top, right, bottom."""
 
-    name: str
-    detect: Detector
-    folder: Path
-    instances: Path
-    """COCO JSON with polygons or run lengths."""
-    identity: str = ""
-    metric: str = "mask mAP"
+    kind, metric = "bbox", "mAP"
+
+    def shapes(self, name: str, found: Detections) -> list[list[Any]]:
+        del name
+        return [[round(edge, 2) for edge in box] for box in found.boxes.tolist()]
+
+    def result(self, shape: list[Any]) -> dict[str, Any]:
+        left, top, right, bottom = shape
+        return {"bbox": [left, top, right - left, bottom - top]}
+
+
+class MaskMap(CocoMap):
+    """mAP of instance masks, over the pictures that have them; kept are size and run lengths as COCO's."""
+
+    kind, metric = "segm", "mask mAP"
 
     def images(self) -> Mapping[str, Path]:
         content = json.loads(self.instances.read_text(encoding="utf-8"))
         bare = {a["image_id"] for a in content["annotations"] if not a.get("segmentation")}
         drawn = {a["image_id"] for a in content["annotations"]} - bare
-        return {
-            image["file_name"]: self.folder / image["file_name"]
-            for image in content["images"]
-            if image["id"] in drawn
-        }
+        names = {image["file_name"] for image in content["images"] if image["id"] in drawn}
+        return {name: path for name, path in super().images().items() if name in names}
 
-    def judge(self, name: str, image: Image) -> Judgement:
-        """[class, score, run lengths as COCO writes them] of each object."""
+    def shapes(self, name: str, found: Detections) -> list[list[Any]]:
         from pycocotools import mask
 
-        found = self.detect(image)
         if found.masks is None:
             raise ValueError(
                 f"{self.name} gives no masks of {name}; mask mAP needs a network that does, such as "
                 "torchvision:maskrcnn_resnet50_fpn"
             )
-        rows = zip(found.classes.tolist(), found.scores.tolist(), found.masks, strict=True)
-        return [
-            [c, round(s, 5), mask.encode(np.asfortranarray(pixels, np.uint8))["counts"].decode()]
-            for c, s, pixels in rows
-        ]
+        runs = [mask.encode(np.asfortranarray(pixels, np.uint8)) for pixels in found.masks]
+        return [[run["size"], run["counts"].decode()] for run in runs]
 
-    def score(self, judgements: Mapping[str, Judgement]) -> float:
-        found = {
-            name: [{"class": c, "score": score, "segmentation": counts} for c, score, counts in rows]
-            for name, rows in judgements.items()
-        }
-        return coco_map(self.instances, found, "segm")
-
-
-def coco_map(instances: Path, found: Mapping[str, Sequence[dict[str, Any]]], kind: str) -> float:
-    """COCO's mAP of the objects found in each picture.
-
-    Args:
-        instances: COCO JSON.
-        found: by file name; each object with ``class`` (in the order of the categories), ``score`` and
-            ``bbox`` (left, top, width, height) or ``segmentation`` (run lengths).
-        kind: ``bbox`` or ``segm``.
-    """
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(instances))
-        categories = sorted(truth.getCatIds())
-        images = {image["file_name"]: image for image in truth.loadImgs(truth.getImgIds())}
-        results = []
-        for name, objects in found.items():
-            size = [images[name]["height"], images[name]["width"]]
-            for item in objects:
-                result = {"image_id": images[name]["id"], "category_id": categories[item["class"]], **item}
-                del result["class"]
-                if kind == "segm":
-                    result["segmentation"] = {"size": size, "counts": item["segmentation"]}
-                results.append(result)
-        if not results:
-            return 0.0
-        evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        evaluation.params.imgIds = [images[name]["id"] for name in found]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return max(0.0, float(evaluation.stats[0]))
+    def result(self, shape: list[Any]) -> dict[str, Any]:
+        size, counts = shape
+        return {"segmentation": {"size": size, "counts": counts}}
 
 
 @dataclass(frozen=True)
