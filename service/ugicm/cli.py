@@ -113,6 +113,15 @@ def encode(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Best quality within this many bytes per file.")
     ] = None,
+    refine: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="STEPS",
+            help="Optimise each picture's latent in so many steps; 100 save some percent and take minutes "
+            "a megapixel on a processor.",
+        ),
+    ] = 0,
     model: Model = DEFAULT_MODEL,
     model_store: ModelStore = None,
     device: Device = "auto",
@@ -129,9 +138,9 @@ def encode(
     def work(photo: bytes) -> tuple[bytes, str]:
         image = read_image(photo, max_pixels=max_pixels)
         if bpp is None and max_bytes is None:
-            data = codec.encode([image], DEFAULT_QUALITY if quality is None else quality)[0]
+            data = codec.encode([image], DEFAULT_QUALITY if quality is None else quality, refine=refine)[0]
         else:
-            data = codec.encode_to_size(image, max_bytes=max_bytes, target_bpp=bpp)
+            data = codec.encode_to_size(image, max_bytes=max_bytes, target_bpp=bpp, refine=refine)
         height, width = image.shape[:2]
         return data, f"{len(data)} bytes  {_bpp(data, width, height):.3f} bpp"
 
@@ -197,6 +206,7 @@ def info(
         "model_digest": header.model_digest.hex(),
         "tile_side": header.tile_side,
         "tiles": header.tiles_x * header.tiles_y,
+        "lossless": header.lossless,
         "version": header.version,
     }
     if as_json:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy import INDEX_OFFSET, SCALE_COUNT, Z_LIMIT
+from ugicm.codec.entropy_twin import OCTAVES_PER_UNIT
 from ugicm.codec.fixed_point import (
     BITS_MAX,
     BITS_MIN,
@@ -26,7 +27,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
-from ugicm_train.model import OCTAVES_PER_UNIT, FactorizedPrior, TrainableCodec
+from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 TAIL_SIGMAS = 8.0
 """Gaussian tables reach this far; what lies beyond is coded as an escape."""

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.config import ModelConfig
 from ugicm_train.model import CodecOutput
 
@@ -39,12 +40,6 @@ class LossTerms(NamedTuple):
 def sample_levels(config: ModelConfig, count: int, device: torch.device, power: float) -> Tensor:
     """Continuous levels (count,) in [0, levels - 1]; a `power` below 1 draws high rates more often."""
     return (config.levels - 1) * torch.rand(count, device=device) ** power
-
-
-def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
-    """Rate-distortion trade-off of continuous levels, log-spaced."""
-    ratio = config.lambda_max / config.lambda_min
-    return config.lambda_min * ratio ** (level / (config.levels - 1))
 
 
 def rate_distortion_loss(

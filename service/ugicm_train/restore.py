@@ -9,7 +9,7 @@ from torch import Tensor
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.fixed_point import rounding_half, sum_bits
+from ugicm.codec.entropy_twin import float_weights
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
@@ -26,16 +26,9 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
         ValueError: the tensors are not those of this config.
     """
     model = TrainableCodec(config)
-    not_trained = ("tables.", "grain")
+    not_trained = ("entropy.", "tables.", "grain")
     state = {name: value for name, value in tensors.items() if not name.startswith(not_trained)}
-    for name in [name for name in state if name.startswith("entropy.") and name.endswith(".bits")]:
-        bits, layer = state.pop(name), name.removesuffix(".bits")
-        short = layer.removeprefix("entropy.")
-        weight, bias = state[f"{layer}.weight"], state[f"{layer}.bias"]
-        scale = torch.exp2(-bits.double()).view(-1, *[1] * (weight.ndim - 1))
-        state[f"{layer}.weight"] = (weight * scale).float()
-        units = torch.exp2(-sum_bits(short, bits).double())
-        state[f"{layer}.bias"] = ((bias - rounding_half(short, bits)) * units).float()
+    state |= {f"entropy.{name}": value for name, value in float_weights(tensors).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("prior.") for name in missing):
         raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")

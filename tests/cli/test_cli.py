@@ -346,6 +346,7 @@ def test_info(encoded: Path, tiny_codec: Codec) -> None:
         "model_digest": tiny_codec.digest,
         "tile_side": 0,
         "tiles": 1,
+        "lossless": False,
         "version": 1,
     }
     shown = ugicm_("info", encoded).stdout

@@ -21,11 +21,12 @@ from ugicm.codec.codec import Codec, Latent
 from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
+from ugicm.codec.entropy_twin import EntropyNetwork
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import BITS_MAX, BITS_MIN, SUM_LIMIT, input_grid, largest_sums
 from ugicm.codec.store import StoredModel, read_model
 from ugicm_train.export import gaussian_tables, prior_tables
-from ugicm_train.model import EntropyNetwork, FactorizedPrior
+from ugicm_train.model import FactorizedPrior
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ugicm.codec import lossless
 from ugicm.codec.bitstream import parse, serialise
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import MalformedBitstreamError
@@ -22,7 +24,7 @@ def bitstream(tiny_codec: Codec, photo: NDArray[np.uint8]) -> bytes:
     return tiny_codec.encode([photo[100:170, 150:250]], 60.0)[0]
 
 
-def decode_segment(codec: Codec, bitstream: bytes, segment: bytes, **changes: int) -> None:
+def decode_segment(codec: Codec, bitstream: bytes, segment: bytes, **changes: Any) -> None:
     header, _ = parse(bitstream, max_pixels=codec.max_pixels)
     header = replace(header, **changes)
     try:
@@ -56,3 +58,15 @@ def test_segment_of_another_size(
 ) -> None:
     segment = parse(bitstream, max_pixels=1 << 20).segments[0]
     decode_segment(tiny_codec, bitstream, segment[: len(segment) - 4 * cut], width=width, height=height)
+
+
+@FUZZ
+@given(data=st.data())
+def test_damaged_lossless_picture(tiny_codec: Codec, bitstream: bytes, data: st.DataObject) -> None:
+    picture = np.random.default_rng(0).integers(0, 4, (70, 100, 3), np.uint8)
+    segment = bytearray(lossless.compress(picture))
+    for _ in range(data.draw(st.integers(0, 4))):
+        segment[data.draw(st.integers(0, len(segment) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(segment)))
+    decode_segment(tiny_codec, bitstream, bytes(segment[cut:]), lossless=True)
+    decode_segment(tiny_codec, bitstream, bytes(segment[:cut]), lossless=True)

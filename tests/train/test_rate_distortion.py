@@ -133,7 +133,7 @@ def test_compare_knows_sources_and_ranges() -> None:
         {"codec": "peer", "view": "human", "points": dearer},
     ]
     anchors = {"vtm": [Point(p["bpp"] / 2, p["psnr_db"], 0.9) for p in points]}
-    results = compare(curves, "ours", anchors)
+    results = compare(curves, ["ours"], anchors)
     assert {entry["metric"] for entry in results} == {"psnr_db"}  # ours has no MS-SSIM here
     percents = {(e["source"], e["reference"], e["bpp_range"]): e["percent"] for e in results}
     assert percents[("measured", "peer", None)] == pytest.approx(-50)

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 
 from tests.conftest import TINY, tiny_trainable
+from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import load_codec
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
-from ugicm_train.losses import lambda_of, rate_distortion_loss, sample_levels
+from ugicm_train.losses import rate_distortion_loss, sample_levels
 from ugicm_train.train import (
     TrainOptions,
     learning_rate_factor,

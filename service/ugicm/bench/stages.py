@@ -101,7 +101,8 @@ def macs_per_pixel(codec: Codec, side: int = 128) -> dict[str, float]:
         counts[f"{direction} {stage}" if stage == "entropy model" else stage] += counter.get_total_flops() / 2
         return result
 
-    picture = np.zeros((side, side, 3), np.uint8)
+    # Noise, so that it is not kept lossless.
+    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
     fused, dense._FUSED = dense._FUSED, False  # the counter knows torch's public operations only
     try:
         with observed(codec, observe):

@@ -1,8 +1,9 @@
-"""The container around the entropy-coded segments: serialise, parse, peek. No torch, no I/O.
+"""The container around the segments: serialise, parse, peek. No torch, no I/O.
 
 Layout, integers little-endian, varints LEB128 (shortest form, at most 5 bytes)::
 
-    magic 8 | version u8 | flags u8 (bit 0: tiled) | quality u16 (1/256 steps) | model digest 8
+    magic 8 | version u8 | flags u8 (bit 0: tiled, bit 1: lossless) | quality u16 (1/256 steps)
+    model digest 8
     width varint | height varint | tile_side varint (only if tiled)
     length varint per segment | segments | CRC-32C u32 over everything before it
 
@@ -33,7 +34,7 @@ MAX_HEADER_BYTES = 29
 
 _FIXED = struct.Struct("<8sBBH8s")
 _CRC = struct.Struct("<I")
-_TILED = 1
+_TILED, _LOSSLESS = 1, 2
 QUALITY_STEPS = 256
 """Steps of the stored quality for each unit of it."""
 _MAX_VARINT_BYTES = 5
@@ -52,6 +53,8 @@ class Header:
     """First 8 bytes of the digest of the model that wrote the segments."""
     tile_side: int = 0
     """Pixels per side of a tile; 0 = the image is a single tile."""
+    lossless: bool = False
+    """The one segment is the exact picture (`ugicm.codec.lossless`), not an entropy-coded latent."""
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -63,6 +66,8 @@ class Header:
             raise ValueError(f"quality must be 1..100, got {self.quality}")
         if len(self.model_digest) != 8:
             raise ValueError(f"the model digest must have 8 bytes, got {len(self.model_digest)}")
+        if self.lossless and self.tile_side:
+            raise ValueError("a lossless picture has no tiles")
         object.__setattr__(self, "quality", round(self.quality * QUALITY_STEPS) / QUALITY_STEPS)
 
     @property
@@ -81,7 +86,7 @@ class Bitstream(NamedTuple):
 
     header: Header
     segments: tuple[bytes, ...]
-    """One entropy-coded payload per tile, row-major."""
+    """One payload per tile, row-major."""
 
 
 def serialise(header: Header, segments: Sequence[bytes]) -> bytes:
@@ -92,7 +97,7 @@ def serialise(header: Header, segments: Sequence[bytes]) -> bytes:
         _FIXED.pack(
             MAGIC,
             header.version,
-            _TILED if header.tile_side else 0,
+            (_TILED if header.tile_side else 0) | (_LOSSLESS if header.lossless else 0),
             round(header.quality * QUALITY_STEPS),
             header.model_digest,
         )
@@ -164,7 +169,7 @@ def _read_header(data: bytes) -> tuple[Header, int]:
         )
     _need(data, _FIXED.size, at_least=True)
     _, version, flags, quality, digest = _FIXED.unpack_from(data)
-    if flags & ~_TILED:
+    if flags & ~(_TILED | _LOSSLESS):
         raise MalformedBitstreamError(f"unknown flags {flags:#04x}")
     width, position = _read_varint(data, _FIXED.size)
     height, position = _read_varint(data, position)
@@ -174,7 +179,9 @@ def _read_header(data: bytes) -> tuple[Header, int]:
         if tile_side == 0:
             raise MalformedBitstreamError("tiled, but the tile side is 0")
     try:
-        header = Header(version, width, height, quality / QUALITY_STEPS, digest, tile_side)
+        header = Header(
+            version, width, height, quality / QUALITY_STEPS, digest, tile_side, bool(flags & _LOSSLESS)
+        )
     except ValueError as error:
         raise MalformedBitstreamError(str(error)) from None
     return header, position

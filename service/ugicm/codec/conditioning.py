@@ -1,4 +1,4 @@
-"""Rate gains from `quality`."""
+"""From `quality` to gains."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN, ModelConfig
 
 
 def quality_to_level(quality: float | Tensor, levels: int) -> float | Tensor:
     """Quality 1..100 to a position 0..levels-1 on the ladder of trained levels."""
     return (quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN) * (levels - 1)
+
+
+def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
+    """Rate-distortion trade-off of continuous levels, log-spaced."""
+    ratio = config.lambda_max / config.lambda_min
+    return config.lambda_min * ratio ** (level / (config.levels - 1))
 
 
 def at_level(table: Tensor, level: Tensor) -> Tensor:

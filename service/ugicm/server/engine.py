@@ -153,8 +153,8 @@ class Engine:
                 return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
 
     async def probe(self, side: int = 64) -> None:
-        """One round trip of a grey picture through the codec; raises what the codec raises."""
-        image = np.full((side, side, 3), 128, np.uint8)
+        """One round trip of a noisy picture through the codec; raises what the codec raises."""
+        image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
         timings, weight = Timings(), self._weight(side * side)
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))

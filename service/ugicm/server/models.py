@@ -55,6 +55,10 @@ class BitstreamInfo(BaseModel):
     quality: float = Field(description="1 (smallest) to 100 (best).", examples=[50.0])
     model: str = Field(description="Digest of the model that wrote it.", examples=["8c1f0a6be2d94b57"])
     tiles: int = Field(description="Independently coded tiles.", examples=[1])
+    lossless: bool = Field(
+        description="The exact picture, for drawn ones that this keeps smaller; both views are equal to it.",
+        examples=[False],
+    )
 
 
 class EncodeResult(BitstreamInfo):

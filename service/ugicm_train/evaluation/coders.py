@@ -44,6 +44,18 @@ class Coder:
     """(picture, bits per pixel) -> at most so many bits, or None where no quality spends about so many."""
 
 
+def refined_coder(codec: Codec, steps: int, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
+    """Our codec with refinement of every picture (`ugicm.codec.refine`)."""
+    return Coder(
+        name=f"{codec.name}, refined in {steps} steps",
+        identity=f"{codec.weights_sha256} {codec.device} {codec.precision} refine {steps}",
+        qualities=qualities,
+        encode=lambda image, quality: codec.encode([image], quality, refine=steps)[0],
+        decode=lambda data, strength: codec.decode([data], strength)[0],
+        views=PREFERENCES,
+    )
+
+
 def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
     """Our codec; `folder` is where its model was loaded from."""
     from ugicm.codec.bitstream import peek

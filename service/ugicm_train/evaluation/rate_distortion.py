@@ -27,10 +27,16 @@ import PIL.Image
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.anchors import METRICS, Point, curve, points_of, read_anchors
 from ugicm_train.evaluation.bdrate import bd_rate
-from ugicm_train.evaluation.coders import DEFAULT_QUALITIES, PEERS, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.coders import (
+    DEFAULT_QUALITIES,
+    PEERS,
+    pillow_coder,
+    refined_coder,
+    ugicm_coder,
+)
 from ugicm_train.evaluation.measurement import Measurement, RateTarget, Row, measure, rounded
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of rd.json."""
 BPP_RANGES = ((0.2, 0.9), (0.15, 0.9))
 """Rates that BD-rates are also restricted to."""
@@ -58,14 +64,16 @@ def mean_curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def compare(
-    curves: Sequence[Mapping[str, Any]], ours: str, anchors: Mapping[str, Sequence[Point]]
+    curves: Sequence[Mapping[str, Any]], ours: Sequence[str], anchors: Mapping[str, Sequence[Point]]
 ) -> list[dict[str, Any]]:
-    """BD-rates in percent of both views of codec `ours` against its peers in `curves` and the anchors."""
+    """BD-rates in percent of both views of the codecs `ours` against peers in `curves` and anchors."""
     references = [
-        ("measured", c["codec"], points_of(c)) for c in curves if c["codec"] != ours and c["view"] == "human"
+        ("measured", c["codec"], points_of(c))
+        for c in curves
+        if c["codec"] not in ours and c["view"] == "human"
     ] + [("published", codec, list(points)) for codec, points in anchors.items()]
     results = []
-    for mine in (c for c in curves if c["codec"] == ours):
+    for mine in (c for c in curves if c["codec"] in ours):
         for (source, codec, points), metric in itertools.product(references, METRICS):
             test, reference = curve(points_of(mine), metric), curve(points, metric)
             if test is None or reference is None:
@@ -74,6 +82,7 @@ def compare(
                 percent = bd_rate(reference, test, bpp_range=bpp_range)
                 results.append(
                     {
+                        "codec": mine["codec"],
                         "view": mine["view"],
                         "reference": codec,
                         "source": source,
@@ -170,6 +179,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100, at least two"
     )
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument(
+        "--refine", type=int, metavar="STEPS", help="measure the model with refined latents, too; slow"
+    )
+    parser.add_argument(
+        "--refine-qualities", type=float, nargs="+", help="1..100, at least two (default: --qualities)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument(
@@ -189,11 +204,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder = model_path(arguments.model)
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
     ours = ugicm_coder(codec, folder, tuple(sorted(set(arguments.qualities))))
-    coders = [ours, *map(pillow_coder, arguments.peers)]
+    own = [ours]
+    if arguments.refine:
+        qualities = tuple(sorted(set(arguments.refine_qualities or arguments.qualities)))
+        own.append(refined_coder(codec, arguments.refine, qualities))
+    coders = [*own, *map(pillow_coder, arguments.peers)]
     head = {
         "format": FORMAT,
         "model": codec.name,
         "model_digest": codec.digest,
+        "ours": [coder.name for coder in own],
         "command": shlex.join(["ugicm-train", *sys.argv[1:]]),
         "machine": describe_machine(),
         "data": arguments.data.resolve().name,
@@ -221,7 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = save(
         measured,
         checks=check(measured.rows, measured.targets, ours.name),
-        bd_rates=compare(curves, ours.name, anchors),
+        bd_rates=compare(curves, head["ours"], anchors),
         curves=curves,
         anchors={name: [point._asdict() for point in points] for name, points in anchors.items()},
     )

@@ -106,6 +106,7 @@ def describe(id: str, bitstream: bytes) -> BitstreamInfo:
         quality=header.quality,
         model=header.model_digest.hex(),
         tiles=header.tiles_x * header.tiles_y,
+        lossless=header.lossless,
     )
 
 

@@ -1,0 +1,156 @@
+"""The exact entropy model in floating point, differentiable: what training moves, and refinement asks.
+
+It computes what `ugicm.codec.entropy` computes in integers; `ugicm_train.export` rounds it to the integer
+grid. Layer names are the same on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ugicm.codec.config import STEP_XOR, ModelConfig
+from ugicm.codec.fixed_point import rounding_half, sum_bits
+from ugicm.codec.networks import Depthwise, Pointwise
+
+LIKELIHOOD_MIN = 1e-9
+OCTAVES_PER_UNIT = 1.25
+"""The network's scale output v means sigma = 2^(1.25 v)."""
+SCALE_UNIT_MIN, SCALE_UNIT_MAX = -2.5, 5.375
+
+
+def add_noise(x: Tensor) -> Tensor:
+    """Uniform noise in place of rounding, for the rate (Balle et al., ICLR 2017)."""
+    return x + torch.empty_like(x).uniform_(-0.5, 0.5)
+
+
+def round_straight(x: Tensor) -> Tensor:
+    """Round, with the gradient of the identity."""
+    return x + (x.round() - x).detach()
+
+
+def gaussian_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """Bits of y under a Gaussian integrated over unit bins; sigma = 2^(1.25 unit). Shapes equal."""
+    # abs() keeps both erfc arguments in the accurate tail.
+    distance = (y - mean).abs()
+    inverse = torch.exp2(-OCTAVES_PER_UNIT * unit) * 2**-0.5
+    mass = 0.5 * (torch.erfc((distance - 0.5) * inverse) - torch.erfc((distance + 0.5) * inverse))
+    return -torch.log2(mass.clamp_min(LIKELIHOOD_MIN))
+
+
+class EntropyBlock(nn.Module):
+    """Residual block of ReLU, 1x1 and depthwise 3x3 only, so that it can be evaluated in integers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = Pointwise(channels, channels)
+        self.spatial = Depthwise(channels)
+        self.project = Pointwise(channels, channels, scale=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(F.relu(self.spatial(F.relu(self.expand(x)))))
+
+
+def split_phases(x: Tensor) -> list[Tensor]:
+    """(B, C, 2h, 2w) -> the four positions of every 2x2 square, each (B, C, h, w)."""
+    return [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+
+
+def merge_phases(phases: list[Tensor]) -> Tensor:
+    """Inverse of `split_phases`."""
+    batch, channels, height, width = phases[0].shape
+    grid = torch.stack(phases, -1).view(batch, channels, height, width, 2, 2)
+    return grid.permute(0, 1, 2, 4, 3, 5).reshape(batch, channels, 2 * height, 2 * width)
+
+
+class EntropyOutput(NamedTuple):
+    y_hat: Tensor
+    """Quantised latent (B, M, h, w)."""
+    bits: Tensor
+    """Estimated bits of y, (B,)."""
+
+
+class EntropyNetwork(nn.Module):
+    """Hyper latent and the symbols decoded so far -> mean and scale of the next quarter of the latent.
+
+    The latent is coded in four steps: each step codes one channel group at every position, another group
+    at each position of a 2x2 square (quadtree partition of DCVC-DC, Li et al., CVPR 2023).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        latent, width, hyper = config.latent_channels, config.entropy_channels, config.hyper_channels
+        self.hyper1 = Pointwise(hyper, 4 * hyper)
+        self.hyper2 = Pointwise(hyper, 4 * width)
+        self.hyper_block = EntropyBlock(width)
+        self.base = Pointwise(width, width)
+        self.context = nn.ModuleList(Pointwise(latent, width, scale=0.5) for _ in range(3))
+        self.trunk = nn.ModuleList(EntropyBlock(width) for _ in range(config.context_blocks))
+        self.heads = nn.ModuleList(Pointwise(width, 2 * latent, scale=0.1) for _ in range(4))
+        self.groups = 4
+        self.group_channels = latent // 4
+
+    def _parameters_of(self, step: int, position: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale unit of the group coded at `position`, from that phase of the hidden layer."""
+        group, size = position ^ STEP_XOR[step], 2 * self.group_channels
+        head, rows = self.heads[step], slice(group * size, (group + 1) * size)
+        assert isinstance(head, Pointwise)
+        out = F.conv2d(hidden, head.weight[rows, :, None, None], head.bias[rows]).float()
+        mean, unit = out.chunk(2, 1)
+        return mean, unit.clamp(SCALE_UNIT_MIN, SCALE_UNIT_MAX)
+
+    def forward(
+        self,
+        z_hat: Tensor,
+        y: Tensor,
+        *,
+        noise: bool,
+        rounded: Callable[[Tensor], Tensor] = round_straight,
+    ) -> EntropyOutput:
+        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded."""
+        x = F.relu(F.pixel_shuffle(self.hyper1(z_hat), 2))
+        x = F.relu(F.pixel_shuffle(self.hyper2(x), 2))
+        hyper = self.hyper_block(x)
+        base = self.base(hyper)
+        zeros = torch.zeros_like(y[:, : self.group_channels, ::2, ::2])
+        targets = [phase.split(self.group_channels, 1) for phase in split_phases(y)]
+        known = [[zeros] * self.groups for _ in range(4)]
+        observed, means, units = [], [], []
+        for step in range(4):
+            if step == 0:
+                hidden = hyper
+            else:
+                so_far = merge_phases([torch.cat(groups, 1) for groups in known])
+                hidden = F.relu(base + self.context[step - 1](so_far.to(base.dtype)))
+                for block in self.trunk:
+                    hidden = block(hidden)
+            for position, phase in enumerate(split_phases(hidden)):
+                group = position ^ STEP_XOR[step]
+                mean, unit = self._parameters_of(step, position, phase)
+                target = targets[position][group]
+                known[position][group] = rounded(target - mean) + mean
+                observed.append(add_noise(target) if noise else known[position][group])
+                means.append(mean)
+                units.append(unit)
+        y_hat = merge_phases([torch.cat(groups, 1) for groups in known])
+        bits = gaussian_bits(torch.cat(observed, 1), torch.cat(means, 1), torch.cat(units, 1))
+        return EntropyOutput(y_hat, bits.sum((1, 2, 3)))
+
+
+def float_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored integers of the entropy model as the weights of an `EntropyNetwork`."""
+    prefix, state = "entropy.", {}
+    for key, bits in tensors.items():
+        if not (key.startswith(prefix) and key.endswith(".bits")):
+            continue
+        name = key.removeprefix(prefix).removesuffix(".bits")
+        weight, bias = (tensors[f"{prefix}{name}.{kind}"] for kind in ("weight", "bias"))
+        scale = torch.exp2(-bits.double()).view(-1, *[1] * (weight.ndim - 1))
+        units = torch.exp2(-sum_bits(name, bits).double())
+        state[f"{name}.weight"] = (weight * scale).float()
+        state[f"{name}.bias"] = ((bias - rounding_half(name, bits)) * units).float()
+    return state

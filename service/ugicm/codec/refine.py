@@ -1,0 +1,119 @@
+"""Refinement: optimise the latent of one picture at the encoder, for fewer bits and less error.
+
+A decoder notices nothing. Stochastic Gumbel annealing (Yang, Bamler and Mandt, "Improving inference for
+neural image compression", NeurIPS 2020): each symbol is drawn between its two neighbouring integers, softly
+and with gradients, from a distribution that hardens from step to step. The hyper latent stays as it is:
+moving it too gained nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ugicm.codec.conditioning import Gains, lambda_of
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
+from ugicm.codec.networks import Synthesis
+
+MAX_STEPS = 10_000
+LEARNING_RATE = 0.02
+"""Of Adam, in quantisation steps; falls linearly to zero."""
+BETAS = (0.7, 0.95)
+WARMEST, COLDEST = 0.5, 0.15
+"""Temperatures. The coldest is reached before the end: `COOLED` of the way."""
+COOLED = 0.85
+
+
+class Frame(NamedTuple):
+    """A tile to refine within what is decoded around it."""
+
+    y: Tensor
+    """Latent after gains, the tile and its margin, (h, w, M) float32."""
+    rows: slice
+    columns: slice
+    """Where the tile lies in it."""
+    pixels: Tensor
+    """The original there, uint8 (H, W, 3); at most 16 h x 16 w, as padding of the picture does not count."""
+
+
+class Refiner:
+    """Minimises bits + lambda 255^2 squared error of the human view over the symbols of one tile."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Tensor],
+        synthesis: Synthesis,
+        gains: Gains,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """``synthesis`` and ``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
+        self._config, self._synthesis, self._gains = config, synthesis, gains
+        self._device, self._dtype = device, dtype
+        network = EntropyNetwork(config)
+        network.load_state_dict(float_weights(tensors))
+        self._entropy = network.requires_grad_(False).to(device)
+
+    def __call__(self, frame: Frame, z_hat: Tensor, level: Tensor, steps: int) -> Tensor:
+        """The tile's latent after gains, moved so that rounding it is cheaper; the same on every call.
+
+        Args:
+            frame: the tile and its surroundings.
+            z_hat: rounded hyper latent of the tile, (h/4, w/4, N).
+            level: (1,) in 0 .. levels - 1.
+            steps: of optimisation, at least 1.
+
+        Returns:
+            (h, w, M) float32, the tile without its margin.
+        """
+        # Latents made for inference cannot take part in gradients, their copies can.
+        with torch.inference_mode(False), torch.enable_grad():
+            around, z, level = (x.clone() for x in (_channels_first(frame.y), _channels_first(z_hat), level))
+            inverse = self._gains(level)[1]
+            original = _channels_first(frame.pixels.to(self._device)).float() / 255
+            weight = float(lambda_of(self._config, level)) * 255**2 / 3
+            y = around[..., frame.rows, frame.columns].clone().requires_grad_()
+            adam = torch.optim.Adam([y], betas=BETAS)
+            generator = torch.Generator(self._device).manual_seed(0)
+            for step in range(steps):
+                progress = step / steps
+                for group in adam.param_groups:
+                    group["lr"] = LEARNING_RATE * (1 - progress)
+                temperature = WARMEST * (COLDEST / WARMEST) ** min(1.0, progress / COOLED)
+
+                def drawn(x: Tensor, temperature: float = temperature) -> Tensor:
+                    return draw(x, temperature, generator)
+
+                with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                    y_hat, bits = self._entropy(z, y, noise=False, rounded=drawn)
+                    seen = around.clone()
+                    seen[..., frame.rows, frame.columns] = y_hat
+                    picture = self._synthesis((seen * inverse).contiguous(memory_format=torch.channels_last))
+                height, width = original.shape[2:]
+                error = (picture[..., :height, :width].float() - original).square().sum()
+                adam.zero_grad()
+                (bits.sum() + weight * error).backward()
+                adam.step()
+            return y.detach()[0].permute(1, 2, 0).contiguous()
+
+
+def draw(x: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Softly one of the two integers around x, the nearer the likelier; differentiable, shaped like x.
+
+    Of two, Gumbel's trick is a logistic one (equation 8 of the paper, its logits -atanh(distance) / T).
+    """
+    below = x.floor()
+    share = (x - below).clamp(1e-4, 1 - 1e-4)
+    logit = (torch.atanh(share) - torch.atanh(1 - share)) / temperature
+    uniform = torch.rand(x.shape, generator=generator, device=x.device).clamp(1e-7, 1 - 1e-7)
+    return below + torch.sigmoid((logit + torch.logit(uniform)) / temperature)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """(h, w, C) -> (1, C, h, w)."""
+    return x.permute(2, 0, 1)[None]

@@ -1,0 +1,92 @@
+"""Refinement at the encoder: cheaper bitstreams that any decoder reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ugicm.codec import codec as codec_module
+from ugicm.codec.bitstream import peek
+from ugicm.codec.codec import Codec
+from ugicm.codec.conditioning import lambda_of, quality_to_level
+from ugicm.codec.errors import CodecError
+from ugicm.codec.refine import draw
+
+Image = NDArray[np.uint8]
+QUALITY = 60.0
+STEPS = 40
+
+
+def cost(codec: Codec, image: Image, data: bytes) -> float:
+    """What refinement minimises, in bits, by the real bitstream and the real pixels."""
+    (decoded,) = codec.decode([data])
+    level = torch.tensor([quality_to_level(peek(data).quality, codec.config.levels)])
+    weight = float(lambda_of(codec.config, level)) / 3
+    return 8 * len(data) + weight * float(np.square(image.astype(float) - decoded).sum())
+
+
+@pytest.fixture(scope="module")
+def crop(photo: Image) -> Image:
+    return np.ascontiguousarray(photo[90:190, 100:230])  # not whole hyper positions
+
+
+def test_a_refined_picture_costs_less(tiny_codec: Codec, crop: Image) -> None:
+    (plain,) = tiny_codec.encode([crop], QUALITY)
+    (refined,) = tiny_codec.encode([crop], QUALITY, refine=STEPS)
+    assert cost(tiny_codec, crop, refined) < 0.97 * cost(tiny_codec, crop, plain)
+
+
+def test_it_is_the_same_every_time(tiny_codec: Codec, crop: Image) -> None:
+    torch.manual_seed(1)
+    first = tiny_codec.encode([crop, crop[:64]], QUALITY, refine=3)
+    torch.manual_seed(2)
+    assert tiny_codec.encode([crop, crop[:64]], QUALITY, refine=3) == first
+
+
+def test_tiles_are_refined_within_their_surroundings(
+    tiny_codec: Codec, photo: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "TILE_SIDE", 64)
+    image = np.ascontiguousarray(photo[60:190, 100:300])
+    (plain,) = tiny_codec.encode([image], QUALITY)
+    (refined,) = tiny_codec.encode([image], QUALITY, refine=STEPS)
+    assert peek(refined) == peek(plain)
+    assert peek(refined).tiles_x * peek(refined).tiles_y == 12
+    assert cost(tiny_codec, image, refined) < 0.97 * cost(tiny_codec, image, plain)
+
+
+def test_a_budget_is_kept_and_buys_more(tiny_codec: Codec, crop: Image) -> None:
+    budget = len(tiny_codec.encode([crop], QUALITY)[0]) + 40
+    plain = tiny_codec.encode_to_size(crop, max_bytes=budget)
+    refined = tiny_codec.encode_to_size(crop, max_bytes=budget, refine=STEPS)
+    assert 0.97 * budget < len(refined) <= budget
+    errors = [
+        np.square(tiny_codec.decode([data])[0] - crop.astype(float)).mean() for data in (plain, refined)
+    ]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("steps", [-1, 10_001])
+def test_steps_out_of_range(tiny_codec: Codec, crop: Image, steps: int) -> None:
+    with pytest.raises(CodecError, match=rf"refine must be in 0\.\.10000 steps, got {steps}"):
+        tiny_codec.encode([crop], QUALITY, refine=steps)
+    with pytest.raises(CodecError, match="refine must be"):
+        tiny_codec.encode_to_size(crop, max_bytes=5000, refine=steps)
+
+
+def test_draws_are_between_the_neighbours_and_harden() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.tensor([0.1, 0.5, 0.9, -2.25]).repeat(5000, 1).requires_grad_()
+    soft, hard = draw(x, 0.5, generator), draw(x, 0.05, generator).detach()
+    for drawn in (soft, hard):
+        assert bool((drawn >= x.floor()).all() & (drawn <= x.floor() + 1).all())
+    assert (
+        float((hard - hard.round()).abs().mean()) < 0.02 < float((soft - soft.round()).detach().abs().mean())
+    )
+    torch.testing.assert_close(hard.mean(0), torch.tensor([0.0, 0.5, 1.0, -2.0]), atol=0.03, rtol=0)
+    soft.sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.min()) >= 0
+    assert bool((x.grad.mean(0) > 0).all())
