@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -89,21 +90,37 @@ def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -
 
 
 class CropSampler:
-    """Random square crops with flips, as float batches on the device that holds the photos.
+    """Random square crops with flips and sizes, as float batches on the device that holds the photos.
 
     Photos are drawn in proportion to the square root of their area, so that a few huge ones neither
     dominate nor are wasted.
     """
 
     def __init__(
-        self, photos: Sequence[Tensor], *, size: int, seed: int, synthetic_share: float = 0.0
+        self,
+        photos: Sequence[Tensor],
+        *,
+        size: int,
+        seed: int,
+        synthetic_share: float = 0.0,
+        min_scale: float = 1.0,
     ) -> None:
-        """``synthetic_share``: part of the crops that are drawn instead (`ugicm_train.synthetic`)."""
+        """A sampler of crops.
+
+        Args:
+            photos: (3, H, W) uint8 each.
+            size: side of the crops in pixels.
+            seed: of everything random.
+            synthetic_share: part of the crops that are drawn instead (`ugicm_train.synthetic`).
+            min_scale: photos are shrunk to between this and 1 of their size (log-uniform), as far as a crop
+                still fits.
+        """
         self.photos = [photo for photo in photos if min(photo.shape[1:]) >= size]
         if not self.photos:
             raise DataError(f"no photo is at least {size} pixels a side; lower --crop or add photos")
         self.size = size
         self.synthetic_share = synthetic_share
+        self.min_scale = min_scale
         self._random = np.random.default_rng(seed)
         area = np.array([photo.shape[1] * photo.shape[2] for photo in self.photos], dtype=np.float64)
         self._share = np.sqrt(area) / np.sqrt(area).sum()
@@ -117,8 +134,24 @@ class CropSampler:
                 drawn = torch.from_numpy(draw_synthetic(self._random, self.size)).permute(2, 0, 1)
                 crops.append(drawn.to(photo.device))
                 continue
-            top, left = (int(self._random.integers(0, side - self.size + 1)) for side in photo.shape[1:])
-            crop = photo[:, top : top + self.size, left : left + self.size]
+            window = self._window(photo)
+            top, left = (int(self._random.integers(0, side - window + 1)) for side in photo.shape[1:])
+            crop = photo[:, top : top + window, left : left + window]
+            if window > self.size:
+                crop = shrink(crop, self.size)
             crops.append(crop.flip(2) if self._random.random() < 0.5 else crop)
         batch = torch.stack(crops).contiguous(memory_format=torch.channels_last)
         return batch.float().div_(255)
+
+    def _window(self, photo: Tensor) -> int:
+        """Side of the part of the photo that becomes a crop."""
+        if self.min_scale == 1:
+            return self.size
+        scale = self.min_scale ** self._random.random()
+        return min(round(self.size / scale), *photo.shape[1:])
+
+
+def shrink(crop: Tensor, size: int) -> Tensor:
+    """(3, side, side) uint8 -> (3, size, size) uint8, filtered against aliasing."""
+    small = F.interpolate(crop[None].float(), size=(size, size), mode="bicubic", antialias=True)[0]
+    return small.round_().clamp_(0, 255).to(torch.uint8)

@@ -194,6 +194,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=256, help="pixels a side, a multiple of 64")
+    parser.add_argument(
+        "--min-scale", type=float, default=1.0, help="shrink photos to between this and 1 of their size"
+    )
     parser.add_argument("--matrix-lr", type=float, default=0.001, help="dense weights (both views)")
     parser.add_argument("--other-lr", type=float, default=0.003, help="conditioning, gains, depthwise")
     parser.add_argument("--seed", type=int, default=0)
@@ -214,6 +217,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         batch=arguments.batch,
         crop=arguments.crop,
+        min_scale=arguments.min_scale,
         matrix_lr=arguments.matrix_lr,
         other_lr=arguments.other_lr,
         warmup_steps=20,

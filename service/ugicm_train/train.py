@@ -55,6 +55,8 @@ class TrainOptions:
     crop: int = 256
     synthetic_share: float = 0.04
     """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
+    min_scale: float = 1.0
+    """Photos are shrunk to between this and 1 of their size before a crop is taken."""
     level_power: float = 0.8
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
@@ -77,6 +79,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give exactly one of minutes and steps")
+        if not 0 < self.min_scale <= 1:
+            raise ValueError(f"min_scale must be in (0, 1], got {self.min_scale}")
         if self.crop % 64:
             raise ValueError(f"crop must be a multiple of 64 pixels, got {self.crop}")
         if not 0 <= self.machine_share <= 1:
@@ -177,6 +181,7 @@ class Trainer:
             size=size,
             seed=self.options.seed + self.step,
             synthetic_share=self.options.synthetic_share,
+            min_scale=self.options.min_scale,
         )
 
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:

@@ -58,6 +58,20 @@ def test_crops_are_windows_of_the_photos(folder: Path) -> None:
     assert torch.equal(again, batch)
 
 
+def test_photos_are_shrunk_as_far_as_a_crop_fits() -> None:
+    # Columns in turn 0 and 1: once shrunk to about half or less, all grey.
+    columns = torch.tensor([0, 255], dtype=torch.uint8).repeat(128).expand(3, 256, 256)
+    crops = CropSampler([columns, columns[:, :70]], size=64, seed=0, min_scale=0.25).batch(100)
+    contrast = crops.std((1, 2, 3))
+    assert crops.shape == (100, 3, 64, 64)
+    assert (
+        0.25 < float((contrast < 0.1).float().mean()) < 0.55
+    )  # of the larger photo, two thirds of the draws
+    assert float((contrast > 0.2).float().mean()) > 0.3
+    whole = CropSampler([columns], size=64, seed=0).batch(100)
+    assert set(whole.unique().tolist()) == {0.0, 1.0}
+
+
 def test_errors_name_the_way_out(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor a file"):
         list(read_photos([tmp_path / "nowhere"], min_side=64))
