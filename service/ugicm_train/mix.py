@@ -1,0 +1,86 @@
+"""``ugicm-train mix``: a machine view made of those of several models, in shares.
+
+The differences that make up the machine view (`Synthesis.blended`) outlive further training of the human
+view, so they can be carried over, averaged and made milder. Encoder, entropy model and human view are those
+of the base; its bitstreams do not change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ugicm.codec.store import CONFIG_FILE, model_path, read_model
+from ugicm_train.export import write_model
+from ugicm_train.restore import RATE_FIELDS
+
+DIFFERENCES, GRAIN = "preference.", "grain"
+
+
+class View(NamedTuple):
+    """Part of a mixture."""
+
+    model: Path
+    share: float
+
+
+def parse_view(text: str) -> View:
+    """``MODEL*SHARE``, or ``MODEL`` for the whole."""
+    model, _, share = text.rpartition("*")
+    try:
+        return View(model_path(model or share), float(share) if model else 1.0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def mix(folder: Path, base: Path, views: Sequence[View]) -> None:
+    """Write `base` with the sum of the machine views, each times its share, to `folder`.
+
+    Raises:
+        ValueError: two models of different shapes.
+    """
+    stored = read_model(base)
+    shape = {name: value for name, value in stored.config.to_dict().items() if name not in RATE_FIELDS}
+    mixed: dict[str, Tensor] = {}
+    records = []
+    for view in views:
+        model = read_model(view.model)
+        if any(model.config.to_dict()[name] != value for name, value in shape.items()):
+            raise ValueError(f"{view.model} and {base} have different shapes")
+        for name, tensor in model.tensors.items():
+            if name.startswith(DIFFERENCES) or name == GRAIN:
+                mixed[name] = mixed.get(name, torch.zeros_like(tensor)) + view.share * tensor
+        records.append({"share": view.share, "weights": model.weights_sha256} | _polish(view.model))
+    kept = {
+        name: value
+        for name, value in stored.tensors.items()
+        if not name.startswith(DIFFERENCES) and name != GRAIN
+    }
+    training = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
+    training = {name: value for name, value in training.items() if name not in ("polish", "grain", "mixed")}
+    write_model(folder, stored.config, kept | mixed, training | {"mixed": records})
+
+
+def _polish(model: Path) -> dict[str, object]:
+    """What a model's record says about its machine view."""
+    training = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
+    return {name: training[name] for name in ("polish", "grain", "mixed") if name in training}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train mix``."""
+    parser.add_argument("folder", type=Path, help="model folder to write")
+    parser.add_argument("base", help="model whose encoder and human view are kept (name or folder)")
+    parser.add_argument("views", nargs="+", type=parse_view, metavar="MODEL*SHARE", help="machine views")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Mix and write."""
+    mix(arguments.folder, model_path(arguments.base), arguments.views)
+    return 0

@@ -1,0 +1,68 @@
+"""Mixtures of machine views: what they are made of, and that bitstreams stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import tiny_trainable, write_tiny_model
+from ugicm.codec.store import load_codec, read_model
+from ugicm_train.cli import main
+from ugicm_train.export import model_tensors, write_model
+from ugicm_train.model import TrainableCodec
+
+
+def test_views_add_up_and_bitstreams_stay(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    base, other = write_tiny_model(tmp_path / "base", seed=1), tmp_path / "other"
+    tensors = model_tensors(tiny_trainable(2)) | {"grain": torch.full((3,), 0.1)}
+    write_model(other, tiny_trainable(2).config, tensors, {"steps": 1, "polish": [{"teacher": "t"}]})
+    assert main(["mix", str(tmp_path / "mixed"), str(base), f"{base}*0.5", f"{other}*0.25"]) == 0
+    first, second, mixed = (read_model(tmp_path / name) for name in ("base", "other", "mixed"))
+    assert mixed.digest == first.digest
+    for name, value in mixed.tensors.items():
+        if name.startswith("preference."):
+            expected = 0.5 * first.tensors[name] + 0.25 * second.tensors[name]
+            torch.testing.assert_close(value, expected)
+        elif name == "grain":
+            torch.testing.assert_close(value, torch.full((3,), 0.025))
+        else:
+            assert torch.equal(value, first.tensors[name])
+    codecs = [load_codec(tmp_path / name, device="cpu", precision="float32") for name in ("base", "mixed")]
+    crop = photo[:64, :64]
+    bitstreams = [codec.encode([crop])[0] for codec in codecs]
+    assert bitstreams[0] == bitstreams[1]
+    human, machine = ([codec.decode(bitstreams[:1], s)[0] for codec in codecs] for s in (0.0, 1.0))
+    np.testing.assert_array_equal(*human)
+    assert (machine[0] != machine[1]).any()
+    record = json.loads((tmp_path / "mixed" / "config.json").read_text())["training"]
+    assert record["steps"] == 0
+    assert record["mixed"][1] == {
+        "share": 0.25,
+        "weights": second.weights_sha256,
+        "polish": [{"teacher": "t"}],
+    }
+
+
+def test_a_share_may_be_left_out_and_the_result_may_be_the_base(tmp_path: Path) -> None:
+    base, other = write_tiny_model(tmp_path / "base", 1), write_tiny_model(tmp_path / "other", 2)
+    assert main(["mix", str(base), str(base), str(other)]) == 0
+    mixed, view = read_model(base), read_model(other)
+    assert torch.equal(mixed.tensors["preference.fold.weight"], view.tensors["preference.fold.weight"])
+
+
+def test_what_cannot_be_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_tiny_model(tmp_path / "base")
+    config = dataclasses.replace(tiny_trainable().config, decoder_blocks=1)
+    write_model(tmp_path / "small", config, model_tensors(TrainableCodec(config)), {})
+    assert main(["mix", str(tmp_path / "out"), str(base), f"{tmp_path / 'small'}*1"]) == 1
+    assert "different shapes" in capsys.readouterr().err
+    for view, message in (("nowhere*1", "no model 'nowhere'"), (f"{base}*much", "could not convert")):
+        with pytest.raises(SystemExit):
+            main(["mix", str(tmp_path / "out"), str(base), view])
+        assert message in capsys.readouterr().err
