@@ -20,7 +20,9 @@ from ugicm.codec.store import CONFIG_FILE, model_path, read_model
 from ugicm_train.export import write_model
 from ugicm_train.restore import RATE_FIELDS
 
-DIFFERENCES, GRAIN = "preference.", "grain"
+DIFFERENCES, GRAIN, REACH = "preference.", "grain", "reach"
+MACHINE_RECORD = ("polish", "grain", "mixed", "reach")
+"""What a model's training record says about its machine view."""
 
 
 class View(NamedTuple):
@@ -39,48 +41,70 @@ def parse_view(text: str) -> View:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def mix(folder: Path, base: Path, views: Sequence[View]) -> None:
+def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] | None = None) -> None:
     """Write `base` with the sum of the machine views, each times its share, to `folder`.
 
+    ``reach``: how much of the machine view there is at each level, 0..1, in place of what the views have.
+
     Raises:
-        ValueError: two models of different shapes.
+        ValueError: two models of different shapes or reach, or a reach that is none.
     """
     stored = read_model(base)
     shape = {name: value for name, value in stored.config.to_dict().items() if name not in RATE_FIELDS}
     mixed: dict[str, Tensor] = {}
+    tables = []
     records = []
     for view in views:
         model = read_model(view.model)
         if any(model.config.to_dict()[name] != value for name, value in shape.items()):
             raise ValueError(f"{view.model} and {base} have different shapes")
+        tables.append(model.tensors.get(REACH, torch.ones(stored.config.levels)))
         for name, tensor in model.tensors.items():
             if name.startswith(DIFFERENCES) or name == GRAIN:
                 mixed[name] = mixed.get(name, torch.zeros_like(tensor)) + view.share * tensor
-        records.append({"share": view.share, "weights": model.weights_sha256} | _polish(view.model))
+        records.append({"share": view.share, "weights": model.weights_sha256} | _machine_record(view.model))
+    if reach is not None:
+        table = torch.tensor(reach, dtype=torch.float32)
+        if len(table) != stored.config.levels or not ((table >= 0) & (table <= 1)).all():
+            raise ValueError(f"reach needs {stored.config.levels} numbers in 0..1, got {list(reach)}")
+        if GRAIN in mixed:
+            mixed[GRAIN] = mixed[GRAIN] * table
+    else:
+        table = tables[0]
+        if any(not torch.equal(other, table) for other in tables):
+            raise ValueError("the views have different reach; give --reach")
+    mixed[REACH] = table
     kept = {
         name: value
         for name, value in stored.tensors.items()
-        if not name.startswith(DIFFERENCES) and name != GRAIN
+        if not name.startswith(DIFFERENCES) and name not in (GRAIN, REACH)
     }
     training = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    training = {name: value for name, value in training.items() if name not in ("polish", "grain", "mixed")}
-    write_model(folder, stored.config, kept | mixed, training | {"mixed": records})
+    training = {name: value for name, value in training.items() if name not in MACHINE_RECORD}
+    record = {"mixed": records, "reach": [round(value, 4) for value in table.tolist()]}
+    write_model(folder, stored.config, kept | mixed, training | record)
 
 
-def _polish(model: Path) -> dict[str, object]:
-    """What a model's record says about its machine view."""
+def _machine_record(model: Path) -> dict[str, object]:
     training = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    return {name: training[name] for name in ("polish", "grain", "mixed") if name in training}
+    return {name: training[name] for name in MACHINE_RECORD if name in training}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ugicm-train mix``."""
     parser.add_argument("folder", type=Path, help="model folder to write")
     parser.add_argument("base", help="model whose encoder and human view are kept (name or folder)")
+    parser.add_argument(
+        "--reach",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="how much of the machine view there is at each level of quality, 0..1 (default: as the views)",
+    )
     parser.add_argument("views", nargs="+", type=parse_view, metavar="MODEL*SHARE", help="machine views")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Mix and write."""
-    mix(arguments.folder, model_path(arguments.base), arguments.views)
+    mix(arguments.folder, model_path(arguments.base), arguments.views, arguments.reach)
     return 0

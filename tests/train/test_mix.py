@@ -31,6 +31,8 @@ def test_views_add_up_and_bitstreams_stay(tmp_path: Path, photo: NDArray[np.uint
             torch.testing.assert_close(value, expected)
         elif name == "grain":
             torch.testing.assert_close(value, torch.full((3,), 0.025))
+        elif name == "reach":
+            assert torch.equal(value, torch.ones(3))
         else:
             assert torch.equal(value, first.tensors[name])
     codecs = [load_codec(tmp_path / name, device="cpu", precision="float32") for name in ("base", "mixed")]
@@ -56,12 +58,40 @@ def test_a_share_may_be_left_out_and_the_result_may_be_the_base(tmp_path: Path) 
     assert torch.equal(mixed.tensors["preference.fold.weight"], view.tensors["preference.fold.weight"])
 
 
+def test_reach_weakens_the_machine_view_by_quality(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    base = tmp_path / "base"
+    model = tiny_trainable(1)
+    write_model(base, model.config, model_tensors(model) | {"grain": torch.full((3,), 0.1)}, {})
+    mixed = tmp_path / "mixed"
+    assert main(["mix", str(mixed), str(base), str(base), "--reach", "1", "0.5", "0"]) == 0
+    torch.testing.assert_close(read_model(mixed).tensors["grain"], torch.tensor([0.1, 0.05, 0.0]))
+    whole, weaker = (load_codec(folder, device="cpu", precision="float32") for folder in (base, mixed))
+    whole._grain = weaker._grain = None
+    bitstreams = whole.encode([photo[:64, :64]] * 3, [1.0, 50.5, 100.0])
+    together = weaker.decode(bitstreams, 1.0)
+    for data, strength, picture in zip(bitstreams, (1.0, 0.5, 1 / 32), together, strict=True):
+        alone = weaker.decode([data], 1.0)[0]
+        np.testing.assert_allclose(alone.astype(int), picture, atol=1)
+        np.testing.assert_array_equal(weaker.decode([data], 1.0)[0], whole.decode([data], strength)[0])
+    np.testing.assert_array_equal(weaker.decode(bitstreams)[2], whole.decode(bitstreams)[2])
+    # Mixtures keep it, but not those of views that differ in it.
+    assert main(["mix", str(tmp_path / "again"), str(base), str(mixed)]) == 0
+    assert read_model(tmp_path / "again").tensors["reach"].tolist() == [1.0, 0.5, 0.0]
+
+
 def test_what_cannot_be_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_tiny_model(tmp_path / "base")
     config = dataclasses.replace(tiny_trainable().config, decoder_blocks=1)
     write_model(tmp_path / "small", config, model_tensors(TrainableCodec(config)), {})
     assert main(["mix", str(tmp_path / "out"), str(base), f"{tmp_path / 'small'}*1"]) == 1
     assert "different shapes" in capsys.readouterr().err
+    reached = tmp_path / "reached"
+    assert main(["mix", str(reached), str(base), str(base), "--reach", "1", "1", "0.5"]) == 0
+    assert main(["mix", str(tmp_path / "out"), str(base), str(base), str(reached)]) == 1
+    assert "different reach" in capsys.readouterr().err
+    for reach in (["1", "1"], ["1", "1", "2"]):
+        assert main(["mix", str(tmp_path / "out"), str(base), str(base), "--reach", *reach]) == 1
+        assert "reach needs 3 numbers in 0..1" in capsys.readouterr().err
     for view, message in (("nowhere*1", "no model 'nowhere'"), (f"{base}*much", "could not convert")):
         with pytest.raises(SystemExit):
             main(["mix", str(tmp_path / "out"), str(base), view])

@@ -45,8 +45,10 @@ TILE_SIDE = 1024
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
 """Pixels that go through the networks at once; bounds memory."""
-SYNTHESES_KEPT = 8
-"""Preference strengths whose synthesis transform is kept ready."""
+REACH_STEPS = 32
+"""Shares of the machine's weight differences are rounded to 1/32."""
+SYNTHESES_KEPT = 16
+"""Shares of the differences whose synthesis transform is kept ready."""
 
 
 class Window(NamedTuple):
@@ -205,6 +207,7 @@ class Codec:
         self._preference = load(Synthesis(config), "preference")
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
+        self._reach = model.tensors.get("reach")
         self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         self._entropy = EntropyModel(config, model.tensors, self._device)
         # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
@@ -388,24 +391,25 @@ class Codec:
             if not 0 <= value <= 1:
                 raise CodecError(f"strength must be in 0..1, got {value}")
         keys = [
-            (*_shape(latent.header), value, latent.header.lossless)
+            (*_shape(latent.header), latent.header.lossless, value, self._share(latent.header, value))
             for latent, value in zip(latents, strengths, strict=True)
         ]
         out: list[Image | None] = [None] * len(latents)
         for group in _batches(keys):
-            images = self._synthesise_group([latents[i] for i in group], strengths[group[0]])
+            value, share = keys[group[0]][-2:]
+            images = self._synthesise_group([latents[i] for i in group], value, share)
             for index, image in zip(group, images, strict=True):
                 out[index] = image
         return [image for image in out if image is not None]
 
     # Parts
 
-    def _synthesise_group(self, latents: Sequence[Latent], strength: float) -> list[Image]:
-        """Pictures of one size and preference, window by window."""
+    def _synthesise_group(self, latents: Sequence[Latent], strength: float, share: float) -> list[Image]:
+        """Pictures of one size, preference and `_share`, window by window."""
         header = latents[0].header
         if header.lossless:
             return [latent.picture for latent in latents if latent.picture is not None]
-        synthesis = self._synthesis_for(strength)
+        synthesis = self._synthesis_for(share)
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
@@ -427,17 +431,26 @@ class Codec:
                 target[:] = part[: target.shape[0], : target.shape[1]]
         return images
 
-    def _synthesis_for(self, strength: float) -> InferenceSynthesis:
-        """The synthesis transform of this preference."""
+    def _share(self, header: Header, strength: float) -> float:
+        """Part of the machine's weight differences at this quality and preference."""
+        if self._reach is None or not strength:
+            return strength
+        level = quality_to_level(header.quality, self.config.levels)
+        share = strength * float(at_level(self._reach, torch.tensor([level])))
+        # Rounded, so that qualities share transforms; never to the human view's.
+        return max(1, round(REACH_STEPS * share)) / REACH_STEPS
+
+    def _synthesis_for(self, share: float) -> InferenceSynthesis:
+        """The synthesis transform with this part of the machine's weight differences."""
         with self._blending:
-            if strength not in self._blended:
-                blended = self._synthesis.blended(self._preference, strength)
-                self._blended[strength] = InferenceSynthesis(blended, self._dtype)
+            if share not in self._blended:
+                blended = self._synthesis.blended(self._preference, share)
+                self._blended[share] = InferenceSynthesis(blended, self._dtype)
                 if len(self._blended) > SYNTHESES_KEPT:
                     # The two ends are what most callers ask for: never dropped.
                     del self._blended[next(s for s in self._blended if s not in (0.0, 1.0))]
-            self._blended.move_to_end(strength)
-            return self._blended[strength]
+            self._blended.move_to_end(share)
+            return self._blended[share]
 
     def _check_image(self, image: Image) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
