@@ -8,6 +8,7 @@ moving it too gained nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -53,11 +54,12 @@ class Refiner:
         dtype: torch.dtype,
     ) -> None:
         """``synthesis`` and ``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
-        self._config, self._synthesis, self._gains = config, synthesis, gains
+        self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
+        self._synthesis = copy.deepcopy(synthesis).to(dtype)
         network = EntropyNetwork(config)
         network.load_state_dict(float_weights(tensors))
-        self._entropy = network.requires_grad_(False).to(device)
+        self._entropy = network.requires_grad_(False).to(device, dtype)
 
     def __call__(self, frame: Frame, z_hat: Tensor, level: Tensor, steps: int) -> Tensor:
         """The tile's latent after gains, moved so that rounding it is cheaper; the same on every call.
@@ -74,7 +76,7 @@ class Refiner:
         # Latents made for inference cannot take part in gradients, their copies can.
         with torch.inference_mode(False), torch.enable_grad():
             around, z, level = (x.clone() for x in (_channels_first(frame.y), _channels_first(z_hat), level))
-            inverse = self._gains(level)[1]
+            inverse, z = self._gains(level)[1], z.to(self._dtype)
             original = _channels_first(frame.pixels.to(self._device)).float() / 255
             weight = float(lambda_of(self._config, level)) * 255**2 / 3
             y = around[..., frame.rows, frame.columns].clone().requires_grad_()
@@ -89,13 +91,13 @@ class Refiner:
                 def drawn(x: Tensor, temperature: float = temperature) -> Tensor:
                     return draw(x, temperature, generator)
 
-                with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-                    y_hat, bits = self._entropy(z, y, noise=False, rounded=drawn)
-                    seen = around.clone()
-                    seen[..., frame.rows, frame.columns] = y_hat
-                    picture = self._synthesis((seen * inverse).contiguous(memory_format=torch.channels_last))
+                y_hat, bits = self._entropy(z, y, noise=False, rounded=drawn)
+                seen = around.clone()
+                seen[..., frame.rows, frame.columns] = y_hat
+                latent = (seen * inverse).to(self._dtype, memory_format=torch.channels_last)
+                picture = self._synthesis(latent)
                 height, width = original.shape[2:]
-                error = (picture[..., :height, :width].float() - original).square().sum()
+                error = (picture[..., :height, :width] - original).square().sum()
                 adam.zero_grad()
                 (bits.sum() + weight * error).backward()
                 adam.step()
