@@ -120,7 +120,7 @@ def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
                     style = {"color": ("black", "crimson")[index % 2], "linewidth": 2.4 if human else 1.2}
                     style["linestyle"] = "-" if human else "--"
                     if not plain:
-                        style |= {"color": "tab:blue", "linewidth": 1.6}
+                        style |= {"color": "magenta", "linewidth": 1.6}
                     label = f"{measured['codec']}, {measured['view']}"
                     _draw(
                         axes,
