@@ -1,8 +1,8 @@
 """Grain of the machine view: noise where a picture has lost detail.
 
 A decoded picture is smoother than any photograph, and networks trained on photographs are thrown by that
-more than by a little noise. So noise of about a tenth of the codec's own error is added to the machine view,
-as film grain is in AV1 (Norkin and Birkbeck, DCC 2018). The human view has none.
+more than by a little noise. So noise of a part of the codec's own error, such as a fifth, is added to the
+machine view, as film grain is in AV1 (Norkin and Birkbeck, DCC 2018). The human view has none.
 """
 
 from __future__ import annotations
