@@ -118,8 +118,8 @@ def encode(
         typer.Option(
             min=0,
             metavar="STEPS",
-            help="Optimise each picture's latent in so many steps; 100 save some percent and take minutes "
-            "a megapixel on a processor.",
+            help="Optimise each picture's latent in so many steps; 100 save some percent and take about "
+            "a minute a megapixel on a processor core.",
         ),
     ] = 0,
     model: Model = DEFAULT_MODEL,

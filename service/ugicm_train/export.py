@@ -155,6 +155,13 @@ def write_model(
     (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
+def read_training(folder: Path) -> dict[str, Any]:
+    """The record that `write_model` kept; empty where there is none."""
+    description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    record: dict[str, Any] = description.get("training", {})
+    return record
+
+
 def load_average(state: dict[str, Any]) -> TrainableCodec:
     """The moving average of a checkpoint, as a float32 model for evaluation."""
     model = TrainableCodec(ModelConfig.from_dict(state["config"]))

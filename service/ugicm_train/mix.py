@@ -8,7 +8,6 @@ of the base; its bitstreams do not change.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ugicm.codec.store import CONFIG_FILE, model_path, read_model
-from ugicm_train.export import write_model
+from ugicm.codec.store import model_path, read_model
+from ugicm_train.export import read_training, write_model
 from ugicm_train.restore import RATE_FIELDS
 
 DIFFERENCES, GRAIN, REACH = "preference.", "grain", "reach"
@@ -62,7 +61,9 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
         for name, tensor in model.tensors.items():
             if name.startswith(DIFFERENCES) or name == GRAIN:
                 mixed[name] = mixed.get(name, torch.zeros_like(tensor)) + view.share * tensor
-        records.append({"share": view.share, "weights": model.weights_sha256} | _machine_record(view.model))
+        training = read_training(view.model)
+        machine = {name: training[name] for name in MACHINE_RECORD if name in training}
+        records.append({"share": view.share, "weights": model.weights_sha256} | machine)
     if reach is not None:
         table = torch.tensor(reach, dtype=torch.float32)
         if len(table) != stored.config.levels or not ((table >= 0) & (table <= 1)).all():
@@ -79,15 +80,9 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
         for name, value in stored.tensors.items()
         if not name.startswith(DIFFERENCES) and name not in (GRAIN, REACH)
     }
-    training = json.loads((base / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    training = {name: value for name, value in training.items() if name not in MACHINE_RECORD}
+    training = {name: value for name, value in read_training(base).items() if name not in MACHINE_RECORD}
     record = {"mixed": records, "reach": [round(value, 4) for value in table.tolist()]}
     write_model(folder, stored.config, kept | mixed, training | record)
-
-
-def _machine_record(model: Path) -> dict[str, object]:
-    training = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    return {name: training[name] for name in MACHINE_RECORD if name in training}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ At the end the machine view's grain is set (`ugicm.codec.grain`).
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.store import CONFIG_FILE, model_path, read_model
+from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
-from ugicm_train.export import load_average, model_tensors, write_model
+from ugicm_train.export import load_average, model_tensors, read_training, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec
 from ugicm_train.restore import restore
@@ -166,8 +165,7 @@ def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str,
         return model.config, model_tensors(model), training, model
     path = model_path(source)
     stored = read_model(path)
-    training = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("training", {})
-    return stored.config, stored.tensors, training, restore(stored.config, stored.tensors)
+    return stored.config, stored.tensors, read_training(path), restore(stored.config, stored.tensors)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

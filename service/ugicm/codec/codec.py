@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -82,7 +82,7 @@ class Latent(NamedTuple):
     y_hat: Tensor | None = None
     """Dequantised latent (h, w, M) float32 before the inverse gains; only after `Codec.unpack`."""
     picture: Image | None = None
-    """The picture itself, where `Codec.pack` shall try lossless coding or `Codec.unpack` found it."""
+    """The picture itself, for `Codec.pack` to try lossless coding, or where `Codec.unpack` found it."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -216,9 +216,7 @@ class Codec:
             if self._device.type == "cpu"
             else EntropyModel(config, model.tensors, torch.device("cpu"))
         )
-        self._refiner = Refiner(
-            config, model.tensors, self._synthesis, self._gains, self._device, self._dtype
-        )
+        self._stored_entropy = {k: v for k, v in model.tensors.items() if k.startswith("entropy.")}
         self._blended: OrderedDict[float, InferenceSynthesis] = OrderedDict()
         self._blending = threading.Lock()
         for strength in (0.0, 1.0):
@@ -258,7 +256,7 @@ class Codec:
                 # Tile by tile, so that a large picture's integers are never all in memory.
                 header = self._header(image, qualities[index])
                 data = self._serialise(header, self._analyse_image(image, header, refine))
-                out[index] = self._smaller(data, header, _candidate(image))
+                out[index] = self._smaller(data, header, image)
         return [data for data in out if data is not None]
 
     def decode(self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0) -> list[Image]:
@@ -304,8 +302,8 @@ class Codec:
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
             max_bytes = int(target_bpp * image.shape[0] * image.shape[1] / 8)
-        if (candidate := _candidate(image)) is not None:
-            exact = self._serialise_lossless(self._header(image, QUALITY_MAX), candidate)
+        if lossless.promising(image):
+            exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
                 return exact
         latents = list(self._latents(image))
@@ -355,12 +353,12 @@ class Codec:
             if headers[group[0]].tile_side:
                 for index in group:
                     tiles = tuple(self._analyse_image(images[index], headers[index]))
-                    out[index] = Latent(headers[index], tiles, picture=_candidate(images[index]))
+                    out[index] = Latent(headers[index], tiles, picture=images[index])
                 continue
             y = self._transform(torch.stack([self._padded(images[index]) for index in group]))
             tiles = tuple(self._quantise(list(y), [headers[index].quality for index in group]))
             for index, tile in zip(group, tiles, strict=True):
-                out[index] = Latent(headers[index], (tile,), picture=_candidate(images[index]))
+                out[index] = Latent(headers[index], (tile,), picture=images[index])
         return [latent for latent in out if latent is not None]
 
     def pack(self, latent: Latent) -> bytes:
@@ -529,6 +527,13 @@ class Codec:
             return self._refine_each(latents, image, header, refine)
         return self._quantise_each(latents, header)
 
+    @cached_property
+    def _refiner(self) -> Refiner:
+        """Made when first asked for: few callers refine, and none of them is a server."""
+        return Refiner(
+            self.config, self._stored_entropy, self._synthesis, self._gains, self._device, self._dtype
+        )
+
     def _refine_each(
         self, latents: Iterable[Tensor], image: Image, header: Header, steps: int
     ) -> Iterator[TileSymbols]:
@@ -561,17 +566,12 @@ class Codec:
         header = dataclasses.replace(header, tile_side=0, lossless=True)
         return container.serialise(header, [lossless.compress(image)])
 
-    def _smaller(self, data: bytes, header: Header, candidate: Image | None) -> bytes:
-        """The bitstream, or the lossless one of a candidate if that is no larger."""
-        if candidate is None:
+    def _smaller(self, data: bytes, header: Header, image: Image | None) -> bytes:
+        """The bitstream, or the picture's lossless one if that is worth a try and no larger."""
+        if image is None or not lossless.promising(image):
             return data
-        exact = self._serialise_lossless(header, candidate)
+        exact = self._serialise_lossless(header, image)
         return exact if len(exact) <= len(data) else data
-
-
-def _candidate(image: Image) -> Image | None:
-    """The picture if lossless coding is worth a try."""
-    return image if lossless.promising(image) else None
 
 
 def _check_refine(steps: int) -> None:

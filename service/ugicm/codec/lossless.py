@@ -22,7 +22,7 @@ Image = NDArray[np.uint8]
 MAX_SIDE = 16383
 """Longest side in pixels of a WebP."""
 PROMISING_BPP = 4.0
-"""Pictures are tried whose sample needs fewer bits per pixel with zlib; photos need 8 to 20."""
+"""Pictures are tried whose sample needs fewer bits per pixel with zlib; photos need 4 to 24."""
 _BANDS, _BAND_ROWS = 4, 4
 _SIGNATURE = 0x2F
 _HEAD = struct.Struct("<BI")

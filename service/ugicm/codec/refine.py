@@ -78,6 +78,7 @@ class Refiner:
             around, z, level = (x.clone() for x in (_channels_first(frame.y), _channels_first(z_hat), level))
             inverse, z = self._gains(level)[1], z.to(self._dtype)
             original = _channels_first(frame.pixels.to(self._device)).float() / 255
+            height, width = original.shape[2:]
             weight = float(lambda_of(self._config, level)) * 255**2 / 3
             y = around[..., frame.rows, frame.columns].clone().requires_grad_()
             adam = torch.optim.Adam([y], betas=BETAS)
@@ -96,7 +97,6 @@ class Refiner:
                 seen[..., frame.rows, frame.columns] = y_hat
                 latent = (seen * inverse).to(self._dtype, memory_format=torch.channels_last)
                 picture = self._synthesis(latent)
-                height, width = original.shape[2:]
                 error = (picture[..., :height, :width] - original).square().sum()
                 adam.zero_grad()
                 (bits.sum() + weight * error).backward()

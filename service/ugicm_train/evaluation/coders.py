@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,18 +44,6 @@ class Coder:
     """(picture, bits per pixel) -> at most so many bits, or None where no quality spends about so many."""
 
 
-def refined_coder(codec: Codec, steps: int, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
-    """Our codec with refinement of every picture (`ugicm.codec.refine`)."""
-    return Coder(
-        name=f"{codec.name}, refined in {steps} steps",
-        identity=f"{codec.weights_sha256} {codec.device} {codec.precision} refine {steps}",
-        qualities=qualities,
-        encode=lambda image, quality: codec.encode([image], quality, refine=steps)[0],
-        decode=lambda data, strength: codec.decode([data], strength)[0],
-        views=PREFERENCES,
-    )
-
-
 def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
     """Our codec; `folder` is where its model was loaded from."""
     from ugicm.codec.bitstream import peek
@@ -82,6 +70,19 @@ def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAU
         views=PREFERENCES,
         estimate_bits=lambda image, quality: code_length.bits(codec.analyse([image], quality)[0]),
         encode_to_bpp=encode_to_bpp,
+    )
+
+
+def refined_coder(plain: Coder, codec: Codec, steps: int, qualities: tuple[float, ...]) -> Coder:
+    """Our coder of `codec` with refinement of every picture (`ugicm.codec.refine`)."""
+    return replace(
+        plain,
+        name=f"{plain.name}, refined in {steps} steps",
+        identity=f"{plain.identity} refine {steps}",
+        qualities=qualities,
+        encode=lambda image, quality: codec.encode([image], quality, refine=steps)[0],
+        estimate_bits=None,
+        encode_to_bpp=None,
     )
 
 

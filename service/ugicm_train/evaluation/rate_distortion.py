@@ -207,7 +207,7 @@ def run(arguments: argparse.Namespace) -> int:
     own = [ours]
     if arguments.refine:
         qualities = tuple(sorted(set(arguments.refine_qualities or arguments.qualities)))
-        own.append(refined_coder(codec, arguments.refine, qualities))
+        own.append(refined_coder(ours, codec, arguments.refine, qualities))
     coders = [*own, *map(pillow_coder, arguments.peers)]
     head = {
         "format": FORMAT,
