@@ -10,13 +10,14 @@ from typing import Any
 class Progress:
     """Context manager; `update` takes a row of the training log."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shown: bool = True) -> None:
+        self._shown = shown
         self._bar: Any = None
         self._task: Any = None
         self._printed = 0.0
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if self._shown and sys.stderr.isatty():
             try:
                 from rich.console import Console
                 from rich.progress import BarColumn, TextColumn

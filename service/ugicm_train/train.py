@@ -28,6 +28,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, rate_distortion_loss, sample_levels
 from ugicm_train.model import TrainableCodec
+from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
 from ugicm_train.start import start_from_dct
 
@@ -52,6 +53,7 @@ class TrainOptions:
     """Train this long from now (`steps` otherwise)."""
     steps: int | None = None
     batch: int = 16
+    """Crops of a step; of each process where there are several."""
     crop: int = 256
     synthetic_share: float = 0.04
     """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
@@ -127,9 +129,10 @@ class Trainer:
 
     def __init__(self, config: ModelConfig, options: TrainOptions, out: Path) -> None:
         self.config, self.options, self.out = config, options, out
+        self.processes = Processes()
         name = options.device
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+            name = f"cuda:{self.processes.local_rank}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
         torch.manual_seed(options.seed)
         self.model = TrainableCodec(config)
@@ -173,13 +176,15 @@ class Trainer:
         self.average.load_state_dict(model.state_dict())
 
     def read(self, data: Sequence[Path]) -> CropSampler:
-        """Crops of the photos in `data`, which stay on the device."""
+        """Crops of the photos in `data`, which stay on the device; other crops in each process."""
         size = self.options.crop
+        seed = self.options.seed + self.step + 1_000_003 * self.processes.rank
+        torch.manual_seed(seed)
         photos = [photo.to(self.device) for _, photo in read_photos(data, min_side=size)]
         return CropSampler(
             photos,
             size=size,
-            seed=self.options.seed + self.step,
+            seed=seed,
             synthetic_share=self.options.synthetic_share,
             min_scale=self.options.min_scale,
         )
@@ -204,6 +209,7 @@ class Trainer:
         )
         self.model.zero_grad()
         terms.loss.backward()
+        self.processes.average_gradients(self.model.parameters())
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip))
         usual = self.usual_norm or norm
         if math.isfinite(norm):
@@ -235,13 +241,14 @@ class Trainer:
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
         saved, logged, count = start, start, 0
         sums: dict[str, Any] = {}
+        writes = self.processes.first
         stable_saved = False
         with (
-            Progress() as progress,
+            Progress(shown=writes) as progress,
             (self.out / LOG).open("a", newline="", encoding="utf-8") as log_file,
         ):
             log = csv.DictWriter(log_file, LOG_FIELDS)
-            if log_file.tell() == 0:
+            if log_file.tell() == 0 and writes:
                 log.writeheader()
             while True:
                 elapsed = (time.monotonic() - start) / 60
@@ -249,9 +256,10 @@ class Trainer:
                     done = elapsed / options.minutes
                 else:
                     done = (self.step - first) / (options.steps or 1)
-                if done >= 1 or self.stop_requested:
+                done = self.processes.agree(1.0 if self.stop_requested else done)
+                if done >= 1:
                     break
-                if not stable_saved and done >= 1 - options.decay:
+                if not stable_saved and writes and done >= 1 - options.decay:
                     _save(self.out / STABLE_CHECKPOINT, self.state())
                     stable_saved = True
                 factor = learning_rate_factor(self.step - self.warm_from, done, options)
@@ -261,6 +269,8 @@ class Trainer:
                 count += 1
                 self.minutes = minutes_before + (time.monotonic() - start) / 60
                 now = time.monotonic()
+                if not writes:
+                    continue
                 if self.step % 50 == 0:
                     means = {name: float(value) / count for name, value in sums.items()}
                     row = {
@@ -272,7 +282,9 @@ class Trainer:
                         "psnr_machine": round(_psnr(means["mse_machine"]), 3),
                         "teacher": round(means["teacher"], 5),
                         "lr_factor": round(factor, 4),
-                        "crops_per_s": round(count * options.batch / (now - logged), 1),
+                        "crops_per_s": round(
+                            count * options.batch * self.processes.count / (now - logged), 1
+                        ),
                     }
                     log.writerow(row)
                     log_file.flush()
@@ -281,7 +293,8 @@ class Trainer:
                 if now - saved > options.checkpoint_minutes * 60:
                     _save(self.out / CHECKPOINT, self.state())
                     saved = now
-        _save(self.out / CHECKPOINT, self.state())
+        if writes:
+            _save(self.out / CHECKPOINT, self.state())
 
 
 def _psnr(mse: float) -> float:
@@ -321,7 +334,8 @@ def train(
 
         stored = read_model(model_path(start))
         trainer.begin_with(start_from(restore(stored.config, stored.tensors), config))
-    (out / CONFIG).write_text(
-        json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
-    )
+    if trainer.processes.first:
+        (out / CONFIG).write_text(
+            json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
+        )
     trainer.run(trainer.read(data), teacher)

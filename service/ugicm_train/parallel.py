@@ -1,0 +1,50 @@
+"""Several processes train one model: ``torchrun --nproc-per-node 2 -m ugicm_train run ...``.
+
+Each sees crops of its own. Gradients are averaged after every backward pass; the optimisers then make the
+same step everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Processes:
+    """The processes that torchrun started; alone without it."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if self.count > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and decides when to stop."""
+        return self.rank == 0
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over all processes."""
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= self.count
+        for gradient, mean in zip(
+            gradients, together.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
+    def agree(self, value: float) -> float:
+        """What the first process has there."""
+        if self.count == 1:
+            return value
+        shared: Tensor = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return float(shared)

@@ -1,0 +1,58 @@
+"""Several processes, one model."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import write_tiny_model
+from ugicm_train.train import load_checkpoint
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+from ugicm.codec.config import ModelConfig
+from ugicm_train.train import Trainer, TrainOptions
+
+out, data, model = map(Path, sys.argv[1:])
+options = TrainOptions(steps=6, batch=2, crop=64, warmup_steps=1, device="cpu", threads=1, machine_share=0.5)
+trainer = Trainer(ModelConfig.from_json(model / "config.json"), options, out)
+sampler = trainer.read([data])
+first = sampler.batch(1)
+trainer.run(sampler)
+torch.save({"model": trainer.model.state_dict(), "crop": first}, out / f"rank{trainer.processes.rank}.pt")
+"""
+
+
+def test_processes_see_other_crops_and_make_the_same_steps(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    model = write_tiny_model(tmp_path / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path), str(data), str(model)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert not torch.equal(states[0]["crop"], states[1]["crop"])
+    for name, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][name]), name
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint["step"] == 6
+    start = torch.load(tmp_path / "rank0.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, start[name]) for name, value in checkpoint["model"].items())
