@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec
 from ugicm_train.evaluation import adaptors
+from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
 from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine import add_arguments, evaluate, jpeg_xl_coder, run
@@ -540,3 +541,75 @@ def test_jpeg_xl_where_installed(photo: Image) -> None:
     small, large = (coder.encode(photo, quality) for quality in (10.0, 80.0))
     assert len(small) < len(large)
     assert coder.decode(small, 0.0).shape == photo.shape
+
+
+class TestAgreement:
+    """Tasks whose truth is the network's own answer on the original."""
+
+    def test_classes_overlap(self, colours: Path) -> None:
+        task = SameClasses("colours", colour_scores, colours)
+        assert list(task.images()) == ["blue.png", "green.png", "red.png"]
+        original = np.asarray(PIL.Image.open(colours / "red.png"))
+        assert task.judge("red.png", original) == pytest.approx(1)
+        black = np.zeros_like(original)
+        assert task.judge("red.png", black) == 0
+        # Of red 220, 30, 30 a third of the way to blue's 20, 40, 210.
+        mixed = np.full((64, 64, 3), (153, 33, 90), np.uint8)
+        shares = np.array([220, 30, 30]) / 280, np.array([153, 33, 90]) / 276
+        assert task.judge("red.png", mixed) == pytest.approx(float(np.minimum(*shares).sum()), abs=0.01)
+        assert task.score({"a": 1.0, "b": 0.5}) == 0.75
+
+    def test_scores_below_zero_are_logits(self) -> None:
+        np.testing.assert_allclose(probabilities(np.array([-1.0, 1.0])), [0.1192, 0.8808], atol=1e-4)
+        np.testing.assert_allclose(probabilities(np.array([1, 3], np.uint8)), [0.25, 0.75])
+
+    def test_boxes_of_the_original_are_the_truth(self, colours: Path) -> None:
+        pytest.importorskip("pycocotools")
+        sure, unsure = [10.0, 10, 50, 40], [60.0, 60, 90, 90]
+
+        def detect(image: Image) -> Detections:
+            boxes = np.array([sure, unsure]) + (0 if image.any() else 15)
+            return Detections(boxes, np.array([0.9, 0.1]), np.array([3, 3]))
+
+        task = SameBoxes("boxes", detect, colours)
+        pictures = {name: np.asarray(PIL.Image.open(path)) for name, path in task.images().items()}
+        same = {name: json.loads(json.dumps(task.judge(name, p))) for name, p in pictures.items()}
+        assert task.score(same) == pytest.approx(1)
+        moved = task.judge("red.png", np.zeros_like(pictures["red.png"]))
+        # The box of score .9 alone is the truth; of two pictures one has it at no threshold.
+        assert 0 < task.score({"red.png": moved, "blue.png": same["blue.png"]}) < 0.6
+        assert task.score({"red.png": moved}) == 0
+        assert task.score({"red.png": [[], moved[1]]}) == 0
+
+    def test_pixels_of_objects(self, colours: Path) -> None:
+        def segment(image: Image) -> NDArray[np.int64]:
+            classes = np.zeros(image.shape[:2], np.int64)
+            classes[: 40 if image.any() else 20, :10] = 7
+            return classes
+
+        task = SamePixels("pixels", segment, colours)
+        original = np.asarray(PIL.Image.open(colours / "red.png"))
+        assert task.judge("red.png", original) == [400, 400]
+        assert task.judge("red.png", np.zeros_like(original)) == [200, 400]
+        assert task.score({"a": [400, 400], "b": [200, 400]}) == 0.75
+        assert task.score({"a": [0, 0]}) == 0
+
+    def test_command_line(self, tmp_path: Path, colours: Path, tiny_store: Path) -> None:
+        network = tmp_path / "mine.py"
+        network.write_text(
+            "def colours():\n    return lambda image: image.mean((0, 1))\n"
+            "def bright():\n    return lambda image: (image[..., 0] > 128) * 1\n"
+        )
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        common = [str(tiny_store / "tiny"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        common += ["--qualities", "1", "50", "--peers"]
+        classes = ["--agree", "classes", f"{network}:colours", str(colours)]
+        pixels = ["--agree", "pixels", f"{network}:bright", str(colours)]
+        assert run(parser.parse_args([*common, *classes, *pixels])) == 0
+        report = json.loads((tmp_path / "out" / "machine.json").read_text())
+        for name in ("colours agreement", "bright agreement"):
+            assert report["tasks"][name]["original"] == 1
+            assert report["tasks"][name]["pictures"] == 3
+        with pytest.raises(ValueError, match="--agree needs classes, boxes or pixels, got 'words'"):
+            run(parser.parse_args([*common, "--agree", "words", f"{network}:colours", str(colours)]))

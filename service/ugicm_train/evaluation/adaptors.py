@@ -233,14 +233,15 @@ def torchvision_classifier(name: str, *, pretrained: bool = True) -> Classifier:
     return classify
 
 
-def torchvision_detector(name: str, *, categories: Sequence[str], pretrained: bool = True) -> Detector:
+def torchvision_detector(name: str, *, categories: Sequence[str] | None, pretrained: bool = True) -> Detector:
     """Faster R-CNN, Mask R-CNN (with its masks), RetinaNet, ...
 
     `categories` are the class names of the annotations, in their order; torchvision's classes that are not
-    among them are dropped.
+    among them are dropped. None keeps all, by torchvision's own index.
     """
     model, weights = torchvision_network(name, pretrained=pretrained)
     preprocess = weights.transforms()
+    categories = weights.meta["categories"] if categories is None else categories
     index = [categories.index(n) if n in categories else -1 for n in weights.meta["categories"]]
 
     @torch.inference_mode()
@@ -285,7 +286,7 @@ def load_classifier(spec: str) -> Classifier:
     return classifier(_runtime(spec))
 
 
-def load_detector(spec: str, categories: Sequence[str]) -> Detector:
+def load_detector(spec: str, categories: Sequence[str] | None) -> Detector:
     """Detector by its name on the command line; `categories` as in `torchvision_detector`."""
     if own := _own(spec):
         return own

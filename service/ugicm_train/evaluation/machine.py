@@ -31,6 +31,7 @@ import numpy as np
 import PIL.Image
 
 from ugicm_train.evaluation import adaptors
+from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels
 from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine_report import (
@@ -255,7 +256,7 @@ def evaluate(
 
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
-    """The tasks that ``--top1``, ``--map``, ``--mask-map`` and ``--miou`` name."""
+    """The tasks that ``--top1``, ``--map``, ``--mask-map``, ``--miou`` and ``--agree`` name."""
     tasks: list[Task] = []
 
     def describe(network: str, *data: str) -> tuple[str, str]:
@@ -275,10 +276,23 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         name, identity = describe(network, folder, masks)
         segmenter = adaptors.load_segmenter(network)
         tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
+    for kind, network, folder in arguments.agree:
+        name, identity = describe(network, folder)
+        named = {"name": f"{name} agreement", "folder": Path(folder), "identity": f"{kind} {identity}"}
+        match kind:
+            case "classes":
+                tasks.append(SameClasses(classify=adaptors.load_classifier(network), **named))
+            case "boxes":
+                tasks.append(SameBoxes(detect=adaptors.load_detector(network, None), **named))
+            case "pixels":
+                tasks.append(SamePixels(segment=adaptors.load_segmenter(network), **named))
+            case _:
+                raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ValueError(
-            f"give tasks of different names with --top1, --map, --mask-map, --miou; got {names or 'none'}"
+            "give tasks of different names with --top1, --map, --mask-map, --miou, --agree; "
+            f"got {names or 'none'}"
         )
     return tasks
 
@@ -302,6 +316,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--map", "detector; INSTANCES is COCO JSON", ("NETWORK", "IMAGES", "INSTANCES")),
         ("--mask-map", "finds objects' pixels; as --map", ("NETWORK", "IMAGES", "INSTANCES")),
         ("--miou", "segmenter; MASKS has class masks NAME.png", ("NETWORK", "IMAGES", "MASKS")),
+        (
+            "--agree",
+            "without labels, against the network's own answer on the original; KIND: classes, boxes, pixels",
+            ("KIND", "NETWORK", "IMAGES"),
+        ),
     ):
         parser.add_argument(option, action="append", default=[], nargs=len(names), metavar=names, help=text)
     parser.add_argument("--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100")

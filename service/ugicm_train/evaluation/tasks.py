@@ -136,31 +136,43 @@ class CocoMap:
         return [[c, round(s, 5), *shape] for c, s, shape in rows]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+        dataset = json.loads(self.instances.read_text(encoding="utf-8"))
+        categories = sorted(category["id"] for category in dataset["categories"])
+        ids = {image["file_name"]: image["id"] for image in dataset["images"]}
+        results = [
+            {"image_id": ids[name], "category_id": categories[c], "score": score, **self.result(shape)}
+            for name, rows in judgements.items()
+            for c, score, *shape in rows
+        ]
+        return coco_map(dataset, results, self.kind, [ids[name] for name in judgements])
 
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(self.instances))
-            categories = sorted(truth.getCatIds())
-            ids = {image["file_name"]: image["id"] for image in truth.loadImgs(truth.getImgIds())}
-            results = [
-                {
-                    "image_id": ids[name],
-                    "category_id": categories[c],
-                    "score": score,
-                    **self.result(shape),
-                }
-                for name, rows in judgements.items()
-                for c, score, *shape in rows
-            ]
-            if not results:
-                return 0.0
-            evaluation = COCOeval(truth, truth.loadRes(results), self.kind)
-            evaluation.params.imgIds = [ids[name] for name in judgements]
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        return max(0.0, float(evaluation.stats[0]))
+
+def coco_map(
+    dataset: dict[str, Any], results: list[dict[str, Any]], kind: str, image_ids: Sequence[int]
+) -> float:
+    """COCO's mAP over IoU .5 to .95.
+
+    Args:
+        dataset: content of a COCO annotation file.
+        results: in COCO's format of results.
+        kind: pycocotools' name of what is compared.
+        image_ids: the pictures that count.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if not results:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = dataset
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
+        evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return max(0.0, float(evaluation.stats[0]))
 
 
 class BoxMap(CocoMap):
