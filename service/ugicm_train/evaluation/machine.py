@@ -278,14 +278,14 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
     for kind, network, folder in arguments.agree:
         name, identity = describe(network, folder)
-        named = {"name": f"{name} agreement", "folder": Path(folder), "identity": f"{kind} {identity}"}
+        name, identity, images = f"{name} agreement", f"{kind} {identity}", Path(folder)
         match kind:
             case "classes":
-                tasks.append(SameClasses(classify=adaptors.load_classifier(network), **named))
+                tasks.append(SameClasses(name, adaptors.load_classifier(network), images, identity))
             case "boxes":
-                tasks.append(SameBoxes(detect=adaptors.load_detector(network, None), **named))
+                tasks.append(SameBoxes(name, adaptors.load_detector(network, None), images, identity))
             case "pixels":
-                tasks.append(SamePixels(segment=adaptors.load_segmenter(network), **named))
+                tasks.append(SamePixels(name, adaptors.load_segmenter(network), images, identity=identity))
             case _:
                 raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
     names = [task.name for task in tasks]
