@@ -477,11 +477,13 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
 
     counting = dataclasses.replace(ours, encode=counted)
     jpeg = dataclasses.replace(pillow_coder("jpeg"), qualities=(10.0, 30.0))
-    report = evaluate(counting, [jpeg], [task], tmp_path / "out")
-    assert len(calls) == 2 * 3
+    shared = SameClasses("same colours", colour_scores, colours, identity="colours 1")
+    report = evaluate(counting, [jpeg], [task, shared], tmp_path / "out")
+    assert len(calls) == 2 * 3  # once for both tasks
     for name in ("machine.json", "machine.md", "machine.png", "strength.png", "judgements.jsonl"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     assert json.loads((tmp_path / "out" / "machine.json").read_text()) == report
+    assert report["tasks"]["same colours"]["original"] == 1.0
     result = report["tasks"]["colours"]
     assert result["original"] == 1.0
     assert set(result["curves"]) == {"original", "tiny", "jpeg"}
@@ -491,7 +493,7 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
     real = [8 * len(ours.encode(np.asarray(PIL.Image.open(colours / n)), 1.0)) / 128**2 for n in labels]
     assert points[0]["bpp"] == pytest.approx(np.mean(real), abs=1e-5)
     calls.clear()
-    again = evaluate(counting, [jpeg], [task], tmp_path / "out")
+    again = evaluate(counting, [jpeg], [task, shared], tmp_path / "out")
     assert calls == []
     assert again["tasks"] == report["tasks"]
     evaluate(counting, [], [dataclasses.replace(task, identity="colours 2")], tmp_path / "out", limit=2)

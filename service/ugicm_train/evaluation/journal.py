@@ -60,6 +60,9 @@ class Journal:
     def get(self, key: Key) -> Entry | None:
         return self._entries.get(key)
 
+    def __getitem__(self, key: Key) -> Entry:
+        return self._entries[key]
+
     def add(self, key: Key, entry: Entry) -> None:
         self._entries[key] = entry
         self._write(key, entry)

@@ -23,9 +23,9 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -109,53 +109,76 @@ class Progress:
         self._bar.stop()
 
 
-def judge_picture(
-    task: Task, coder: Coder, quality: float, name: str, path: Path, journal: Journal
-) -> Iterator[tuple[float, Entry]]:
-    """(strength, entry) of one picture at one quality; coded once, and only if something is missing."""
-    keys = {s: Key(task.name, coder.name, quality, s, name) for s in coder.views.values()}
-    found = {strength: journal.get(key) for strength, key in keys.items()}
-    if None in found.values():
-        image = read_image(path)
-        data = coder.encode(image, quality)
-        for strength, key in keys.items():
-            if found[strength] is None:
-                decoded = coder.decode(data, strength)
-                bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
-                entry = Entry(round(bpp, 6), round(psnr_db(image, decoded), 4), task.judge(name, decoded))
-                journal.add(key, entry)
-                found[strength] = entry
-    for strength, known in found.items():
-        assert known is not None
-        yield strength, known
+class Use(NamedTuple):
+    """A task that has a picture, and the name it has there."""
+
+    task: Task
+    name: str
 
 
-def measure_curve(
-    task: Task, coder: Coder, images: Mapping[str, Path], journal: Journal, progress: Progress
-) -> Iterator[Point]:
-    """Points of one codec on one task, from the lowest quality up to about `MAX_BPP`."""
+def judge_picture(uses: Sequence[Use], coder: Coder, quality: float, path: Path, journal: Journal) -> None:
+    """Let every task judge every view of one picture; coded once, and only if the journal lacks something."""
+    lacking: dict[float, list[tuple[Use, Key]]] = {}
+    for use in uses:
+        for strength in coder.views.values():
+            key = Key(use.task.name, coder.name, quality, strength, use.name)
+            if journal.get(key) is None:
+                lacking.setdefault(strength, []).append((use, key))
+    if not lacking:
+        return
+    image = read_image(path)
+    data = coder.encode(image, quality)
+    bpp = round(8 * len(data) / (image.shape[0] * image.shape[1]), 6)
+    for strength, judges in lacking.items():
+        decoded = coder.decode(data, strength)
+        psnr = round(psnr_db(image, decoded), 4)
+        for use, key in judges:
+            journal.add(key, Entry(bpp, psnr, use.task.judge(use.name, decoded)))
+
+
+def measure_curves(
+    coder: Coder,
+    tasks: Sequence[Task],
+    images: Mapping[str, Mapping[str, Path]],
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, list[Point]]:
+    """Points of one codec on every task, from the lowest quality up to about `MAX_BPP`.
+
+    ``images``: of each task, by its name; a picture that several tasks share is coded once.
+    """
+    curves: dict[str, list[Point]] = {task.name: [] for task in tasks}
+    wanted = list(tasks)
     for quality in sorted(coder.qualities):
-        entries: dict[float, dict[str, Entry]] = {s: {} for s in coder.views.values()}
-        progress.start(f"{task.name}, {coder.name}, quality {quality:g}", len(images))
-        for name, path in images.items():
-            for strength, entry in judge_picture(task, coder, quality, name, path, journal):
-                entries[strength][name] = entry
+        uses: dict[Path, list[Use]] = {}
+        for task in wanted:
+            for name, path in images[task.name].items():
+                uses.setdefault(path.resolve(), []).append(Use(task, name))
+        progress.start(f"{coder.name}, quality {quality:g}", len(uses))
+        for path, of_path in uses.items():
+            judge_picture(of_path, coder, quality, path, journal)
             progress.advance()
-        for strength, members in entries.items():
-            point = Point(
-                quality,
-                strength,
-                statistics.fmean(entry.bpp for entry in members.values()),
-                statistics.fmean(entry.psnr_db for entry in members.values()),
-                task.score({name: entry.judgement for name, entry in members.items()}),
-            )
-            progress.say(
-                f"{task.name}: {coder.name} quality {quality:g} strength {strength:g}: "
-                f"{point.bpp:.3f} bpp, {task.metric} {point.score:.4f}, {point.psnr_db:.2f} dB"
-            )
-            yield point
-        if point.bpp > MAX_BPP:  # of all views: they share the bitstreams
-            break
+        for task in list(wanted):
+            for strength in coder.views.values():
+                entries = {
+                    name: journal[Key(task.name, coder.name, quality, strength, name)]
+                    for name in images[task.name]
+                }
+                point = Point(
+                    quality,
+                    strength,
+                    statistics.fmean(entry.bpp for entry in entries.values()),
+                    statistics.fmean(entry.psnr_db for entry in entries.values()),
+                    task.score({name: entry.judgement for name, entry in entries.items()}),
+                )
+                progress.say(
+                    f"{task.name}: {coder.name} quality {quality:g} strength {strength:g}: "
+                    f"{point.bpp:.3f} bpp, {task.metric} {point.score:.4f}, {point.psnr_db:.2f} dB"
+                )
+                curves[task.name].append(point)
+            if point.bpp > MAX_BPP:  # of all views: they share the bitstreams
+                wanted.remove(task)
+    return curves
 
 
 def original_coder() -> Coder:
@@ -226,17 +249,17 @@ def evaluate(
     }
     journal, progress = Journal(folder / JUDGEMENTS, identities), Progress()
     try:
+        images = {task.name: task.images() for task in tasks}
+        for of_task, named in images.items():
+            if limit is not None and limit < len(named):
+                chosen = np.linspace(0, len(named) - 1, limit).round().astype(int)
+                images[of_task] = {name: named[name] for name in np.array(list(named))[chosen].tolist()}
+        measured = {c.name: measure_curves(c, tasks, images, journal, progress) for c in coders}
         for task in tasks:
-            images = task.images()
-            if limit is not None and limit < len(images):
-                chosen = np.linspace(0, len(images) - 1, limit).round().astype(int)
-                images = {name: images[name] for name in np.array(list(images))[chosen].tolist()}
-            curves = {
-                coder.name: list(measure_curve(task, coder, images, journal, progress)) for coder in coders
-            }
+            curves = {name: of_tasks[task.name] for name, of_tasks in measured.items()}
             report["tasks"][task.name] = {
                 "metric": task.metric,
-                "pictures": len(images),
+                "pictures": len(images[task.name]),
                 "original": curves[ORIGINAL][0].score,
                 **compare(curves, ours.name),
                 "curves": {name: [point._asdict() for point in points] for name, points in curves.items()},
