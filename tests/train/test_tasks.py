@@ -610,7 +610,7 @@ class TestAgreement:
         pixels = ["--agree", "pixels", f"{network}:bright", str(colours)]
         assert run(parser.parse_args([*common, *classes, *pixels])) == 0
         report = json.loads((tmp_path / "out" / "machine.json").read_text())
-        for name in ("colours agreement", "bright agreement"):
+        for name in ("colours agreement, colours", "bright agreement, colours"):
             assert report["tasks"][name]["original"] == 1
             assert report["tasks"][name]["pictures"] == 3
         with pytest.raises(ValueError, match="--agree needs classes, boxes or pixels, got 'words'"):

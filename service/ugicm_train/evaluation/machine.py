@@ -301,7 +301,8 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
     for kind, network, folder in arguments.agree:
         name, identity = describe(network, folder)
-        name, identity, images = f"{name} agreement", f"{kind} {identity}", Path(folder)
+        images = Path(folder)
+        name, identity = f"{name} agreement, {images.name}", f"{kind} {identity}"
         match kind:
             case "classes":
                 tasks.append(SameClasses(name, adaptors.load_classifier(network), images, identity))
