@@ -21,7 +21,14 @@ from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
 from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.journal import Entry, Journal, Key
-from ugicm_train.evaluation.machine import add_arguments, evaluate, jpeg_xl_coder, run
+from ugicm_train.evaluation.machine import (
+    add_arguments,
+    bd_rate_errors,
+    evaluate,
+    jpeg_xl_coder,
+    point_of,
+    run,
+)
 from ugicm_train.evaluation.machine_report import Point, compare, curve, score_at
 from ugicm_train.evaluation.tasks import BoxMap, Detections, MaskMap, MeanIou, Top1, check_images, read_labels
 
@@ -615,3 +622,41 @@ class TestAgreement:
             assert report["tasks"][name]["pictures"] == 3
         with pytest.raises(ValueError, match="--agree needs classes, boxes or pixels, got 'words'"):
             run(parser.parse_args([*common, "--agree", "words", f"{network}:colours", str(colours)]))
+
+
+class TestErrors:
+    """Standard errors of BD-rates for the choice of pictures."""
+
+    NAMES = tuple(f"{i:02}.png" for i in range(40))
+
+    def errors(self, tmp_path: Path, scatter: float) -> dict[str, float | None]:
+        """Of pictures whose machine view halves the rate, more or less: by `scatter`."""
+        journal = Journal(tmp_path / f"{scatter}.jsonl", {})
+        random = np.random.default_rng(1)
+        task = SameClasses("task", colour_scores, tmp_path)
+        for name in self.NAMES:
+            share = 0.5 * np.exp(scatter * random.standard_normal())
+            for step in range(4):
+                for strength in (0.0, 1.0):
+                    bits = 0.1 * 2**step
+                    score = 0.2 * (step + np.log2(1 / share) * strength)
+                    key = Key("task", "ours", float(step), strength, name)
+                    journal.add(key, Entry(bits, 30.0, score))
+        points = [
+            point_of(task, "ours", float(step), strength, self.NAMES, journal)
+            for step in range(4)
+            for strength in (0.0, 1.0)
+        ]
+        assert compare({"ours": points}, "ours")["bd_rate_percent"]["ours human"] == pytest.approx(-50, abs=8)
+        found = bd_rate_errors(task, {"ours": points}, "ours", self.NAMES, journal)
+        assert bd_rate_errors(task, {"ours": points}, "ours", self.NAMES[:19], journal) == {}
+        journal.close()
+        return found
+
+    def test_equal_pictures_have_none(self, tmp_path: Path) -> None:
+        assert self.errors(tmp_path, 0.0) == {"ours human": 0.0}
+
+    def test_the_error_is_that_of_the_mean(self, tmp_path: Path) -> None:
+        # The rate's logarithm scatters by .3: that of its mean by .3 / 40^.5, and -50 % by half of it.
+        expected = 100 * 0.5 * 0.3 / 40**0.5
+        assert self.errors(tmp_path, 0.3)["ours human"] == pytest.approx(expected, rel=0.5)

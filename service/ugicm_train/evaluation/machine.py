@@ -23,7 +23,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,8 @@ PEER_QUALITIES: Mapping[str, tuple[float, ...]] = {
 }
 """Denser at low rates than for PSNR curves: tasks are decided there."""
 SHEET_PICTURES = 4
+GROUPS = 10
+"""Parts of the pictures that are left out in turn, for the error of a BD-rate."""
 
 
 class Progress:
@@ -136,6 +138,20 @@ def judge_picture(uses: Sequence[Use], coder: Coder, quality: float, path: Path,
             journal.add(key, Entry(bpp, psnr, use.task.judge(use.name, decoded)))
 
 
+def point_of(
+    task: Task, codec: str, quality: float, strength: float, names: Iterable[str], journal: Journal
+) -> Point:
+    """A point of a curve from what the journal has of the named pictures."""
+    entries = {name: journal[Key(task.name, codec, quality, strength, name)] for name in names}
+    return Point(
+        quality,
+        strength,
+        statistics.fmean(entry.bpp for entry in entries.values()),
+        statistics.fmean(entry.psnr_db for entry in entries.values()),
+        task.score({name: entry.judgement for name, entry in entries.items()}),
+    )
+
+
 def measure_curves(
     coder: Coder,
     tasks: Sequence[Task],
@@ -160,17 +176,7 @@ def measure_curves(
             progress.advance()
         for task in list(wanted):
             for strength in coder.views.values():
-                entries = {
-                    name: journal[Key(task.name, coder.name, quality, strength, name)]
-                    for name in images[task.name]
-                }
-                point = Point(
-                    quality,
-                    strength,
-                    statistics.fmean(entry.bpp for entry in entries.values()),
-                    statistics.fmean(entry.psnr_db for entry in entries.values()),
-                    task.score({name: entry.judgement for name, entry in entries.items()}),
-                )
+                point = point_of(task, coder.name, quality, strength, images[task.name], journal)
                 progress.say(
                     f"{task.name}: {coder.name} quality {quality:g} strength {strength:g}: "
                     f"{point.bpp:.3f} bpp, {task.metric} {point.score:.4f}, {point.psnr_db:.2f} dB"
@@ -179,6 +185,36 @@ def measure_curves(
             if point.bpp > MAX_BPP:  # of all views: they share the bitstreams
                 wanted.remove(task)
     return curves
+
+
+def bd_rate_errors(
+    task: Task, curves: Mapping[str, Sequence[Point]], ours: str, names: Sequence[str], journal: Journal
+) -> dict[str, float | None]:
+    """Standard errors of the BD-rates for the choice of pictures, in percent points.
+
+    Delete-a-group jackknife: everything again without each tenth of the pictures. None where there are fewer
+    than two pictures a group, or where a part has no BD-rate.
+    """
+    views = {
+        name: [point for point in points if point.strength in (0.0, 1.0)]
+        for name, points in curves.items()
+        if name != ORIGINAL
+    }
+    rates: dict[str, list[float | None]] = {}
+    for group in range(GROUPS if len(names) >= 2 * GROUPS else 0):
+        kept = [name for index, name in enumerate(names) if index % GROUPS != group]
+        part = {
+            name: [point_of(task, name, p.quality, p.strength, kept, journal) for p in points]
+            for name, points in views.items()
+        }
+        for reference, rate in compare(part, ours)["bd_rate_percent"].items():
+            rates.setdefault(reference, []).append(rate)
+    errors: dict[str, float | None] = {}
+    for reference, found in rates.items():
+        known = [rate for rate in found if rate is not None]
+        whole = len(known) == GROUPS
+        errors[reference] = round((GROUPS - 1) ** 0.5 * statistics.pstdev(known), 2) if whole else None
+    return errors
 
 
 def original_coder() -> Coder:
@@ -255,6 +291,7 @@ def evaluate(
                 chosen = np.linspace(0, len(named) - 1, limit).round().astype(int)
                 images[of_task] = {name: named[name] for name in np.array(list(named))[chosen].tolist()}
         measured = {c.name: measure_curves(c, tasks, images, journal, progress) for c in coders}
+        progress.start("errors of the BD-rates", len(tasks))
         for task in tasks:
             curves = {name: of_tasks[task.name] for name, of_tasks in measured.items()}
             report["tasks"][task.name] = {
@@ -262,8 +299,10 @@ def evaluate(
                 "pictures": len(images[task.name]),
                 "original": curves[ORIGINAL][0].score,
                 **compare(curves, ours.name),
+                "bd_rate_error": bd_rate_errors(task, curves, ours.name, list(images[task.name]), journal),
                 "curves": {name: [point._asdict() for point in points] for name, points in curves.items()},
             }
+            progress.advance()
     finally:
         progress.close()
         journal.close()

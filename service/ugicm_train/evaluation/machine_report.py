@@ -96,7 +96,7 @@ def compare(curves: Mapping[str, Sequence[Point]], ours: str) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Markdown: BD-rates per task, then scores at equal rate per task."""
+    """Markdown: BD-rates per task with their standard errors, then scores at equal rate per task."""
     tasks = report["tasks"]
     references = list(dict.fromkeys(name for t in tasks.values() for name in t["bd_rate_percent"]))
     lines = [
@@ -104,7 +104,10 @@ def table(report: Mapping[str, Any]) -> str:
         f"|---|{'---:|' * len(tasks)}",
     ]
     for reference in references:
-        cells = [_percent(t["bd_rate_percent"].get(reference)) for t in tasks.values()]
+        cells = [
+            _percent(t["bd_rate_percent"].get(reference), t["bd_rate_error"].get(reference))
+            for t in tasks.values()
+        ]
         lines.append(f"| {reference} | {' | '.join(cells)} |")
     for name, task in tasks.items():
         columns = [column for column in task["at_equal_rate"][0] if column != "bpp"]
@@ -122,8 +125,10 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{report['command']}`", ""])
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1f} %"
+def _percent(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.1f} %" if error is None else f"{value:+.1f} ± {error:.1f} %"
 
 
 def plot_scores(report: Mapping[str, Any], path: Path) -> None:
