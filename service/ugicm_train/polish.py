@@ -123,8 +123,8 @@ def polish(
         polisher.load(load_checkpoint(run))
     sampler = polisher.read(data)
     polisher.run(sampler, teacher)
-    if polisher.stop_requested:
-        return  # the checkpoint waits for --resume
+    if polisher.stop_requested or not polisher.processes.first:
+        return  # where stopped, the checkpoint waits for --resume
     if grain:
         tensors["grain"] = grain * root_mean_squared_error(polisher.average, sampler)
     else:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import write_tiny_model
+from ugicm.codec.store import read_model
 from ugicm_train.train import load_checkpoint
 
 PROGRAM = """
@@ -32,22 +33,52 @@ torch.save({"model": trainer.model.state_dict(), "crop": first}, out / f"rank{tr
 """
 
 
-def test_processes_see_other_crops_and_make_the_same_steps(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
-    data = tmp_path / "photo.png"
-    PIL.Image.fromarray(photo).save(data)
-    model = write_tiny_model(tmp_path / "model")
+POLISH = """
+import sys
+from pathlib import Path
+from ugicm_train.polish import polish
+from ugicm_train.train import TrainOptions
+
+out, data, model = map(Path, sys.argv[1:])
+options = TrainOptions(steps=3, batch=2, crop=64, warmup_steps=1, device="cpu", threads=1)
+polish(model, out / "polished", options, [data], out / "run", grain=0.1)
+"""
+
+
+def run_twice(program: str, *arguments: Path) -> None:
+    """The program in two processes that work together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path), str(data), str(model)],
+            [sys.executable, "-c", program, *map(str, arguments)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
+
+
+def test_polishing_writes_one_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    model = write_tiny_model(tmp_path / "model")
+    run_twice(POLISH, tmp_path, data, model)
+    before, after = read_model(model), read_model(tmp_path / "polished")
+    assert after.digest == before.digest
+    changed = {name for name, value in before.tensors.items() if not torch.equal(value, after.tensors[name])}
+    assert changed
+    assert all(name.startswith("preference.") for name in changed)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_processes_see_other_crops_and_make_the_same_steps(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    model = write_tiny_model(tmp_path / "model")
+    run_twice(PROGRAM, tmp_path, data, model)
     states = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert not torch.equal(states[0]["crop"], states[1]["crop"])
     for name, value in states[0]["model"].items():
