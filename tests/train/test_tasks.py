@@ -27,6 +27,7 @@ from ugicm_train.evaluation.machine import (
     evaluate,
     jpeg_xl_coder,
     point_of,
+    remembered,
     run,
 )
 from ugicm_train.evaluation.machine_report import Point, compare, curve, score_at
@@ -602,6 +603,14 @@ class TestAgreement:
         assert task.judge("red.png", np.zeros_like(original)) == [200, 400]
         assert task.score({"a": [400, 400], "b": [200, 400]}) == 0.75
         assert task.score({"a": [0, 0]}) == 0
+
+    def test_a_network_sees_a_picture_once(self) -> None:
+        seen: list[int] = []
+        network = remembered(lambda image: seen.append(int(image[0, 0, 0])) or len(seen))
+        pictures = [np.full((2, 2, 3), value, np.uint8) for value in (1, 2)]
+        assert [network(pictures[i]) for i in (0, 0, 1, 1, 0)] == [1, 1, 2, 2, 3]
+        assert network(pictures[0].copy()) == 4  # equal, but another
+        assert seen == [1, 2, 1, 1]
 
     def test_command_line(self, tmp_path: Path, colours: Path, tiny_store: Path) -> None:
         network = tmp_path / "mine.py"

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -320,6 +321,10 @@ def evaluate(
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that ``--top1``, ``--map``, ``--mask-map``, ``--miou`` and ``--agree`` name."""
     tasks: list[Task] = []
+    # One network for all tasks that name it, so that it sees a picture once.
+    classifier = functools.cache(lambda network: remembered(adaptors.load_classifier(network)))
+    segmenter = functools.cache(lambda network: remembered(adaptors.load_segmenter(network)))
+    detector = functools.cache(lambda network, names: remembered(adaptors.load_detector(network, names)))
 
     def describe(network: str, *data: str) -> tuple[str, str]:
         name = Path(network.rpartition(":")[2]).stem
@@ -328,27 +333,26 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     for network, folder in arguments.top1:
         name, identity = describe(network, folder)
         labels = read_labels(Path(folder) / "labels.csv")
-        tasks.append(Top1(name, adaptors.load_classifier(network), Path(folder), labels, identity))
+        tasks.append(Top1(name, classifier(network), Path(folder), labels, identity))
     for kind, given, suffix in ((BoxMap, arguments.map, ""), (MaskMap, arguments.mask_map, " masks")):
         for network, folder, instances in given:
             name, identity = describe(network, folder, instances)
-            detector = adaptors.load_detector(network, categories_of(Path(instances)))
-            tasks.append(kind(name + suffix, detector, Path(folder), Path(instances), identity))
+            detect = detector(network, categories_of(Path(instances)))
+            tasks.append(kind(name + suffix, detect, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
         name, identity = describe(network, folder, masks)
-        segmenter = adaptors.load_segmenter(network)
-        tasks.append(MeanIou(name, segmenter, Path(folder), Path(masks), identity=identity))
+        tasks.append(MeanIou(name, segmenter(network), Path(folder), Path(masks), identity=identity))
     for kind, network, folder in arguments.agree:
         name, identity = describe(network, folder)
         images = Path(folder)
         name, identity = f"{name} agreement, {images.name}", f"{kind} {identity}"
         match kind:
             case "classes":
-                tasks.append(SameClasses(name, adaptors.load_classifier(network), images, identity))
+                tasks.append(SameClasses(name, classifier(network), images, identity))
             case "boxes":
-                tasks.append(SameBoxes(name, adaptors.load_detector(network, None), images, identity))
+                tasks.append(SameBoxes(name, detector(network, None), images, identity))
             case "pixels":
-                tasks.append(SamePixels(name, adaptors.load_segmenter(network), images, identity=identity))
+                tasks.append(SamePixels(name, segmenter(network), images, identity=identity))
             case _:
                 raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
     names = [task.name for task in tasks]
@@ -360,10 +364,22 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def categories_of(instances: Path) -> list[str]:
+def remembered(network: Callable[[Image], Any]) -> Callable[[Image], Any]:
+    """The network, asked again only for another picture than the last."""
+    last: list[tuple[Image, Any]] = []
+
+    def ask(image: Image) -> Any:
+        if not last or last[0][0] is not image:
+            last[:] = [(image, network(image))]
+        return last[0][1]
+
+    return ask
+
+
+def categories_of(instances: Path) -> tuple[str, ...]:
     """Names of the categories of a COCO file, in the order of their ids."""
     categories = json.loads(instances.read_text(encoding="utf-8"))["categories"]
-    return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
