@@ -8,10 +8,10 @@ class, and no picture needs a label.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +19,10 @@ from numpy.typing import NDArray
 from ugicm_train.evaluation.machine_report import read_image
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image
-from ugicm_train.evaluation.tasks import (
-    Classifier,
-    Detections,
-    Detector,
-    Judgement,
-    Segmenter,
-    coco_map,
-)
+from ugicm_train.evaluation.tasks import Detections, Judgement, coco_map
 
 SURE = 0.3
 """Detections on the original count as objects from this score on."""
-
-
-def named_images(folder: Path) -> dict[str, Path]:
-    """The pictures under a folder by their path in it."""
-    return {str(path.relative_to(folder)): path for path in read_images(folder)}
 
 
 def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
@@ -46,55 +34,63 @@ def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class SameClasses:
-    """Overlap of the classes' probabilities: sum of the smaller of the two, mean over the pictures."""
+class Agreement:
+    """What the three tasks share."""
 
     name: str
-    classify: Classifier
+    network: Callable[[Image], Any]
     folder: Path
     identity: str = ""
-    metric: str = "agreement"
+    metric: ClassVar[str]
 
     def images(self) -> Mapping[str, Path]:
-        return named_images(self.folder)
+        """The pictures under the folder by their path in it."""
+        return {str(path.relative_to(self.folder)): path for path in read_images(self.folder)}
+
+    def answer(self, image: Image) -> Any:
+        """What is compared of the network's answer."""
+        raise NotImplementedError
+
+    def expected(self, name: str) -> Any:
+        """The answer on the original, asked for once."""
+        if name not in self._expected:
+            self._expected[name] = self.answer(read_image(self.folder / name))
+        return self._expected[name]
 
     @functools.cached_property
-    def _expected(self) -> dict[str, NDArray[np.float64]]:
+    def _expected(self) -> dict[str, Any]:
         return {}
 
+
+class SameClasses(Agreement):
+    """Overlap of the classes' probabilities: sum of the smaller of the two, mean over the pictures."""
+
+    metric = "agreement"
+
+    def answer(self, image: Image) -> NDArray[np.float64]:
+        return probabilities(self.network(image))
+
     def judge(self, name: str, image: Image) -> Judgement:
-        if name not in self._expected:
-            self._expected[name] = probabilities(self.classify(read_image(self.folder / name)))
-        seen = probabilities(self.classify(image))
-        return round(float(np.minimum(seen, self._expected[name]).sum()), 6)
+        return round(float(np.minimum(self.answer(image), self.expected(name)).sum()), 6)
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
         return float(np.mean(list(judgements.values())))
 
 
-@dataclass(frozen=True)
-class SameBoxes:
+class SameBoxes(Agreement):
     """COCO's mAP of boxes, with what is found in the original (score `SURE` and more) as the truth."""
 
-    name: str
-    detect: Detector
-    folder: Path
-    identity: str = ""
-    metric: str = "mAP of agreement"
+    metric = "mAP of agreement"
 
-    def images(self) -> Mapping[str, Path]:
-        return named_images(self.folder)
-
-    @functools.cached_property
-    def _expected(self) -> dict[str, list[list[float]]]:
-        return {}
+    def answer(self, image: Image) -> list[list[float]]:
+        """[class, score, left, top, right, bottom] of each box."""
+        found: Detections = self.network(image)
+        rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+        return [[c, round(score, 5), *(round(edge, 2) for edge in box)] for c, score, box in rows]
 
     def judge(self, name: str, image: Image) -> Judgement:
-        """[boxes of the original, boxes of this picture], each [class, score, left, top, right, bottom]."""
-        if name not in self._expected:
-            found = _rows(self.detect(read_image(self.folder / name)))
-            self._expected[name] = [row for row in found if row[1] >= SURE]
-        return [self._expected[name], _rows(self.detect(image))]
+        """[boxes of the original, boxes of this picture]."""
+        return [[row for row in self.expected(name) if row[1] >= SURE], self.answer(image)]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
         classes = sorted({int(row[0]) for truth, found in judgements.values() for row in (*truth, *found)})
@@ -117,44 +113,27 @@ class SameBoxes:
         return coco_map(dataset, results, "bbox", list(ids.values())) if annotations else 0.0
 
 
-def _rows(found: Detections) -> list[list[float]]:
-    rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-    return [[c, round(score, 5), *(round(edge, 2) for edge in box)] for c, score, box in rows]
-
-
 def _split(row: list[float]) -> tuple[float, float, list[float]]:
     c, score, left, top, right, bottom = row
     return c, score, [left, top, right - left, bottom - top]
 
 
-@dataclass(frozen=True)
-class SamePixels:
-    """Intersection over union of the class maps of picture and original, over what is not background.
+class SamePixels(Agreement):
+    """Intersection over union of the class maps of picture and original, over what is not background (0).
 
     All pictures together, all classes together: the pixels where both maps show the same object, as a part
     of those where either shows one. A mean over classes would let a rare one, a few pixels, decide.
     """
 
-    name: str
-    segment: Segmenter
-    folder: Path
-    background: int = 0
-    identity: str = ""
-    metric: str = "IoU of agreement"
+    metric = "IoU of agreement"
 
-    def images(self) -> Mapping[str, Path]:
-        return named_images(self.folder)
-
-    @functools.cached_property
-    def _expected(self) -> dict[str, NDArray[np.integer[Any]]]:
-        return {}
+    def answer(self, image: Image) -> NDArray[np.integer[Any]]:
+        return np.asarray(self.network(image))
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[pixels with the same object, pixels with one in either]."""
-        if name not in self._expected:
-            self._expected[name] = self.segment(read_image(self.folder / name))
-        expected, seen = self._expected[name], self.segment(image)
-        either = (expected != self.background) | (seen != self.background)
+        expected, seen = self.expected(name), self.answer(image)
+        either = (expected > 0) | (seen > 0)
         return [int((either & (expected == seen)).sum()), int(either.sum())]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:

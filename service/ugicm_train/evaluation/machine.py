@@ -352,7 +352,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             case "boxes":
                 tasks.append(SameBoxes(name, detector(network, None), images, identity))
             case "pixels":
-                tasks.append(SamePixels(name, segmenter(network), images, identity=identity))
+                tasks.append(SamePixels(name, segmenter(network), images, identity))
             case _:
                 raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
     names = [task.name for task in tasks]
