@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ugicm_train.evaluation.machine_report import read_image
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image
-from ugicm_train.evaluation.tasks import Detections, Judgement, coco_map
+from ugicm_train.evaluation.tasks import Detections, Judgement, box_edges, coco_box, coco_map, kept_rows
 
 SURE = 0.3
 """Detections on the original count as objects from this score on."""
@@ -85,8 +85,7 @@ class SameBoxes(Agreement):
     def answer(self, image: Image) -> list[list[float]]:
         """[class, score, left, top, right, bottom] of each box."""
         found: Detections = self.network(image)
-        rows = zip(found.classes.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
-        return [[c, round(score, 5), *(round(edge, 2) for edge in box)] for c, score, box in rows]
+        return kept_rows(found, box_edges(found))
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[boxes of the original, boxes of this picture]."""
@@ -98,7 +97,8 @@ class SameBoxes(Agreement):
         annotations = [
             {"image_id": ids[name], "category_id": int(c), "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
             for name, (truth, _) in judgements.items()
-            for c, _, box in map(_split, truth)
+            for c, _, *edges in truth
+            for box in [coco_box(edges)]
         ]
         dataset = {
             "images": [{"id": index, "file_name": name} for name, index in ids.items()],
@@ -106,16 +106,11 @@ class SameBoxes(Agreement):
             "annotations": [{"id": index, **a} for index, a in enumerate(annotations, 1)],
         }
         results = [
-            {"image_id": ids[name], "category_id": int(c), "score": score, "bbox": box}
+            {"image_id": ids[name], "category_id": int(c), "score": score, "bbox": coco_box(edges)}
             for name, (_, found) in judgements.items()
-            for c, score, box in map(_split, found)
+            for c, score, *edges in found
         ]
         return coco_map(dataset, results, "bbox", list(ids.values())) if annotations else 0.0
-
-
-def _split(row: list[float]) -> tuple[float, float, list[float]]:
-    c, score, left, top, right, bottom = row
-    return c, score, [left, top, right - left, bottom - top]
 
 
 class SamePixels(Agreement):

@@ -193,8 +193,8 @@ def bd_rate_errors(
 ) -> dict[str, float | None]:
     """Standard errors of the BD-rates for the choice of pictures, in percent points.
 
-    Delete-a-group jackknife: everything again without each tenth of the pictures. None where there are fewer
-    than two pictures a group, or where a part has no BD-rate.
+    Delete-a-group jackknife: everything again without each tenth of the pictures. Empty where there are fewer
+    than two pictures a group; None where a part has no BD-rate.
     """
     views = {
         name: [point for point in points if point.strength in (0.0, 1.0)]

@@ -132,8 +132,7 @@ class CocoMap:
     def judge(self, name: str, image: Image) -> Judgement:
         """[class, score, *shape] of each object."""
         found = self.detect(image)
-        rows = zip(found.classes.tolist(), found.scores.tolist(), self.shapes(name, found), strict=True)
-        return [[c, round(s, 5), *shape] for c, s, shape in rows]
+        return kept_rows(found, self.shapes(name, found))
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
         dataset = json.loads(self.instances.read_text(encoding="utf-8"))
@@ -145,6 +144,23 @@ class CocoMap:
             for c, score, *shape in rows
         ]
         return coco_map(dataset, results, self.kind, [ids[name] for name in judgements])
+
+
+def kept_rows(found: Detections, shapes: Sequence[list[Any]]) -> list[list[Any]]:
+    """What is kept of the objects of a picture: [class, score, *shape] of each."""
+    rows = zip(found.classes.tolist(), found.scores.tolist(), shapes, strict=True)
+    return [[c, round(score, 5), *shape] for c, score, shape in rows]
+
+
+def box_edges(found: Detections) -> list[list[float]]:
+    """Left, top, right and bottom of each box, as they are kept."""
+    return [[round(edge, 2) for edge in box] for box in found.boxes.tolist()]
+
+
+def coco_box(edges: Sequence[float]) -> list[float]:
+    """Kept edges -> COCO's left, top, width, height."""
+    left, top, right, bottom = edges
+    return [left, top, right - left, bottom - top]
 
 
 def coco_map(
@@ -169,6 +185,9 @@ def coco_map(
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), kind)
         evaluation.params.imgIds = image_ids
+        # Of the areas that COCO tells apart only the first, all of them, counts here.
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]
+        evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -182,11 +201,10 @@ class BoxMap(CocoMap):
 
     def shapes(self, name: str, found: Detections) -> list[list[Any]]:
         del name
-        return [[round(edge, 2) for edge in box] for box in found.boxes.tolist()]
+        return box_edges(found)
 
     def result(self, shape: list[Any]) -> dict[str, Any]:
-        left, top, right, bottom = shape
-        return {"bbox": [left, top, right - left, bottom - top]}
+        return {"bbox": coco_box(shape)}
 
 
 class MaskMap(CocoMap):
