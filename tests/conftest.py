@@ -39,8 +39,13 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
             head.weight.mul_(8)
             # Wide enough that escapes stay rare.
             head.bias.view(4, 2, -1)[:, 1] = 2.5
-        for change, weight in zip(model.preference.parameters(), model.synthesis.parameters(), strict=True):
-            change.copy_(0.1 * weight.std() * torch.randn_like(weight))
+        for change, module, size in (
+            (model.analysis_tilt, model.analysis, 0.03),
+            (model.synthesis_tilt, model.synthesis, 0.03),
+            (model.preference, model.synthesis, 0.1),
+        ):
+            for difference, weight in zip(change.parameters(), module.parameters(), strict=True):
+                difference.copy_(size * weight.std() * torch.randn_like(weight))
     return model
 
 

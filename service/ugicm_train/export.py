@@ -16,7 +16,7 @@ from torch import Tensor
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy import INDEX_OFFSET, SCALE_COUNT, Z_LIMIT
-from ugicm.codec.entropy_twin import OCTAVES_PER_UNIT
+from ugicm.codec.entropy_twin import LOGISTIC_SCALE, OCTAVES_PER_UNIT
 from ugicm.codec.fixed_point import (
     BITS_MAX,
     BITS_MIN,
@@ -30,10 +30,14 @@ from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_diges
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 TAIL_SIGMAS = 8.0
-"""Gaussian tables reach this far; what lies beyond is coded as an escape."""
+"""Tables of the latent reach this far; what lies beyond is coded as an escape."""
 PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""
 WEIGHT_MAX = 32767
+TRANSFORMS = (
+    "analysis", "analysis_tilt", "hyper_analysis", "synthesis", "synthesis_tilt", "preference", "gains",
+)  # fmt: skip
+"""Parts of a model that are stored as they are."""
 
 
 def to_frequencies(probabilities: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -45,17 +49,16 @@ def to_frequencies(probabilities: NDArray[np.float64]) -> NDArray[np.int32]:
     return frequencies.astype(np.int32)
 
 
-def gaussian_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Frequencies and lengths of the `SCALE_COUNT` zero-mean Gaussians."""
+def logistic_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Frequencies and lengths of the `SCALE_COUNT` zero-mean logistic distributions."""
     tables = []
     for index in range(SCALE_COUNT):
         sigma = 2.0 ** ((index - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS)
         radius = int(np.ceil(TAIL_SIGMAS * sigma)) + 1
-        # 0.5 erfc of the distance to zero is accurate in the tail.
-        edges = (torch.arange(radius + 2, dtype=torch.float64) - 0.5) / sigma
-        upper = 0.5 * torch.erfc(edges * 2**-0.5)
+        edges = (torch.arange(radius + 2, dtype=torch.float64) - 0.5) / (sigma * LOGISTIC_SCALE)
+        # Sigmoid of the distance below zero is accurate in the tail.
+        upper = torch.sigmoid(-edges)
         mass = (upper[:-1] - upper[1:]).numpy()
-        mass[0] = float(1 - 2 * upper[1])
         both = np.concatenate([mass[:0:-1], mass, [2 * float(upper[-1])]])
         tables.append(to_frequencies(both))
     return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
@@ -128,11 +131,11 @@ def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
     tensors = integer_entropy(model.entropy)
     for kind, (frequencies, lengths) in (
         ("z", prior_tables(model.prior)),
-        ("y", gaussian_tables()),
+        ("y", logistic_tables()),
     ):
         tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(frequencies)
         tensors[f"tables.{kind}.lengths"] = torch.from_numpy(lengths)
-    for prefix in ("analysis", "hyper_analysis", "synthesis", "preference", "gains"):
+    for prefix in TRANSFORMS:
         for name, value in getattr(model, prefix).state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().float().cpu().contiguous()
     return tensors

@@ -37,9 +37,9 @@ class LossTerms(NamedTuple):
     teacher: Tensor
 
 
-def sample_levels(config: ModelConfig, count: int, device: torch.device, power: float) -> Tensor:
-    """Continuous levels (count,) in [0, levels - 1]; a `power` below 1 draws high rates more often."""
-    return (config.levels - 1) * torch.rand(count, device=device) ** power
+def level_of(config: ModelConfig, share: float, power: float) -> float:
+    """Continuous level in [0, levels - 1] of a uniform number; `power` below 1 makes high rates likelier."""
+    return (config.levels - 1) * share**power
 
 
 def rate_distortion_loss(

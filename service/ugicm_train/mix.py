@@ -1,6 +1,6 @@
 """``ugicm-train mix``: a machine view made of those of several models, in shares.
 
-The differences that make up the machine view (`Synthesis.blended`) outlive further training of the human
+The differences that make up the machine view (`networks.moved`) outlive further training of the human
 view, so they can be carried over, averaged and made milder. Encoder, entropy model and human view are those
 of the base; its bitstreams do not change.
 """

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ugicm.codec.conditioning import Gains
+from ugicm.codec.conditioning import Gains, tilt_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import LIKELIHOOD_MIN, EntropyNetwork, add_noise, round_straight
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, moved_weights
 
 
 class FactorizedPrior(nn.Module):
@@ -36,6 +36,13 @@ class FactorizedPrior(nn.Module):
         return -torch.log2(self.mass(z).clamp_min(LIKELIHOOD_MIN))
 
 
+@torch.no_grad()
+def make_zero(change: nn.Module) -> None:
+    """Forget what a difference of weights has learned."""
+    for parameter in change.parameters():
+        parameter.zero_()
+
+
 class CodecOutput(NamedTuple):
     human: Tensor
     """Picture at strength 0, (B, 3, H, W), about [0, 1]."""
@@ -57,24 +64,45 @@ class TrainableCodec(nn.Module):
         self.prior = FactorizedPrior(config.hyper_channels)
         self.entropy = EntropyNetwork(config)
         self.synthesis = Synthesis(config)
+        self.analysis_tilt, self.synthesis_tilt = Analysis(config), Synthesis(config)
+        """What the highest rate's transforms add to each weight of the middle rate's, and the lowest's
+        take off."""
         self.preference = Synthesis(config)
         """What the machine's synthesis transform adds to each weight of the human's."""
-        self.forget_machine()
+        for change in (self.analysis_tilt, self.synthesis_tilt, self.preference):
+            make_zero(change)
 
-    @torch.no_grad()
-    def forget_machine(self) -> None:
-        """Make the machine view the human view."""
-        for change in self.preference.parameters():
-            change.zero_()
+    def tilt(self, level: Tensor) -> float:
+        """Where between the rates the transforms of a batch are.
 
-    def machine_view(self, latent: Tensor, strength: float) -> Tensor:
+        Raises:
+            ValueError: the batch is not all of one level.
+        """
+        if len(level.unique()) != 1:
+            raise ValueError(f"a batch is coded at one level, got {level.tolist()}")
+        return tilt_of(float(level[0]), self.config.levels)
+
+    def latent_of(self, x: Tensor, level: Tensor) -> Tensor:
+        """y before gains, (B, M, H/16, W/16)."""
+        weights = moved_weights(self.analysis, (self.analysis_tilt, self.tilt(level)))
+        latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
+        return latent
+
+    def human_view(self, latent: Tensor, level: Tensor) -> Tensor:
+        """Decode (B, M, H/16, W/16) for people."""
+        weights = moved_weights(self.synthesis, (self.synthesis_tilt, self.tilt(level)))
+        view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
+        return view
+
+    def machine_view(self, latent: Tensor, level: Tensor, strength: float) -> Tensor:
         """Decode at `strength`; gradients reach the latent and the difference, not the human's transform."""
-        difference = dict(self.preference.named_parameters())
-        blended = {
-            name: weight.detach() + strength * difference[name]
-            for name, weight in self.synthesis.named_parameters()
+        with torch.no_grad():
+            human = moved_weights(self.synthesis, (self.synthesis_tilt, self.tilt(level)))
+        weights = {
+            name: human[name] + strength * change for name, change in self.preference.named_parameters()
         }
-        return torch.func.functional_call(self.synthesis, blended, (latent,))
+        view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
+        return view
 
     def forward(
         self,
@@ -85,18 +113,19 @@ class TrainableCodec(nn.Module):
         strength: float = 1.0,
         noise: bool = True,
     ) -> CodecOutput:
-        """``x`` (B, 3, H, W) in [0, 1], H and W multiples of 64; ``level`` (B,) in [0, levels-1].
+        """``x`` (B, 3, H, W) in [0, 1], H and W multiples of 64; ``level`` (B,) in [0, levels-1], all
+        the same.
 
         The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None).
         """
         batch, _, height, width = x.shape
         count = batch if machine_count is None else machine_count
         gain, inverse = self.gains(level)
-        y = self.analysis(x).float() * gain
+        y = self.latent_of(x, level).float() * gain
         z = self.hyper_analysis(y).float()
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        human = self.synthesis(latent)
-        machine = self.machine_view(latent[:count], strength) if count else human[:0]
+        human = self.human_view(latent, level)
+        machine = self.machine_view(latent[:count], level, strength) if count else human[:0]
         return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

@@ -25,11 +25,11 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, read_training, write_model
 from ugicm_train.losses import Teacher
-from ugicm_train.model import CodecOutput, TrainableCodec
+from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
 from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint, optimizers
 
-VIEWS = {"machine": ("preference",), "both": ("synthesis", "preference")}
+VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_tilt", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
 
 GRAIN = 0.1
@@ -58,12 +58,12 @@ class PolishedCodec(TrainableCodec):
         del noise
         with torch.no_grad():
             gain, inverse = self.gains(level)
-            y = self.analysis(x).float() * gain
+            y = self.latent_of(x, level).float() * gain
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         # No samples where nothing learns from them.
-        human = self.synthesis(latent) if self.human_learns else latent.new_empty(0, 3, *x.shape[2:])
-        machine = self.machine_view(latent[:machine_count], strength)
+        human = self.human_view(latent, level) if self.human_learns else latent.new_empty(0, 3, *x.shape[2:])
+        machine = self.machine_view(latent[:machine_count], level, strength)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 
 
@@ -117,7 +117,7 @@ def polish(
     if options.threads:
         torch.set_num_threads(options.threads)
     if restart:
-        model.forget_machine()
+        make_zero(model.preference)
     polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.conditioning import Gains, at_level
@@ -78,6 +78,16 @@ def move_levels(gains: Gains, old: ModelConfig, new: ModelConfig) -> None:
         table.copy_(at_level(table, position))
 
 
+@torch.no_grad()
+def move_tilt(module: nn.Module, tilt: nn.Module, old: ModelConfig, new: ModelConfig) -> None:
+    """Give every rate the weights that it had, where another range of lambda has another middle and ends."""
+    old_span, new_span = (np.log(config.lambda_max / config.lambda_min) for config in (old, new))
+    old_middle, new_middle = (np.log(config.lambda_max * config.lambda_min) / 2 for config in (old, new))
+    for weight, change in zip(module.parameters(), tilt.parameters(), strict=True):
+        weight.add_(change, alpha=float(2 * (new_middle - old_middle) / old_span))
+        change.mul_(float(new_span / old_span))
+
+
 def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
     """A model of `config` with the weights of a restored one; only the range of lambda may differ.
 
@@ -92,4 +102,6 @@ def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
     model = TrainableCodec(config)
     model.load_state_dict(stored.state_dict())
     move_levels(model.gains, stored.config, config)
+    move_tilt(model.analysis, model.analysis_tilt, stored.config, config)
+    move_tilt(model.synthesis, model.synthesis_tilt, stored.config, config)
     return model

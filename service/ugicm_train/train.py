@@ -26,7 +26,7 @@ from ugicm.codec.networks import Pointwise
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler, read_photos
-from ugicm_train.losses import Teacher, rate_distortion_loss, sample_levels
+from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
 from ugicm_train.model import TrainableCodec
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -59,6 +59,8 @@ class TrainOptions:
     """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
     min_scale: float = 1.0
     """Photos are shrunk to between this and 1 of their size before a crop is taken."""
+    batch_levels: int = 4
+    """Rates in a batch (of each process): a transform has one rate at a time."""
     level_power: float = 0.8
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
@@ -71,7 +73,7 @@ class TrainOptions:
     decay: float = 0.3
     """Last part of the run over which the learning rate falls to zero (warm-up, stable, decay)."""
     ema: float = 0.999
-    clip: float = 1.0
+    clip: float = 2.0
     teacher_weight: float = 1.0
     seed: int = 0
     threads: int | None = None
@@ -141,6 +143,7 @@ class Trainer:
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = optimizers(self.model, options)
+        self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
         self.usual_norm: float | None = None
@@ -180,6 +183,8 @@ class Trainer:
         size = self.options.crop
         seed = self.options.seed + self.step + 1_000_003 * self.processes.rank
         torch.manual_seed(seed)
+        # The same in all processes.
+        self.level_random.manual_seed(self.options.seed + self.step)
         photos = [photo.to(self.device) for _, photo in read_photos(data, min_side=size)]
         return CropSampler(
             photos,
@@ -189,26 +194,39 @@ class Trainer:
             min_scale=self.options.min_scale,
         )
 
+    def next_levels(self, count: int) -> list[float]:
+        """Rates of the parts of this process's next batch; those of all processes are spread evenly."""
+        first = float(torch.rand((), generator=self.level_random))
+        total = count * self.processes.count
+        shares = [(first + (self.processes.rank * count + part) / total) % 1 for part in range(count)]
+        return [level_of(self.config, share, self.options.level_power) for share in shares]
+
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
         """One update; a batch whose gradients are not finite or far out of line is skipped."""
         options = self.options
-        level = sample_levels(self.config, len(x), x.device, options.level_power)
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
         strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
-        count = round(options.machine_share * len(x))
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            output = self.model(x, level, machine_count=count, strength=strength)
-        terms = rate_distortion_loss(
-            self.config,
-            output,
-            x,
-            level,
-            teacher=teacher,
-            teacher_weight=options.teacher_weight,
-            strength=strength,
-        )
         self.model.zero_grad()
-        terms.loss.backward()
+        parts = x.chunk(min(options.batch_levels, len(x)))
+        sums: dict[str, Tensor] = {}
+        for part, value in zip(parts, self.next_levels(len(parts)), strict=True):
+            level = part.new_full((len(part),), value)
+            count = round(options.machine_share * len(part))
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+                output = self.model(part, level, machine_count=count, strength=strength)
+            terms = rate_distortion_loss(
+                self.config,
+                output,
+                part,
+                level,
+                teacher=teacher,
+                teacher_weight=options.teacher_weight,
+                strength=strength,
+            )
+            share = len(part) / len(x)
+            (share * terms.loss).backward()
+            for name, term in terms._asdict().items():
+                sums[name] = sums.get(name, 0.0) + share * term.detach()
         self.processes.average_gradients(self.model.parameters())
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip))
         usual = self.usual_norm or norm
@@ -226,7 +244,7 @@ class Trainer:
                     list(self.average.parameters()), list(self.model.parameters()), 1 - decay
                 )
         self.step += 1
-        return {name: value.detach() for name, value in terms._asdict().items()}
+        return sums
 
     def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> None:
         """Train until the budget of the options is used up, or until SIGINT or SIGTERM."""

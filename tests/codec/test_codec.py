@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,14 @@ from numpy.typing import NDArray
 
 import ugicm.codec.codec as codec_module
 from ugicm.codec.bitstream import parse, peek, serialise
-from ugicm.codec.codec import Codec, pick_precision
+from ugicm.codec.codec import Codec, Kept, pick_precision
 from ugicm.codec.errors import (
     CodecError,
     LimitExceededError,
     MalformedBitstreamError,
     ModelMismatchError,
 )
+from ugicm.codec.store import read_model
 
 Photo = NDArray[np.uint8]
 
@@ -56,6 +59,36 @@ def test_quality_trades_bytes_for_fidelity(tiny_codec: Codec, photo: Photo) -> N
     values = [psnr(photo, picture) for picture in tiny_codec.decode(coded)]
     assert sizes == sorted(sizes)
     assert values[0] < min(values[1:]) - 0.1
+
+
+@pytest.mark.parametrize("part", ["analysis_tilt", "synthesis_tilt"])
+def test_every_rate_has_transforms_of_its_own(tiny_store: Path, photo: Photo, part: str) -> None:
+    stored = read_model(tiny_store / "tiny")
+    level = {
+        name: torch.zeros_like(tensor) if name.startswith(f"{part}.") else tensor
+        for name, tensor in stored.tensors.items()
+    }
+    tilted, plain = (
+        Codec(stored._replace(tensors=tensors), device="cpu", precision="float32")
+        for tensors in (stored.tensors, level)
+    )
+    for quality, same in ((1.0, False), (50.5, True), (100.0, False)):
+        data = [codec.encode([photo], quality)[0] for codec in (tilted, plain)]
+        assert (data[0] == data[1]) is (same or part == "synthesis_tilt")
+        pictures = [codec.decode(data[:1])[0] for codec in (tilted, plain)]
+        assert np.array_equal(*pictures) is (same or part == "analysis_tilt")
+
+
+def test_kept_values_are_made_once_and_the_latest_used_stay() -> None:
+    made: list[int] = []
+
+    def make(key: int) -> int:
+        made.append(key)
+        return -key
+
+    kept = Kept(2, make)
+    assert [kept[key] for key in (1, 2, 1, 3, 1, 2)] == [-1, -2, -1, -3, -1, -2]
+    assert made == [1, 2, 3, 2]
 
 
 def test_strength_changes_the_picture_not_the_bits(tiny_codec: Codec, photo: Photo) -> None:

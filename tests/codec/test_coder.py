@@ -14,12 +14,12 @@ from ugicm.codec.coder import (
     make_table,
 )
 from ugicm.codec.errors import MalformedBitstreamError
-from ugicm_train.export import gaussian_tables, to_frequencies
+from ugicm_train.export import logistic_tables, to_frequencies
 
 
 @pytest.fixture(scope="module")
 def tables() -> Tables:
-    return Tables(*gaussian_tables())
+    return Tables(*logistic_tables())
 
 
 def test_round_trip_with_escapes(tables: Tables) -> None:

@@ -17,12 +17,13 @@ from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec, read_model
 from ugicm_train.export import export
+from ugicm_train.model import make_zero
 from ugicm_train.polish import VIEWS, add_arguments, polish, run
 from ugicm_train.restore import restore
 from ugicm_train.train import TrainOptions, train
 
 OPTIONS = TrainOptions(
-    steps=12, batch=2, crop=128, matrix_lr=0.005, other_lr=0.003, warmup_steps=1, ema=0.5, device="cpu"
+    steps=24, batch=2, crop=128, matrix_lr=0.004, other_lr=0.002, warmup_steps=1, ema=0.5, device="cpu"
 )
 
 
@@ -63,13 +64,13 @@ def test_bitstreams_stay_the_same_and_decode_better(
 
 def test_forgotten_machine_view_is_the_human_view() -> None:
     model = tiny_trainable()
-    y = torch.rand(1, TINY.latent_channels, 4, 4)
+    y, level = torch.rand(1, TINY.latent_channels, 4, 4), torch.tensor([1.5])
     with torch.no_grad():
-        human = model.synthesis(y)
-        assert not torch.allclose(human, model.machine_view(y, 1.0))
-        model.forget_machine()
+        human = model.human_view(y, level)
+        assert not torch.allclose(human, model.machine_view(y, level, 1.0))
+        make_zero(model.preference)
         for strength in (0.0, 0.3, 1.0):
-            torch.testing.assert_close(model.machine_view(y, strength), human)
+            torch.testing.assert_close(model.machine_view(y, level, strength), human)
 
 
 def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
@@ -81,7 +82,8 @@ def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo:
     model = restore(stored.config, stored.tensors).eval()
     x = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 255
     with torch.no_grad():
-        y = model.analysis(x) * model.gains(torch.tensor([49 / 99 * (stored.config.levels - 1)]))[0]
+        level = torch.tensor([49 / 99 * (stored.config.levels - 1)])
+        y = model.latent_of(x, level) * model.gains(level)[0]
         y_hat = model.entropy(model.hyper_analysis(y).round(), y, noise=False).y_hat[0]
     # Means differ by a few of their units of 1/64; a symbol near the edge of its bin may flip.
     error = (y_hat.permute(1, 2, 0) - exact).abs()
@@ -127,10 +129,11 @@ def test_grain_follows_the_error(tmp_path: Path, data: Path, photo: NDArray[np.u
     polish(before, after, OPTIONS, [data], tmp_path / "run", grain=0.5)
     table = read_model(after).tensors["grain"]
     codec = load_codec(after, device="cpu", precision="float32")
-    bitstream = codec.encode([photo], 1.0)[0]
-    assert float(table[0]) * 255 == pytest.approx(
-        0.5 * squared_error(codec, bitstream, photo, 0.0) ** 0.5, rel=0.25
-    )
+    # Crops of the size that it was measured on: errors are larger at borders.
+    crops = [photo[y : y + 128, x : x + 128] for y in range(0, 384, 128) for x in range(0, 512, 128)]
+    crops = [crop for crop in crops if crop.shape == (128, 128, 3)]
+    errors = [squared_error(codec, codec.encode([crop], 1.0)[0], crop, 0.0) for crop in crops]
+    assert float(table[0]) * 255 == pytest.approx(0.5 * np.mean(errors) ** 0.5, rel=0.25)
     # A model can be polished again, and lose its grain.
     polish(after, after, OPTIONS, [data], tmp_path / "run")
     assert "grain" not in read_model(after).tensors

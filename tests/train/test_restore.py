@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
+from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import read_model
 from ugicm_train.export import model_tensors
-from ugicm_train.restore import fit_prior, move_levels, restore, start_from
+from ugicm_train.restore import fit_prior, move_levels, move_tilt, restore, start_from
 from ugicm_train.train import TrainOptions, load_checkpoint, train
 
 
@@ -46,6 +47,18 @@ def test_levels_move_to_another_range_of_lambda() -> None:
     # Back again: linear between the same ends.
     move_levels(model.gains, wider, TINY)
     torch.testing.assert_close(model.gains.log_gain, gains.log_gain)
+
+
+def test_transforms_of_a_rate_stay_in_another_range_of_lambda() -> None:
+    wider = dataclasses.replace(TINY, lambda_min=TINY.lambda_min / 2, lambda_max=TINY.lambda_max * 4)
+    old, new = tiny_trainable(), start_from(tiny_trainable(), wider)
+    x, lambdas = torch.rand(1, 3, 64, 64), torch.tensor([TINY.lambda_max])
+    assert lambda_of(TINY, torch.tensor([2.0])) == lambdas
+    level = (lambdas / wider.lambda_min).log() / np.log(wider.lambda_max / wider.lambda_min) * 2
+    torch.testing.assert_close(new.latent_of(x, level), old.latent_of(x, torch.tensor([2.0])))
+    move_tilt(new.synthesis, new.synthesis_tilt, wider, TINY)
+    for name, weight in old.synthesis_tilt.state_dict().items():
+        torch.testing.assert_close(new.synthesis_tilt.state_dict()[name], weight)
 
 
 def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:

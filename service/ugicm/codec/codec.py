@@ -7,9 +7,9 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ugicm.codec import bitstream as container
 from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
-from ugicm.codec.conditioning import Gains, at_level, quality_to_level
+from ugicm.codec.conditioning import Gains, at_level, quality_to_level, tilt_of
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import EntropyModel, TileSymbols
@@ -31,12 +31,14 @@ from ugicm.codec.inference import (
     InferenceSynthesis,
     Sides,
 )
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, moved
 from ugicm.codec.refine import MAX_STEPS, Frame, Refiner
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 Image = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
@@ -45,10 +47,12 @@ TILE_SIDE = 1024
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
 """Pixels that go through the networks at once; bounds memory."""
+TILT_STEPS = 16
+"""Shares of the weight differences between rates are rounded to 1/16, so that qualities share transforms."""
 REACH_STEPS = 32
 """Shares of the machine's weight differences are rounded to 1/32."""
-SYNTHESES_KEPT = 16
-"""Shares of the differences whose synthesis transform is kept ready."""
+TRANSFORMS_KEPT = 32
+"""Transforms that are kept ready, of each kind."""
 
 
 class Window(NamedTuple):
@@ -163,6 +167,24 @@ def tile_windows(header: Header, margin: int) -> list[Window]:
     ]
 
 
+class Kept(Generic[Key, Value]):
+    """Values by key, made when first asked for; of many, the latest used are kept. Thread-safe."""
+
+    def __init__(self, most: int, make: Callable[[Key], Value]) -> None:
+        self._most, self._make = most, make
+        self._values: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: Key) -> Value:
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = self._make(key)
+                if len(self._values) > self._most:
+                    self._values.popitem(last=False)
+            self._values.move_to_end(key)
+            return self._values[key]
+
+
 class Codec:
     """One trained model on one device: pixels to bitstreams and back, at any quality and preference.
 
@@ -199,11 +221,13 @@ class Codec:
                 ) from error
             return module.requires_grad_(False).to(self._device)
 
-        self._analysis = InferenceAnalysis(load(Analysis(config), "analysis"), self._dtype)
+        self._analysis = load(Analysis(config), "analysis")
+        self._analysis_tilt = load(Analysis(config), "analysis_tilt")
         self._hyper_analysis = InferenceHyperAnalysis(
             load(HyperAnalysis(config), "hyper_analysis"), self._dtype
         )
         self._synthesis = load(Synthesis(config), "synthesis")
+        self._synthesis_tilt = load(Synthesis(config), "synthesis_tilt")
         self._preference = load(Synthesis(config), "preference")
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
@@ -217,10 +241,10 @@ class Codec:
             else EntropyModel(config, model.tensors, torch.device("cpu"))
         )
         self._stored_entropy = {k: v for k, v in model.tensors.items() if k.startswith("entropy.")}
-        self._blended: OrderedDict[float, InferenceSynthesis] = OrderedDict()
-        self._blending = threading.Lock()
-        for strength in (0.0, 1.0):
-            self._synthesis_for(strength)
+        self._analyses: Kept[float, InferenceAnalysis] = Kept(TRANSFORMS_KEPT, self._make_analysis)
+        self._syntheses: Kept[tuple[float, float], InferenceSynthesis] = Kept(
+            TRANSFORMS_KEPT, self._make_synthesis
+        )
 
     # One call
 
@@ -282,7 +306,7 @@ class Codec:
         target_bpp: float | None = None,
         refine: int = 0,
     ) -> bytes:
-        """The best quality whose whole bitstream fits a budget, by bisection after one analysis.
+        """The best quality whose whole bitstream fits a budget, by bisection.
 
         Args:
             image: RGB picture, uint8 (H, W, 3).
@@ -306,11 +330,12 @@ class Codec:
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
                 return exact
-        latents = list(self._latents(image))
+        # Neighbouring qualities share their analysis transform, and so the latents.
+        latents: Kept[float, list[Tensor]] = Kept(1, lambda tilt: list(self._latents(image, tilt)))
 
         def attempt(step: int, refine: int = 0) -> bytes:
             header = self._header(image, step / container.QUALITY_STEPS)
-            tiles = self._tiles(latents, image, header, refine)
+            tiles = self._tiles(latents[self._tilt(header)], image, header, refine)
             return self._serialise(header, tiles)
 
         def search(budget: float) -> tuple[int, bytes]:
@@ -349,13 +374,14 @@ class Codec:
             self._check_image(image)
         headers = [self._header(image, q) for image, q in zip(images, qualities, strict=True)]
         out: list[Latent | None] = [None] * len(images)
-        for group in _batches([_shape(header) for header in headers]):
+        for group in _batches([(*_shape(header), self._tilt(header)) for header in headers]):
             if headers[group[0]].tile_side:
                 for index in group:
                     tiles = tuple(self._analyse_image(images[index], headers[index]))
                     out[index] = Latent(headers[index], tiles, picture=images[index])
                 continue
-            y = self._transform(torch.stack([self._padded(images[index]) for index in group]))
+            pixels = torch.stack([self._padded(images[index]) for index in group])
+            y = self._transform(pixels, self._tilt(headers[group[0]]))
             tiles = tuple(self._quantise(list(y), [headers[index].quality for index in group]))
             for index, tile in zip(group, tiles, strict=True):
                 out[index] = Latent(headers[index], (tile,), picture=images[index])
@@ -389,25 +415,24 @@ class Codec:
             if not 0 <= value <= 1:
                 raise CodecError(f"strength must be in 0..1, got {value}")
         keys = [
-            (*_shape(latent.header), latent.header.lossless, value, self._share(latent.header, value))
-            for latent, value in zip(latents, strengths, strict=True)
+            (*_shape(header), header.lossless, value, self._tilt(header), self._share(header, value))
+            for header, value in zip((latent.header for latent in latents), strengths, strict=True)
         ]
         out: list[Image | None] = [None] * len(latents)
         for group in _batches(keys):
-            value, share = keys[group[0]][-2:]
-            images = self._synthesise_group([latents[i] for i in group], value, share)
+            images = self._synthesise_group([latents[i] for i in group], strengths[group[0]])
             for index, image in zip(group, images, strict=True):
                 out[index] = image
         return [image for image in out if image is not None]
 
     # Parts
 
-    def _synthesise_group(self, latents: Sequence[Latent], strength: float, share: float) -> list[Image]:
-        """Pictures of one size, preference and `_share`, window by window."""
+    def _synthesise_group(self, latents: Sequence[Latent], strength: float) -> list[Image]:
+        """Pictures of one size, preference, `_tilt` and `_share`, window by window."""
         header = latents[0].header
         if header.lossless:
             return [latent.picture for latent in latents if latent.picture is not None]
-        synthesis = self._synthesis_for(share)
+        synthesis = self._syntheses[self._tilt(header), self._share(header, strength)]
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
@@ -438,17 +463,19 @@ class Codec:
         # Rounded, so that qualities share transforms; never to the human view's.
         return max(1, round(REACH_STEPS * share)) / REACH_STEPS
 
-    def _synthesis_for(self, share: float) -> InferenceSynthesis:
-        """The synthesis transform with this part of the machine's weight differences."""
-        with self._blending:
-            if share not in self._blended:
-                blended = self._synthesis.blended(self._preference, share)
-                self._blended[share] = InferenceSynthesis(blended, self._dtype)
-                if len(self._blended) > SYNTHESES_KEPT:
-                    # The two ends are what most callers ask for: never dropped.
-                    del self._blended[next(s for s in self._blended if s not in (0.0, 1.0))]
-            self._blended.move_to_end(share)
-            return self._blended[share]
+    def _tilt(self, header: Header) -> float:
+        """Part of the weight differences between rates at this quality, -1 .. 1."""
+        level = float(quality_to_level(header.quality, self.config.levels))
+        return round(TILT_STEPS * tilt_of(level, self.config.levels)) / TILT_STEPS
+
+    def _make_analysis(self, tilt: float) -> InferenceAnalysis:
+        return InferenceAnalysis(moved(self._analysis, (self._analysis_tilt, tilt)), self._dtype)
+
+    def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
+        return moved(self._synthesis, (self._synthesis_tilt, tilt), (self._preference, share))
+
+    def _make_synthesis(self, shares: tuple[float, float]) -> InferenceSynthesis:
+        return InferenceSynthesis(self._moved_synthesis(*shares), self._dtype)
 
     def _check_image(self, image: Image) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -494,9 +521,9 @@ class Codec:
         return torch.from_numpy(np.array(part))
 
     @torch.inference_mode()
-    def _transform(self, pixels: Tensor, margin: Sides = NOTHING) -> Tensor:
+    def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
-        return self._analysis(pixels.to(self._device), margin)
+        return self._analyses[tilt](pixels.to(self._device), margin)
 
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
@@ -505,11 +532,11 @@ class Codec:
         y = torch.stack(list(latents)).to(self._device) * gain
         return self._entropy.quantise(self._hyper_analysis(y), y)
 
-    def _latents(self, image: Image) -> Iterator[Tensor]:
+    def _latents(self, image: Image, tilt: float) -> Iterator[Tensor]:
         """y before gains, (h, w, M) of every tile."""
-        for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis.margin):
+        for window in tile_windows(self._header(image, QUALITY_MIN), self._analyses[tilt].margin):
             pixels = self._padded(image, window.rows, window.columns)[None]
-            yield self._transform(pixels, window.margin)[0]
+            yield self._transform(pixels, tilt, window.margin)[0]
 
     def _quantise_each(self, latents: Iterable[Tensor], header: Header) -> Iterator[TileSymbols]:
         """One tile after the other, as they are asked for."""
@@ -517,7 +544,7 @@ class Codec:
             yield self._quantise([y], [header.quality])[0]
 
     def _analyse_image(self, image: Image, header: Header, refine: int = 0) -> Iterator[TileSymbols]:
-        return self._tiles(self._latents(image), image, header, refine)
+        return self._tiles(self._latents(image, self._tilt(header)), image, header, refine)
 
     def _tiles(
         self, latents: Iterable[Tensor], image: Image, header: Header, refine: int
@@ -530,9 +557,7 @@ class Codec:
     @cached_property
     def _refiner(self) -> Refiner:
         """Made when first asked for: few callers refine, and none of them is a server."""
-        return Refiner(
-            self.config, self._stored_entropy, self._synthesis, self._gains, self._device, self._dtype
-        )
+        return Refiner(self.config, self._stored_entropy, self._gains, self._device, self._dtype)
 
     def _refine_each(
         self, latents: Iterable[Tensor], image: Image, header: Header, steps: int
@@ -544,7 +569,8 @@ class Codec:
         for window, y in zip(tile_windows(header, 0), latents, strict=True):
             whole[window.rows, window.columns] = y.cpu()
         whole *= gain.cpu()
-        for window in tile_windows(header, self._synthesis_for(0.0).margin):
+        synthesis = self._moved_synthesis(self._tilt(header), 0.0).to(self._dtype)
+        for window in tile_windows(header, self._syntheses[self._tilt(header), 0.0].margin):
             inside = whole[window.top :, window.left :][: window.height, : window.width]
             with torch.inference_mode():
                 z = self._hyper_analysis(inside[None].to(self._device)).round()
@@ -554,7 +580,7 @@ class Codec:
                 slice(window.margin.before, window.margin.before + window.width),
                 torch.from_numpy(image[_scaled(window.rows), _scaled(window.columns)].copy()),
             )
-            y = self._refiner(frame, z[0], level, steps)
+            y = self._refiner(synthesis, frame, z[0], level, steps)
             inside.copy_(y)
             yield self._entropy.quantise(z, y[None])[0]
 

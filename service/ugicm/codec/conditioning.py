@@ -15,6 +15,11 @@ def quality_to_level(quality: float | Tensor, levels: int) -> float | Tensor:
     return (quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN) * (levels - 1)
 
 
+def tilt_of(level: float, levels: int) -> float:
+    """Level 0..levels-1 to -1..1: how far a transform is from its middle rate (`networks.moved`)."""
+    return 2 * level / (levels - 1) - 1
+
+
 def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
     """Rate-distortion trade-off of continuous levels, log-spaced."""
     ratio = config.lambda_max / config.lambda_min

@@ -43,7 +43,7 @@ from ugicm.codec.fixed_point import (
 INDEX_OFFSET = 20
 """Table index of scale unit 0, that is of sigma = 1."""
 SCALE_COUNT = 64
-"""Number of Gaussian tables; sigma of table i is 2^((i - 20) 5 / 32), from 0.11 to 105."""
+"""Number of logistic tables; standard deviation of table i is 2^((i - 20) 5 / 32), from 0.11 to 105."""
 SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
 Z_LIMIT = 511

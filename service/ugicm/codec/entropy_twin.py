@@ -6,6 +6,7 @@ grid. Layer names are the same on both sides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from ugicm.codec.networks import Depthwise, Pointwise
 LIKELIHOOD_MIN = 1e-9
 OCTAVES_PER_UNIT = 1.25
 """The network's scale output v means sigma = 2^(1.25 v)."""
+LOGISTIC_SCALE = math.sqrt(3) / math.pi
+"""Scale parameter of the logistic distribution of standard deviation 1."""
 SCALE_UNIT_MIN, SCALE_UNIT_MAX = -2.5, 5.375
 
 
@@ -33,12 +36,15 @@ def round_straight(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def gaussian_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
-    """Bits of y under a Gaussian integrated over unit bins; sigma = 2^(1.25 unit). Shapes equal."""
-    # abs() keeps both erfc arguments in the accurate tail.
+def logistic_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
+    """Bits of y under a logistic distribution integrated over unit bins. Shapes equal.
+
+    Its standard deviation is 2^(1.25 unit).
+    """
+    # abs() keeps both arguments in the accurate tail.
     distance = (y - mean).abs()
-    inverse = torch.exp2(-OCTAVES_PER_UNIT * unit) * 2**-0.5
-    mass = 0.5 * (torch.erfc((distance - 0.5) * inverse) - torch.erfc((distance + 0.5) * inverse))
+    inverse = torch.exp2(-OCTAVES_PER_UNIT * unit) / LOGISTIC_SCALE
+    mass = torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
     return -torch.log2(mass.clamp_min(LIKELIHOOD_MIN))
 
 
@@ -137,7 +143,7 @@ class EntropyNetwork(nn.Module):
                 means.append(mean)
                 units.append(unit)
         y_hat = merge_phases([torch.cat(groups, 1) for groups in known])
-        bits = gaussian_bits(torch.cat(observed, 1), torch.cat(means, 1), torch.cat(units, 1))
+        bits = logistic_bits(torch.cat(observed, 1), torch.cat(means, 1), torch.cat(units, 1))
         return EntropyOutput(y_hat, bits.sum((1, 2, 3)))
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugicm.codec.config import PATCH, ModelConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 ACTIVATION_MAX = 16.0
 """Bound of the hidden layers of both transforms. Photos stay within; without it every block multiplies what
@@ -111,7 +114,7 @@ class HyperAnalysis(nn.Module):
 class Synthesis(nn.Module):
     """Latent to pixels: y_hat after inverse gains (B, M, h, w) -> picture (B, 3, 16h, 16w), about [0, 1].
 
-    The only part that depends on the preference (`Synthesis.blended`).
+    The only part that depends on the preference.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -128,16 +131,26 @@ class Synthesis(nn.Module):
             x = block(x)
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
 
-    def blended(self, difference: Synthesis, strength: float) -> Synthesis:
-        """The transform of a preference: these weights (human) plus `strength` times a difference.
 
-        Strength 0 is human, 1 machine. Encoder and entropy model never see it, so that one bitstream serves
-        every preference (Yin et al., AAAI 2025). There, a condition adds biases to some layers; here it moves
-        every weight, which costs nothing when decoding and leaves the human view untouched whatever is
-        learned for machines.
-        """
-        copied = copy.deepcopy(self)
-        with torch.no_grad():
-            for own, change in zip(copied.parameters(), difference.parameters(), strict=True):
-                own.add_(change, alpha=strength)
-        return copied
+def moved_weights(module: nn.Module, *changes: tuple[nn.Module, float]) -> dict[str, Tensor]:
+    """Every weight of `module` plus those of modules of its shape, each times a share; differentiable.
+
+    This is how one transform serves every rate and every preference. Rates: weights lie on a line from those
+    of the lowest quality to those of the highest. Preferences: from those of the human view (share 0) to
+    those of the machine view (1); encoder and entropy model never see them, so that one bitstream serves
+    both (Yin et al., AAAI 2025). There, a condition adds biases to some layers; moving every weight costs
+    nothing more when coding, and leaves the human view untouched whatever is learned for machines.
+    """
+    weights: dict[str, Tensor] = dict(module.named_parameters())
+    for change, share in changes:
+        for name, difference in change.named_parameters():
+            weights[name] = weights[name] + share * difference
+    return weights
+
+
+@torch.no_grad()
+def moved(module: M, *changes: tuple[nn.Module, float]) -> M:
+    """A copy of `module` with its `moved_weights`."""
+    copied = copy.deepcopy(module)
+    copied.load_state_dict(moved_weights(module, *changes))
+    return copied

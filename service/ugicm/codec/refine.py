@@ -8,7 +8,6 @@ moving it too gained nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,23 +47,24 @@ class Refiner:
         self,
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
-        synthesis: Synthesis,
         gains: Gains,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """``synthesis`` and ``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
+        """``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
-        self._synthesis = copy.deepcopy(synthesis).to(dtype)
         network = EntropyNetwork(config)
         network.load_state_dict(float_weights(tensors))
         self._entropy = network.requires_grad_(False).to(device, dtype)
 
-    def __call__(self, frame: Frame, z_hat: Tensor, level: Tensor, steps: int) -> Tensor:
+    def __call__(
+        self, synthesis: Synthesis, frame: Frame, z_hat: Tensor, level: Tensor, steps: int
+    ) -> Tensor:
         """The tile's latent after gains, moved so that rounding it is cheaper; the same on every call.
 
         Args:
+            synthesis: that of the human view at this level, frozen, in the networks' precision.
             frame: the tile and its surroundings.
             z_hat: rounded hyper latent of the tile, (h/4, w/4, N).
             level: (1,) in 0 .. levels - 1.
@@ -96,7 +96,7 @@ class Refiner:
                 seen = around.clone()
                 seen[..., frame.rows, frame.columns] = y_hat
                 latent = (seen * inverse).to(self._dtype, memory_format=torch.channels_last)
-                picture = self._synthesis(latent)
+                picture = synthesis(latent)
                 error = (picture[..., :height, :width] - original).square().sum()
                 adam.zero_grad()
                 (bits.sum() + weight * error).backward()
