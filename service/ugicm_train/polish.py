@@ -27,7 +27,7 @@ from ugicm_train.export import load_average, model_tensors, read_training, write
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
-from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint, optimizers
+from ugicm_train.train import CHECKPOINT, Optimizers, Trainer, TrainOptions, load_checkpoint
 
 VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_tilt", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
@@ -77,7 +77,7 @@ class Polisher(Trainer):
         self.average.load_state_dict(model.state_dict())
         self.model.human_learns = view == "both"
         parts = nn.ModuleList(getattr(self.model, name) for name in VIEWS[view])
-        self.optimizers = optimizers(parts.requires_grad_(True), options)
+        self.optimizers = Optimizers(parts.requires_grad_(True), options, self.processes)
 
 
 def polish(

@@ -91,17 +91,34 @@ class TrainOptions:
             raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
 
 
-def optimizers(model: nn.Module, options: TrainOptions) -> tuple[torch.optim.Optimizer, ...]:
+class Optimizers:
     """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, depthwise."""
-    matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
-    ids = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    muon = torch.optim.Muon(matrices, lr=options.matrix_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
-    return muon, adam
+
+    def __init__(self, model: nn.Module, options: TrainOptions, processes: Processes) -> None:
+        self.options, self._processes = options, processes
+        matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
+        ids = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+        self._hands = processes.deal(matrices)
+        self.muon = torch.optim.Muon(
+            self._hands[processes.rank % len(self._hands)],
+            lr=options.matrix_lr,
+            weight_decay=0.0,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.adam = torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+    def step(self, factor: float) -> None:
+        """One update, at `factor` times the peak learning rates."""
+        peaks: dict[torch.optim.Optimizer, float] = {
+            self.muon: self.options.matrix_lr,
+            self.adam: self.options.other_lr,
+        }
+        for optimizer, peak in peaks.items():
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+        self._processes.hand_round(self._hands)
 
 
 def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float:
@@ -142,7 +159,7 @@ class Trainer:
         self.model.to(self.device)
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
-        self.optimizers = optimizers(self.model, options)
+        self.optimizers = Optimizers(self.model, options, self.processes)
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
@@ -155,7 +172,8 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            # Muon's momentum is as good as new after some twenty steps.
+            "adam": self.optimizers.adam.state_dict(),
             "step": self.step,
             "minutes": self.minutes,
             "config": self.config.to_dict(),
@@ -165,11 +183,7 @@ class Trainer:
         """Continue from `state`; learning rates come from the options, not from the checkpoint."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak_lr"] = peak
+        self.optimizers.adam.load_state_dict(state["adam"])
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
 
@@ -234,10 +248,7 @@ class Trainer:
             # A lasting change of scale is accepted within some tens of steps.
             self.usual_norm = usual + 0.02 * (min(norm, 2 * SPIKE * usual) - usual)
         if norm <= SPIKE * usual:
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak_lr"] * factor
-                optimizer.step()
+            self.optimizers.step(factor)
             decay = min(options.ema, (self.step + 1) / (self.step + 50))
             with torch.no_grad():
                 torch._foreach_lerp_(

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from tests.conftest import write_tiny_model
 from ugicm.codec.store import read_model
+from ugicm_train.parallel import Processes
 from ugicm_train.train import load_checkpoint
 
 PROGRAM = """
@@ -59,6 +61,18 @@ def run_twice(program: str, *arguments: Path) -> None:
         for rank in range(2)
     ]
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
+
+
+def test_matrices_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes()
+    matrices = [torch.nn.Parameter(torch.zeros(side, 2 * side)) for side in (8, 16, 8, 4, 16, 8, 8)]
+    assert [len(hand) for hand in processes.deal(matrices)] == [7]
+    monkeypatch.setattr(processes, "count", 2)
+    hands = processes.deal(matrices)
+    assert sorted(id(m) for hand in hands for m in hand) == sorted(map(id, matrices))
+    work = [sum(m.numel() * min(m.shape) for m in hand) for hand in hands]
+    assert abs(work[0] - work[1]) <= 2 * 4**3
+    assert [len(hand) for hand in processes.deal(matrices[:1])] == [1]
 
 
 def test_polishing_writes_one_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:

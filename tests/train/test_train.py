@@ -22,11 +22,12 @@ from ugicm.codec.store import load_codec
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
 from ugicm_train.losses import level_of, rate_distortion_loss
+from ugicm_train.parallel import Processes
 from ugicm_train.train import (
+    Optimizers,
     TrainOptions,
     learning_rate_factor,
     load_checkpoint,
-    optimizers,
     train,
 )
 
@@ -115,13 +116,13 @@ def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Pat
 
 def test_optimisers_share_out_all_parameters() -> None:
     model = tiny_trainable()
-    muon, adam = optimizers(model, OPTIONS)
+    both = Optimizers(model, OPTIONS, Processes())
     counts = [
         sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        for optimizer in (muon, adam)
+        for optimizer in (both.muon, both.adam)
     ]
     assert sum(counts) == sum(p.numel() for p in model.parameters())
-    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert all(p.ndim == 2 for group in both.muon.param_groups for p in group["params"])
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

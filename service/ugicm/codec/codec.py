@@ -51,7 +51,7 @@ TILT_STEPS = 16
 """Shares of the weight differences between rates are rounded to 1/16, so that qualities share transforms."""
 REACH_STEPS = 32
 """Shares of the machine's weight differences are rounded to 1/32."""
-TRANSFORMS_KEPT = 32
+TRANSFORMS_KEPT = 16
 """Transforms that are kept ready, of each kind."""
 
 
