@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ugicm.codec.errors import CodecError, ModelStoreError
 from ugicm.codec.store import available, find_store, load_codec, read_model
@@ -26,6 +28,16 @@ def test_names_and_paths(tiny_store: Path) -> None:
     assert available(tiny_store) == ["tiny"]
     assert load_codec("tiny", store=tiny_store, device="cpu").name == "tiny"
     assert load_codec(tiny_store / "tiny", device="cpu").name == "tiny"
+
+
+def test_transforms_are_stored_in_16_bits_and_computed_in_32(folder: Path) -> None:
+    tensors = read_model(folder).tensors
+    assert not any(tensor.dtype == torch.float16 for tensor in tensors.values())
+    stored = load_file(folder / "weights.safetensors")
+    for name, tensor in stored.items():
+        assert torch.equal(tensors[name], tensor.float() if name.startswith("synthesis.") else tensors[name])
+    assert stored["synthesis.fold.weight"].dtype == stored["analysis.down.weight"].dtype == torch.float16
+    assert stored["gains.log_gain"].dtype == torch.float32
 
 
 def test_unknown_model_lists_the_known(tiny_store: Path) -> None:

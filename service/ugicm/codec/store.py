@@ -100,7 +100,11 @@ def read_model(folder: Path) -> StoredModel:
     try:
         config = ModelConfig.from_dict(description["model"])
         digest = bytes.fromhex(description["digest"])
-        tensors = load(data)
+        # Stored in half, computed in more.
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load(data).items()
+        }
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ModelStoreError(f"the model in {folder} is not valid: {error}") from error
     if digest != bitstream_digest(config, tensors):
