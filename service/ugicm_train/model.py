@@ -84,23 +84,26 @@ class TrainableCodec(nn.Module):
 
     def latent_of(self, x: Tensor, level: Tensor) -> Tensor:
         """y before gains, (B, M, H/16, W/16)."""
-        weights = moved_weights(self.analysis, (self.analysis_tilt, self.tilt(level)))
+        weights = moved_weights(
+            dict(self.analysis.named_parameters()), (self.analysis_tilt, self.tilt(level))
+        )
         latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
         return latent
 
+    def _human_weights(self, level: Tensor) -> dict[str, Tensor]:
+        weights = dict(self.synthesis.named_parameters())
+        return moved_weights(weights, (self.synthesis_tilt, self.tilt(level)))
+
     def human_view(self, latent: Tensor, level: Tensor) -> Tensor:
         """Decode (B, M, H/16, W/16) for people."""
-        weights = moved_weights(self.synthesis, (self.synthesis_tilt, self.tilt(level)))
-        view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
+        view: Tensor = torch.func.functional_call(self.synthesis, self._human_weights(level), (latent,))
         return view
 
     def machine_view(self, latent: Tensor, level: Tensor, strength: float) -> Tensor:
         """Decode at `strength`; gradients reach the latent and the difference, not the human's transform."""
         with torch.no_grad():
-            human = moved_weights(self.synthesis, (self.synthesis_tilt, self.tilt(level)))
-        weights = {
-            name: human[name] + strength * change for name, change in self.preference.named_parameters()
-        }
+            human = self._human_weights(level)
+        weights = moved_weights(human, (self.preference, strength))
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
 

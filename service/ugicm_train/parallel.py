@@ -7,11 +7,21 @@ a part of the matrices (a quarter of the time of a small batch) and AdamW's for 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+@contextmanager
+def _together(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Their values as one vector, to be changed in one exchange and written back."""
+    values = torch.cat([tensor.flatten() for tensor in tensors])
+    yield values
+    for tensor, part in zip(tensors, values.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 class Processes:
@@ -33,13 +43,9 @@ class Processes:
         if self.count == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(together)
-        together /= self.count
-        for gradient, mean in zip(
-            gradients, together.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(mean.view_as(gradient))
+        with _together(gradients) as values:
+            dist.all_reduce(values)
+            values /= self.count
 
     def deal(self, matrices: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Which process works on which matrices, about the same work each; all of them everywhere if few."""
@@ -47,11 +53,15 @@ class Processes:
             return [list(matrices)]
         hands: list[list[nn.Parameter]] = [[] for _ in range(self.count)]
         work = [0] * self.count
-        # The largest first; orthogonalising costs as much as products of the matrix with itself.
-        for matrix in sorted(matrices, key=lambda m: m.numel() * min(m.shape), reverse=True):
+
+        def cost(matrix: Tensor) -> int:
+            """Orthogonalising is products of the matrix with itself."""
+            return matrix.numel() * min(matrix.shape)
+
+        for matrix in sorted(matrices, key=cost, reverse=True):
             least = work.index(min(work))
             hands[least].append(matrix)
-            work[least] += matrix.numel() * min(matrix.shape)
+            work[least] += cost(matrix)
         return hands
 
     @torch.no_grad()
@@ -60,12 +70,8 @@ class Processes:
         if len(hands) == 1:
             return
         for owner, matrices in enumerate(hands):
-            together = torch.cat([matrix.flatten() for matrix in matrices])
-            dist.broadcast(together, owner)
-            for matrix, values in zip(
-                matrices, together.split([matrix.numel() for matrix in matrices]), strict=True
-            ):
-                matrix.copy_(values.view_as(matrix))
+            with _together(matrices) as values:
+                dist.broadcast(values, owner)
 
     def agree(self, value: float) -> float:
         """What the first process has there."""

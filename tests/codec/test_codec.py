@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 
 import ugicm.codec.codec as codec_module
 from ugicm.codec.bitstream import parse, peek, serialise
-from ugicm.codec.codec import Codec, Kept, pick_precision
+from ugicm.codec.codec import Codec, pick_precision
 from ugicm.codec.errors import (
     CodecError,
     LimitExceededError,
     MalformedBitstreamError,
     ModelMismatchError,
 )
-from ugicm.codec.store import read_model
+from ugicm.codec.store import load_codec, read_model
 
 Photo = NDArray[np.uint8]
 
@@ -79,15 +79,19 @@ def test_every_rate_has_transforms_of_its_own(tiny_store: Path, photo: Photo, pa
         assert np.array_equal(*pictures) is (same or part == "analysis_tilt")
 
 
-def test_kept_values_are_made_once_and_the_latest_used_stay() -> None:
-    made: list[int] = []
+def test_transforms_are_made_once_and_the_latest_used_stay(
+    tiny_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
 
-    def make(key: int) -> int:
-        made.append(key)
-        return -key
+    def make(codec: Codec, tilt: float) -> float:
+        made.append(tilt)
+        return -tilt
 
-    kept = Kept(2, make)
-    assert [kept[key] for key in (1, 2, 1, 3, 1, 2)] == [-1, -2, -1, -3, -1, -2]
+    monkeypatch.setattr(codec_module, "TRANSFORMS_KEPT", 2)
+    monkeypatch.setattr(Codec, "_make_analysis", make)
+    codec = load_codec("tiny", store=tiny_store, device="cpu")
+    assert [codec._analysis_for(tilt) for tilt in (1, 2, 1, 3, 1, 2)] == [-1, -2, -1, -3, -1, -2]
     assert made == [1, 2, 3, 2]
 
 

@@ -36,16 +36,6 @@ class _Watched:
         return self._observe(self._stage, lambda: self._transform(*arguments))
 
 
-class _WatchedAll:
-    """Transforms by key, each `_Watched`."""
-
-    def __init__(self, transforms: Any, stage: str, observe: Observe) -> None:
-        self._transforms, self._stage, self._observe = transforms, stage, observe
-
-    def __getitem__(self, key: Any) -> _Watched:
-        return _Watched(self._transforms[key], self._stage, self._observe)
-
-
 @contextmanager
 def observed(codec: Codec, observe: Observe) -> Iterator[None]:
     """Pass the work of every stage through `observe`; decoding, the coder works within the entropy model."""
@@ -66,9 +56,10 @@ def observed(codec: Codec, observe: Observe) -> Iterator[None]:
 
         replace(owner, name, through)
 
-    replace(codec, "_analyses", _WatchedAll(codec._analyses, "analysis", observe))
+    analysis_for, synthesis_for = codec._analysis_for, codec._synthesis_for
+    replace(codec, "_analysis_for", lambda *key: _Watched(analysis_for(*key), "analysis", observe))
     replace(codec, "_hyper_analysis", _Watched(codec._hyper_analysis, "hyper analysis", observe))
-    replace(codec, "_syntheses", _WatchedAll(codec._syntheses, "synthesis", observe))
+    replace(codec, "_synthesis_for", lambda *key: _Watched(synthesis_for(*key), "synthesis", observe))
     watch(codec._entropy, "quantise", "entropy model")
     watch(codec._cpu_entropy, "pack", "coder")
     watch(codec._cpu_entropy, "unpack", "entropy model")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property, lru_cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +35,6 @@ from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=torch.nn.Module)
-Key = TypeVar("Key", bound=Hashable)
-Value = TypeVar("Value")
 Image = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
@@ -167,24 +163,6 @@ def tile_windows(header: Header, margin: int) -> list[Window]:
     ]
 
 
-class Kept(Generic[Key, Value]):
-    """Values by key, made when first asked for; of many, the latest used are kept. Thread-safe."""
-
-    def __init__(self, most: int, make: Callable[[Key], Value]) -> None:
-        self._most, self._make = most, make
-        self._values: OrderedDict[Key, Value] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getitem__(self, key: Key) -> Value:
-        with self._lock:
-            if key not in self._values:
-                self._values[key] = self._make(key)
-                if len(self._values) > self._most:
-                    self._values.popitem(last=False)
-            self._values.move_to_end(key)
-            return self._values[key]
-
-
 class Codec:
     """One trained model on one device: pixels to bitstreams and back, at any quality and preference.
 
@@ -241,10 +219,8 @@ class Codec:
             else EntropyModel(config, model.tensors, torch.device("cpu"))
         )
         self._stored_entropy = {k: v for k, v in model.tensors.items() if k.startswith("entropy.")}
-        self._analyses: Kept[float, InferenceAnalysis] = Kept(TRANSFORMS_KEPT, self._make_analysis)
-        self._syntheses: Kept[tuple[float, float], InferenceSynthesis] = Kept(
-            TRANSFORMS_KEPT, self._make_synthesis
-        )
+        self._analysis_for = lru_cache(TRANSFORMS_KEPT)(self._make_analysis)
+        self._synthesis_for = lru_cache(TRANSFORMS_KEPT)(self._make_synthesis)
 
     # One call
 
@@ -330,12 +306,15 @@ class Codec:
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
                 return exact
-        # Neighbouring qualities share their analysis transform, and so the latents.
-        latents: Kept[float, list[Tensor]] = Kept(1, lambda tilt: list(self._latents(image, tilt)))
+
+        @lru_cache(1)
+        def latents(tilt: float) -> list[Tensor]:
+            """What neighbouring qualities share, as they share the analysis transform."""
+            return list(self._latents(image, tilt))
 
         def attempt(step: int, refine: int = 0) -> bytes:
             header = self._header(image, step / container.QUALITY_STEPS)
-            tiles = self._tiles(latents[self._tilt(header)], image, header, refine)
+            tiles = self._tiles(latents(self._tilt(header)), image, header, refine)
             return self._serialise(header, tiles)
 
         def search(budget: float) -> tuple[int, bytes]:
@@ -432,7 +411,7 @@ class Codec:
         header = latents[0].header
         if header.lossless:
             return [latent.picture for latent in latents if latent.picture is not None]
-        synthesis = self._syntheses[self._tilt(header), self._share(header, strength)]
+        synthesis = self._synthesis_for(self._tilt(header), self._share(header, strength))
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
@@ -474,8 +453,8 @@ class Codec:
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
         return moved(self._synthesis, (self._synthesis_tilt, tilt), (self._preference, share))
 
-    def _make_synthesis(self, shares: tuple[float, float]) -> InferenceSynthesis:
-        return InferenceSynthesis(self._moved_synthesis(*shares), self._dtype)
+    def _make_synthesis(self, tilt: float, share: float) -> InferenceSynthesis:
+        return InferenceSynthesis(self._moved_synthesis(tilt, share), self._dtype)
 
     def _check_image(self, image: Image) -> None:
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -523,7 +502,7 @@ class Codec:
     @torch.inference_mode()
     def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
-        return self._analyses[tilt](pixels.to(self._device), margin)
+        return self._analysis_for(tilt)(pixels.to(self._device), margin)
 
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
@@ -534,7 +513,7 @@ class Codec:
 
     def _latents(self, image: Image, tilt: float) -> Iterator[Tensor]:
         """y before gains, (h, w, M) of every tile."""
-        for window in tile_windows(self._header(image, QUALITY_MIN), self._analyses[tilt].margin):
+        for window in tile_windows(self._header(image, QUALITY_MIN), self._analysis_for(tilt).margin):
             pixels = self._padded(image, window.rows, window.columns)[None]
             yield self._transform(pixels, tilt, window.margin)[0]
 
@@ -569,8 +548,9 @@ class Codec:
         for window, y in zip(tile_windows(header, 0), latents, strict=True):
             whole[window.rows, window.columns] = y.cpu()
         whole *= gain.cpu()
-        synthesis = self._moved_synthesis(self._tilt(header), 0.0).to(self._dtype)
-        for window in tile_windows(header, self._syntheses[self._tilt(header), 0.0].margin):
+        tilt = self._tilt(header)
+        synthesis = self._moved_synthesis(tilt, 0.0).to(self._dtype)
+        for window in tile_windows(header, self._synthesis_for(tilt, 0.0).margin):
             inside = whole[window.top :, window.left :][: window.height, : window.width]
             with torch.inference_mode():
                 z = self._hyper_analysis(inside[None].to(self._device)).round()

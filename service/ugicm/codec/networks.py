@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -132,8 +133,8 @@ class Synthesis(nn.Module):
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
 
 
-def moved_weights(module: nn.Module, *changes: tuple[nn.Module, float]) -> dict[str, Tensor]:
-    """Every weight of `module` plus those of modules of its shape, each times a share; differentiable.
+def moved_weights(weights: Mapping[str, Tensor], *changes: tuple[nn.Module, float]) -> dict[str, Tensor]:
+    """Every weight by name plus those of modules of the same shape, each times a share; differentiable.
 
     This is how one transform serves every rate and every preference. Rates: weights lie on a line from those
     of the lowest quality to those of the highest. Preferences: from those of the human view (share 0) to
@@ -141,16 +142,16 @@ def moved_weights(module: nn.Module, *changes: tuple[nn.Module, float]) -> dict[
     both (Yin et al., AAAI 2025). There, a condition adds biases to some layers; moving every weight costs
     nothing more when coding, and leaves the human view untouched whatever is learned for machines.
     """
-    weights: dict[str, Tensor] = dict(module.named_parameters())
+    result = dict(weights)
     for change, share in changes:
         for name, difference in change.named_parameters():
-            weights[name] = weights[name] + share * difference
-    return weights
+            result[name] = result[name] + share * difference
+    return result
 
 
 @torch.no_grad()
 def moved(module: M, *changes: tuple[nn.Module, float]) -> M:
     """A copy of `module` with its `moved_weights`."""
     copied = copy.deepcopy(module)
-    copied.load_state_dict(moved_weights(module, *changes))
+    copied.load_state_dict(moved_weights(dict(module.named_parameters()), *changes))
     return copied
