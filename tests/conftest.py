@@ -40,8 +40,10 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
             # Wide enough that escapes stay rare.
             head.bias.view(4, 2, -1)[:, 1] = 2.5
         for change, module, size in (
-            (model.analysis_tilt, model.analysis, 0.03),
-            (model.synthesis_tilt, model.synthesis, 0.03),
+            (model.analysis_low, model.analysis, 0.03),
+            (model.analysis_high, model.analysis, 0.03),
+            (model.synthesis_low, model.synthesis, 0.03),
+            (model.synthesis_high, model.synthesis, 0.03),
             (model.preference, model.synthesis, 0.1),
         ):
             for difference, weight in zip(change.parameters(), module.parameters(), strict=True):

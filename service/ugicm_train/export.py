@@ -35,7 +35,8 @@ PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""
 WEIGHT_MAX = 32767
 TRANSFORMS = (
-    "analysis", "analysis_tilt", "hyper_analysis", "synthesis", "synthesis_tilt", "preference", "gains",
+    "analysis", "analysis_low", "analysis_high", "hyper_analysis",
+    "synthesis", "synthesis_low", "synthesis_high", "preference", "gains",
 )  # fmt: skip
 """Parts of a model that are stored as they are."""
 HALF_PRECISION = frozenset(TRANSFORMS) - {"gains"}

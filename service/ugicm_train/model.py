@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ugicm.codec.conditioning import Gains, tilt_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import LIKELIHOOD_MIN, EntropyNetwork, add_noise, round_straight
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, moved_weights
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved_weights
 
 
 class FactorizedPrior(nn.Module):
@@ -34,6 +34,10 @@ class FactorizedPrior(nn.Module):
 
     def bits(self, z: Tensor) -> Tensor:
         return -torch.log2(self.mass(z).clamp_min(LIKELIHOOD_MIN))
+
+
+DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high", "preference")
+"""Parts of the model that others are moved by (`ugicm.codec.networks.moved_weights`)."""
 
 
 @torch.no_grad()
@@ -64,13 +68,13 @@ class TrainableCodec(nn.Module):
         self.prior = FactorizedPrior(config.hyper_channels)
         self.entropy = EntropyNetwork(config)
         self.synthesis = Synthesis(config)
-        self.analysis_tilt, self.synthesis_tilt = Analysis(config), Synthesis(config)
-        """What the highest rate's transforms add to each weight of the middle rate's, and the lowest's
-        take off."""
+        self.analysis_low, self.analysis_high = Analysis(config), Analysis(config)
+        self.synthesis_low, self.synthesis_high = Synthesis(config), Synthesis(config)
+        """What the lowest and the highest rate's transforms add to each weight of the middle rate's."""
         self.preference = Synthesis(config)
         """What the machine's synthesis transform adds to each weight of the human's."""
-        for change in (self.analysis_tilt, self.synthesis_tilt, self.preference):
-            make_zero(change)
+        for name in DIFFERENCES:
+            make_zero(getattr(self, name))
 
     def tilt(self, level: Tensor) -> float:
         """Where between the rates the transforms of a batch are.
@@ -85,14 +89,17 @@ class TrainableCodec(nn.Module):
     def latent_of(self, x: Tensor, level: Tensor) -> Tensor:
         """y before gains, (B, M, H/16, W/16)."""
         weights = moved_weights(
-            dict(self.analysis.named_parameters()), (self.analysis_tilt, self.tilt(level))
+            dict(self.analysis.named_parameters()),
+            *between_rates(self.analysis_low, self.analysis_high, self.tilt(level)),
         )
         latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
         return latent
 
     def _human_weights(self, level: Tensor) -> dict[str, Tensor]:
-        weights = dict(self.synthesis.named_parameters())
-        return moved_weights(weights, (self.synthesis_tilt, self.tilt(level)))
+        return moved_weights(
+            dict(self.synthesis.named_parameters()),
+            *between_rates(self.synthesis_low, self.synthesis_high, self.tilt(level)),
+        )
 
     def human_view(self, latent: Tensor, level: Tensor) -> Tensor:
         """Decode (B, M, H/16, W/16) for people."""

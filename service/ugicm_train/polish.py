@@ -29,7 +29,7 @@ from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
 from ugicm_train.train import CHECKPOINT, Optimizers, Trainer, TrainOptions, load_checkpoint
 
-VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_tilt", "preference")}
+VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_low", "synthesis_high", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
 
 GRAIN = 0.1

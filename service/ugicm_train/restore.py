@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from ugicm.codec.coder import TOTAL
 from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import float_weights
+from ugicm.codec.networks import between_rates, moved_weights
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
@@ -79,13 +82,24 @@ def move_levels(gains: Gains, old: ModelConfig, new: ModelConfig) -> None:
 
 
 @torch.no_grad()
-def move_tilt(module: nn.Module, tilt: nn.Module, old: ModelConfig, new: ModelConfig) -> None:
-    """Give every rate the weights that it had, where another range of lambda has another middle and ends."""
-    old_span, new_span = (np.log(config.lambda_max / config.lambda_min) for config in (old, new))
-    old_middle, new_middle = (np.log(config.lambda_max * config.lambda_min) / 2 for config in (old, new))
-    for weight, change in zip(module.parameters(), tilt.parameters(), strict=True):
-        weight.add_(change, alpha=float(2 * (new_middle - old_middle) / old_span))
-        change.mul_(float(new_span / old_span))
+def move_rates(
+    middle: nn.Module, low: nn.Module, high: nn.Module, old: ModelConfig, new: ModelConfig
+) -> None:
+    """Give the middle and the ends of another range of lambda the weights that these rates had.
+
+    `low` and `high` are what the ends add to `middle`.
+    """
+    ends = (math.log(new.lambda_min), math.log(new.lambda_max))
+    span = math.log(old.lambda_max / old.lambda_min)
+    tilts = [2 * (at - math.log(old.lambda_min)) / span - 1 for at in (*ends, sum(ends) / 2)]
+    names = [name for name, _ in middle.named_parameters()]
+    weights = dict(middle.named_parameters())
+    moved = [moved_weights(weights, *between_rates(low, high, tilt)) for tilt in tilts]
+    for name in names:
+        least, most, centre = (values[name] for values in moved)
+        low.get_parameter(name).copy_(least - centre)
+        high.get_parameter(name).copy_(most - centre)
+        middle.get_parameter(name).copy_(centre)
 
 
 def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
@@ -102,6 +116,9 @@ def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
     model = TrainableCodec(config)
     model.load_state_dict(stored.state_dict())
     move_levels(model.gains, stored.config, config)
-    move_tilt(model.analysis, model.analysis_tilt, stored.config, config)
-    move_tilt(model.synthesis, model.synthesis_tilt, stored.config, config)
+    for middle, low, high in (
+        (model.analysis, model.analysis_low, model.analysis_high),
+        (model.synthesis, model.synthesis_low, model.synthesis_high),
+    ):
+        move_rates(middle, low, high, stored.config, config)
     return model

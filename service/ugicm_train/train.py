@@ -89,6 +89,8 @@ class TrainOptions:
             raise ValueError(f"crop must be a multiple of 64 pixels, got {self.crop}")
         if not 0 <= self.machine_share <= 1:
             raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
+        if self.batch_levels < 1:
+            raise ValueError(f"batch_levels must be at least 1, got {self.batch_levels}")
 
 
 class Optimizers:

@@ -15,7 +15,7 @@ from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import read_model
 from ugicm_train.export import model_tensors
-from ugicm_train.restore import fit_prior, move_levels, move_tilt, restore, start_from
+from ugicm_train.restore import fit_prior, move_levels, move_rates, restore, start_from
 from ugicm_train.train import TrainOptions, load_checkpoint, train
 
 
@@ -50,15 +50,20 @@ def test_levels_move_to_another_range_of_lambda() -> None:
 
 
 def test_transforms_of_a_rate_stay_in_another_range_of_lambda() -> None:
-    wider = dataclasses.replace(TINY, lambda_min=TINY.lambda_min / 2, lambda_max=TINY.lambda_max * 4)
+    # Twice as far on either side of the same middle.
+    ratio = (TINY.lambda_max / TINY.lambda_min) ** 0.5
+    wider = dataclasses.replace(TINY, lambda_min=TINY.lambda_min / ratio, lambda_max=TINY.lambda_max * ratio)
     old, new = tiny_trainable(), start_from(tiny_trainable(), wider)
-    x, lambdas = torch.rand(1, 3, 64, 64), torch.tensor([TINY.lambda_max])
-    assert lambda_of(TINY, torch.tensor([2.0])) == lambdas
-    level = (lambdas / wider.lambda_min).log() / np.log(wider.lambda_max / wider.lambda_min) * 2
-    torch.testing.assert_close(new.latent_of(x, level), old.latent_of(x, torch.tensor([2.0])))
-    move_tilt(new.synthesis, new.synthesis_tilt, wider, TINY)
-    for name, weight in old.synthesis_tilt.state_dict().items():
-        torch.testing.assert_close(new.synthesis_tilt.state_dict()[name], weight)
+    x = torch.rand(1, 3, 64, 64)
+    for level in (torch.tensor([value]) for value in (0.0, 0.7, 1.0, 1.8, 2.0)):
+        wide = (lambda_of(TINY, level) / wider.lambda_min).log() / np.log(ratio**4) * 2
+        torch.testing.assert_close(new.latent_of(x, wide), old.latent_of(x, level))
+    # The other way round.
+    parts = (new.synthesis, new.synthesis_low, new.synthesis_high)
+    move_rates(*parts, wider, TINY)
+    for part, before in zip(parts, (old.synthesis, old.synthesis_low, old.synthesis_high), strict=True):
+        for name, weight in before.state_dict().items():
+            torch.testing.assert_close(part.state_dict()[name], weight, atol=1e-6, rtol=1e-5)
 
 
 def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:

@@ -215,6 +215,8 @@ def test_options_are_checked() -> None:
         TrainOptions(steps=1, crop=100)
     with pytest.raises(ValueError, match="machine_share"):
         TrainOptions(steps=1, machine_share=2)
+    with pytest.raises(ValueError, match="batch_levels"):
+        TrainOptions(steps=1, batch_levels=0)
 
 
 def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

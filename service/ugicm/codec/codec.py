@@ -29,7 +29,7 @@ from ugicm.codec.inference import (
     InferenceSynthesis,
     Sides,
 )
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, moved
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved
 from ugicm.codec.refine import MAX_STEPS, Frame, Refiner
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
@@ -200,12 +200,14 @@ class Codec:
             return module.requires_grad_(False).to(self._device)
 
         self._analysis = load(Analysis(config), "analysis")
-        self._analysis_tilt = load(Analysis(config), "analysis_tilt")
+        self._analysis_low = load(Analysis(config), "analysis_low")
+        self._analysis_high = load(Analysis(config), "analysis_high")
         self._hyper_analysis = InferenceHyperAnalysis(
             load(HyperAnalysis(config), "hyper_analysis"), self._dtype
         )
         self._synthesis = load(Synthesis(config), "synthesis")
-        self._synthesis_tilt = load(Synthesis(config), "synthesis_tilt")
+        self._synthesis_low = load(Synthesis(config), "synthesis_low")
+        self._synthesis_high = load(Synthesis(config), "synthesis_high")
         self._preference = load(Synthesis(config), "preference")
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
@@ -443,15 +445,17 @@ class Codec:
         return max(1, round(REACH_STEPS * share)) / REACH_STEPS
 
     def _tilt(self, header: Header) -> float:
-        """Part of the weight differences between rates at this quality, -1 .. 1."""
+        """Where between the rates the transforms of this quality are, -1 .. 1."""
         level = float(quality_to_level(header.quality, self.config.levels))
         return round(TILT_STEPS * tilt_of(level, self.config.levels)) / TILT_STEPS
 
     def _make_analysis(self, tilt: float) -> InferenceAnalysis:
-        return InferenceAnalysis(moved(self._analysis, (self._analysis_tilt, tilt)), self._dtype)
+        changes = between_rates(self._analysis_low, self._analysis_high, tilt)
+        return InferenceAnalysis(moved(self._analysis, *changes), self._dtype)
 
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
-        return moved(self._synthesis, (self._synthesis_tilt, tilt), (self._preference, share))
+        changes = between_rates(self._synthesis_low, self._synthesis_high, tilt)
+        return moved(self._synthesis, *changes, (self._preference, share))
 
     def _make_synthesis(self, tilt: float, share: float) -> InferenceSynthesis:
         return InferenceSynthesis(self._moved_synthesis(tilt, share), self._dtype)

@@ -139,7 +139,8 @@ def moved_weights(weights: Mapping[str, Tensor], *changes: tuple[nn.Module, floa
     """Every weight by name plus those of modules of the same shape, each times a share; differentiable.
 
     This is how one transform serves every rate and every preference. Rates: weights lie on a line from those
-    of the lowest quality to those of the highest. Preferences: from those of the human view (share 0) to
+    of the lowest quality to those of the middle one and on another to those of the highest (`between_rates`).
+    Preferences: on a line from those of the human view (share 0) to
     those of the machine view (1); encoder and entropy model never see them, so that one bitstream serves
     both (Yin et al., AAAI 2025). There, a condition adds biases to some layers; moving every weight costs
     nothing more when coding, and leaves the human view untouched whatever is learned for machines.
@@ -149,6 +150,13 @@ def moved_weights(weights: Mapping[str, Tensor], *changes: tuple[nn.Module, floa
         for name, difference in change.named_parameters():
             result[name] = result[name] + share * difference
     return result
+
+
+def between_rates(
+    low: nn.Module, high: nn.Module, tilt: float
+) -> tuple[tuple[nn.Module, float], tuple[nn.Module, float]]:
+    """How much of what the lowest (tilt -1) and the highest rate (1) add to the weights of the middle one."""
+    return (low, max(-tilt, 0.0)), (high, max(tilt, 0.0))
 
 
 @torch.no_grad()

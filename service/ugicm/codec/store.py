@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "weights.safetensors", "README.md"
 STORE_VARIABLE = "UGICM_MODEL_STORE"
-FORMAT = 3
+FORMAT = 4
 """Version of the layout of the model folder."""
 DEFAULT_MODEL = "ugicm-s"
 DEFAULT_MAX_PIXELS = 120_000_000
