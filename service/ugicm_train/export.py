@@ -138,6 +138,8 @@ def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
     ):
         tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(frequencies)
         tensors[f"tables.{kind}.lengths"] = torch.from_numpy(lengths)
+    # One table for each channel, until `ugicm_train.calibrate` counts.
+    tensors["tables.z.choice"] = torch.arange(model.config.hyper_channels, dtype=torch.uint8).view(1, 1, -1)
     for prefix in TRANSFORMS:
         for name, value in getattr(model, prefix).state_dict().items():
             tensors[f"{prefix}.{name}"] = value.detach().float().cpu().contiguous()

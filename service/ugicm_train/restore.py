@@ -35,8 +35,16 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
     missing, unexpected = model.load_state_dict(state, strict=False)
     if unexpected or any(not name.startswith("prior.") for name in missing):
         raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
-    fit_prior(model.prior, tensors["tables.z.frequencies"], tensors["tables.z.lengths"])
+    fit_prior(model.prior, *hyper_tables(tensors))
     return model
+
+
+def hyper_tables(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Frequencies and lengths of every hyper channel's table at the middle rate, no neighbours known."""
+    choice, lengths = tensors["tables.z.choice"], tensors["tables.z.lengths"]
+    chosen = choice[len(choice) // 2, 0].tolist()
+    tables = tensors["tables.z.frequencies"].split(lengths.tolist())
+    return torch.cat([tables[index] for index in chosen]), lengths[chosen]
 
 
 def fit_prior(prior: FactorizedPrior, frequencies: Tensor, lengths: Tensor) -> float:

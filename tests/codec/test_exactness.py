@@ -57,7 +57,7 @@ def test_equals_int64_reference_on_random_latents(stored: StoredModel, reference
     y = torch.randn(1, 8, 12, stored.config.latent_channels, generator=generator) * 20
     y[..., 0] *= 30  # far beyond the tables: escapes, and context beyond its clamp
     (tile,) = model.quantise(z, y)
-    decoded, y_hat = model.unpack(model.pack(tile), 8, 12)
+    decoded, y_hat = model.unpack(model.pack(tile, 0.3), 8, 12, 0.3)
     assert len({int(i) for step in tile.indexes for i in step.flat}) > 10, "indexes should vary"
     check_against_reference(stored.config, reference, decoded, y_hat)
 
@@ -88,6 +88,7 @@ def largest_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
     for kind, arrays in (("z", prior_tables(prior)), ("y", logistic_tables())):
         for part, array in zip(("frequencies", "lengths"), arrays, strict=True):
             tensors[f"tables.{kind}.{part}"] = torch.from_numpy(array)
+    tensors["tables.z.choice"] = torch.arange(config.hyper_channels, dtype=torch.uint8).view(1, 1, -1)
     return tensors
 
 
@@ -101,7 +102,7 @@ def test_equals_int64_reference_at_the_largest_magnitudes() -> None:
     z = torch.from_numpy(random.normal(0, 200, (1, 1, 1, config.hyper_channels)))
     y = torch.from_numpy(random.normal(0, 300, (1, 4, 4, config.latent_channels)))
     (tile,) = model.quantise(z, y)
-    decoded, y_hat = model.unpack(model.pack(tile), 4, 4)
+    decoded, y_hat = model.unpack(model.pack(tile, 1.0), 4, 4, 1.0)
     check_against_reference(config, reference, decoded, y_hat)
     assert SUM_LIMIT // 2 < reference.largest < SUM_LIMIT
 
@@ -276,7 +277,7 @@ def test_cuda_and_cpu_decode_each_other(
             assert _flatten(decoder.unpack(data)) == _flatten(latent)
         tile = latent.tiles[0]
         height, width = (2 * side for side in tile.y[0].shape[1:3])
-        again, _ = on_gpu.unpack(on_gpu.pack(tile), height, width)
+        again, _ = on_gpu.unpack(on_gpu.pack(tile, 0.5), height, width, 0.5)
         assert _flatten(latent._replace(tiles=(again,))) == _flatten(latent)
         first, second = cpu.decode([data])[0], cuda.decode([data])[0]
         limit = 1 if precision == "float32" else 4

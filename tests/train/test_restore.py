@@ -15,7 +15,7 @@ from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import read_model
 from ugicm_train.export import model_tensors
-from ugicm_train.restore import fit_prior, move_levels, move_rates, restore, start_from
+from ugicm_train.restore import fit_prior, hyper_tables, move_levels, move_rates, restore, start_from
 from ugicm_train.train import TrainOptions, load_checkpoint, train
 
 
@@ -34,7 +34,7 @@ def test_prior_is_fitted_to_its_tables() -> None:
         model.prior.log_scale.uniform_(-1, 1.5)
     tensors = model_tensors(model)
     fresh = tiny_trainable().prior
-    excess = fit_prior(fresh, tensors["tables.z.frequencies"], tensors["tables.z.lengths"])
+    excess = fit_prior(fresh, *hyper_tables(tensors))
     assert excess < 0.005  # bits a symbol
 
 

@@ -383,7 +383,7 @@ class Codec:
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
-            tile, part = self._cpu_entropy.unpack(segment, height, width)
+            tile, part = self._cpu_entropy.unpack(segment, height, width, _rate(header))
             y_hat[top : top + height, left : left + width] = part
             tiles.append(tile)
         return Latent(header, tuple(tiles), y_hat)
@@ -570,7 +570,7 @@ class Codec:
 
     def _serialise(self, header: Header, tiles: Iterable[TileSymbols]) -> bytes:
         """Entropy-code the tiles and put them into the container."""
-        return container.serialise(header, [self._cpu_entropy.pack(tile) for tile in tiles])
+        return container.serialise(header, [self._cpu_entropy.pack(tile, _rate(header)) for tile in tiles])
 
     def _serialise_lossless(self, header: Header, image: Image) -> bytes:
         header = dataclasses.replace(header, tile_side=0, lossless=True)
@@ -596,6 +596,11 @@ def _scaled(positions: slice) -> slice:
 
 def _shape(header: Header) -> tuple[int, int, int]:
     return header.width, header.height, header.tile_side
+
+
+def _rate(header: Header) -> float:
+    """Quality from 0 (lowest) to 1 (highest)."""
+    return (header.quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN)
 
 
 def _tiled(image: Image) -> bool:

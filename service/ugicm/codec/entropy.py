@@ -39,6 +39,7 @@ from ugicm.codec.fixed_point import (
     output_bits,
     sum_bits,
 )
+from ugicm.codec.hyper_prior import HyperPrior
 
 INDEX_OFFSET = 20
 """Table index of scale unit 0, that is of sigma = 1."""
@@ -176,13 +177,8 @@ class EntropyModel:
         self._convolve = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
         self._weights = {torch.float32: _load_weights(config, tensors, device)}
         self._float32_is_exact = self._probe()
-        self.z_tables, self.y_tables = (
-            Tables(
-                tensors[f"tables.{kind}.frequencies"].numpy(),
-                tensors[f"tables.{kind}.lengths"].numpy(),
-            )
-            for kind in ("z", "y")
-        )
+        self.hyper_prior = HyperPrior(tensors)
+        self.y_tables = Tables(tensors["tables.y.frequencies"].numpy(), tensors["tables.y.lengths"].numpy())
 
     # What carries the integers
 
@@ -316,17 +312,17 @@ class EntropyModel:
             for item in range(len(z_symbols))
         ]
 
-    def pack(self, tile: TileSymbols) -> bytes:
-        """Entropy-code one tile."""
+    def pack(self, tile: TileSymbols, rate: float) -> bytes:
+        """Entropy-code one tile; ``rate``: its quality, from 0 (lowest) to 1 (highest)."""
         encoder = SymbolEncoder()
-        encoder.write(self.z_tables, tile.z.reshape(-1), self._z_indexes(tile.z.shape[1:]))
+        self.hyper_prior.write(encoder, tile.z, rate)
         for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
             encoder.write(self.y_tables, symbols.reshape(-1), indexes.reshape(-1), first=SKIP_INDEX + 1)
         return encoder.finish()
 
     @torch.inference_mode()
-    def unpack(self, segment: bytes, height: int, width: int) -> tuple[TileSymbols, Tensor]:
-        """Decode one tile of latent size ``height`` x ``width`` (multiples of 4).
+    def unpack(self, segment: bytes, height: int, width: int, rate: float) -> tuple[TileSymbols, Tensor]:
+        """Decode one tile of latent size ``height`` x ``width`` (multiples of 4), of the `rate` of `pack`.
 
         Returns its symbols and y_hat, (height, width, M) float32 (before the inverse gains).
 
@@ -334,9 +330,8 @@ class EntropyModel:
             MalformedBitstreamError: the segment is not a tile of this size.
         """
         decoder = SymbolDecoder(segment)
-        shape = (height // 4, width // 4)
-        z = decoder.read(self.z_tables, self._z_indexes(shape))
-        z = z.reshape(self.config.hyper_channels, *shape)
+        shape = (self.config.hyper_channels, height // 4, width // 4)
+        z = self.hyper_prior.read(decoder, shape, rate)
         kept: list[tuple[Symbols, Indexes]] = []
 
         def choose(step: int, means: Tensor, indexes: Tensor) -> Tensor:
@@ -360,6 +355,3 @@ class EntropyModel:
         ]
         y_hat = _merge(torch.stack(groups).flatten(-2))[0].float().mul_(1 / MEAN_UNIT)
         return tile, y_hat
-
-    def _z_indexes(self, shape: tuple[int, ...]) -> Indexes:
-        return np.repeat(np.arange(self.config.hyper_channels, dtype=np.uint8), int(np.prod(shape)))

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ugicm.codec.codec import Latent
 from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.entropy import SKIP_INDEX
+from ugicm.codec.hyper_prior import HyperPrior
 
 ESCAPE_BITS = math.log2(2 * SYMBOL_LIMIT + 1)
 
@@ -36,6 +38,7 @@ class CodeLength:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """``tensors``: of the stored model."""
+        self._prior = HyperPrior(tensors)
         self._z, self._y = (
             _Costs(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
@@ -46,10 +49,10 @@ class CodeLength:
 
     def bits(self, latent: Latent) -> float:
         """Bits of all symbols of a picture's latent."""
-        total = 0.0
+        total, rate = 0.0, (latent.header.quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN)
         for tile in latent.tiles:
-            channels = np.arange(len(tile.z), dtype=np.uint8)
-            total += self._z.sum(tile.z.reshape(-1), np.repeat(channels, tile.z[0].size))
+            for mask, chosen in self._prior.indexes(tile.z, rate):
+                total += self._z.sum(tile.z[:, mask], chosen)
             for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
                 coded = indexes != SKIP_INDEX
                 total += self._y.sum(symbols[coded], indexes[coded])

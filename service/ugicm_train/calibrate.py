@@ -1,0 +1,161 @@
+"""``ugicm-train calibrate``: count the hyper latents of photos and make their tables anew.
+
+Training knows one distribution for each hyper channel. What is coded by `ugicm.codec.hyper_prior` may use
+another table at every level of quality and for every context, so they are counted: histograms by level,
+context and channel, each pulled towards its channel's, grouped into a few tables by k-means under code
+length. Bitstreams get shorter, most at low rates, and those of before no longer decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ugicm.codec.codec import Codec
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.hyper_prior import CONTEXTS, contexts, phases
+from ugicm.codec.store import model_path, read_model
+from ugicm_train.data import CropSampler, read_photos
+from ugicm_train.export import read_training, to_frequencies, write_model
+
+RADIUS = 64
+"""Symbols beyond are escapes in every table."""
+PULL = 20.0
+"""As many symbols, distributed like the channel's at that level, are added to every histogram."""
+FLOOR = 1e-3
+"""Symbols that no photo of that channel and level has are taken to be this many."""
+TAIL = 1e-6
+"""Tables reach until this much probability is left outside."""
+ROUNDS = 30
+BATCH = 8
+
+Counts = NDArray[np.float64]
+
+
+def count(codec: Codec, sampler: CropSampler, crops: int) -> Counts:
+    """Histograms (levels, CONTEXTS, N, 2 RADIUS + 2) of the hyper latents of random crops, escapes last."""
+    levels, channels = codec.config.levels, codec.config.hyper_channels
+    counts = np.zeros((levels, CONTEXTS, channels, 2 * RADIUS + 2))
+    row = np.arange(channels)[:, None]
+    for done in range(0, crops, BATCH):
+        batch = (sampler.batch(min(BATCH, crops - done)) * 255).round().byte()
+        images = list(batch.permute(0, 2, 3, 1).contiguous().numpy())
+        for level, quality in enumerate(np.linspace(QUALITY_MIN, QUALITY_MAX, levels)):
+            for latent in codec.analyse(images, float(quality)):
+                for tile in latent.tiles:
+                    beyond = np.abs(tile.z) > RADIUS
+                    values = np.where(beyond, 2 * RADIUS + 1, tile.z + RADIUS)
+                    for phase, mask in enumerate(phases(*tile.z.shape[1:])):
+                        place = contexts(tile.z, phase)[:, mask], row, values[:, mask]
+                        np.add.at(counts[level], place, 1)
+    return counts
+
+
+def distributions(counts: Counts) -> Counts:
+    """Probabilities shaped like the histograms."""
+    channel = counts.sum(1, keepdims=True) + FLOOR
+    channel /= channel.sum(-1, keepdims=True)
+    return (counts + PULL * channel) / (counts.sum(-1, keepdims=True) + PULL)
+
+
+def group(probabilities: Counts, weights: Counts, tables: int) -> tuple[NDArray[np.intp], Counts]:
+    """Few distributions in place of many: k-means under code length.
+
+    Args:
+        probabilities: (n, S) distributions.
+        weights: (n,) how often each is used.
+        tables: how many to make at most.
+
+    Returns:
+        The table of each, (n,), and the tables' distributions, (tables, S).
+    """
+    # Begin with runs of equal length, ordered by width and then by mean.
+    values = np.arange(probabilities.shape[1])
+    mean = probabilities @ values
+    deviation = np.sqrt(np.maximum(probabilities @ values**2 - mean**2, 0))
+    order = np.lexsort((mean, np.round(2 * np.log2(deviation + 0.05))))
+    choice = np.empty(len(order), np.intp)
+    choice[order] = np.arange(len(order)) * tables // len(order)
+    weights = weights + 1e-3
+    for _ in range(ROUNDS):
+        used = np.unique(choice)
+        centres = np.stack(
+            [
+                np.average(probabilities[choice == table], axis=0, weights=weights[choice == table])
+                for table in used
+            ]
+        )
+        choice = (probabilities @ -np.log2(centres).T).argmin(1)
+    used, choice = np.unique(choice, return_inverse=True)
+    return choice, centres[used]
+
+
+def table_of(probabilities: Counts) -> NDArray[np.int32]:
+    """Frequencies of a distribution (2 RADIUS + 2,), as narrow as `TAIL` allows."""
+    inside = probabilities[:-1]
+    for radius in range(1, RADIUS + 1):
+        kept = inside[RADIUS - radius : RADIUS + radius + 1]
+        if 1 - kept.sum() < TAIL:
+            break
+    return to_frequencies(np.append(kept, max(1 - kept.sum(), 0.0)))
+
+
+def calibrate(
+    source: Path, folder: Path, data: list[Path], *, crops: int, size: int, tables: int, seed: int
+) -> None:
+    """Write the model in `source` with tables counted on `crops` of `size` pixels a side to `folder`."""
+    stored = read_model(source)
+    photos = [photo for _, photo in read_photos(data, min_side=size)]
+    counts = count(Codec(stored), CropSampler(photos, size=size, seed=seed), crops)
+    shape = counts.shape[:-1]
+    choice, centres = group(
+        distributions(counts).reshape(-1, counts.shape[-1]), counts.sum(-1).reshape(-1), tables
+    )
+    made = [table_of(centre) for centre in centres]
+    tensors = stored.tensors | {
+        "tables.z.frequencies": torch.from_numpy(np.concatenate(made)),
+        "tables.z.lengths": torch.tensor([len(table) for table in made], dtype=torch.int32),
+        "tables.z.choice": torch.from_numpy(choice.reshape(shape).astype(np.uint8)),
+    }
+    alone = counts.sum((0, 1)) + FLOOR
+    bits = [
+        -(counts * np.log2(model)).sum() / counts.sum()
+        for model in (alone / alone.sum(-1, keepdims=True), centres[choice].reshape(counts.shape))
+    ]
+    print(f"bits of a hyper symbol: {bits[1]:.4f}, with one table for each channel {bits[0]:.4f}")
+    record = {"calibrated": {"crops": crops, "size": size, "tables": len(made), "seed": seed}}
+    write_model(folder, stored.config, tensors, read_training(source) | record)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train calibrate``."""
+    parser.add_argument("model", help="model (name or folder)")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
+    parser.add_argument("--out", type=Path, help="model folder to write (default: the model's)")
+    parser.add_argument("--crops", type=int, default=256, help="how many crops to count")
+    parser.add_argument("--size", type=int, default=512, help="their side in pixels")
+    parser.add_argument("--tables", type=int, default=64, help="tables to make, at most 255")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Count and write."""
+    if not 1 <= arguments.tables <= 255:
+        raise ValueError(f"tables must be in 1..255, got {arguments.tables}")
+    if arguments.crops < 1:
+        raise ValueError(f"crops must be at least 1, got {arguments.crops}")
+    source = model_path(arguments.model)
+    calibrate(
+        source,
+        arguments.out or source,
+        arguments.data,
+        crops=arguments.crops,
+        size=arguments.size,
+        tables=arguments.tables,
+        seed=arguments.seed,
+    )
+    return 0

@@ -1,0 +1,66 @@
+"""Counted tables of the hyper latent: shorter bitstreams, the same pictures, a model that restores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from numpy.typing import NDArray
+
+from tests.conftest import TINY, write_tiny_model
+from ugicm.codec.coder import TOTAL
+from ugicm.codec.store import load_codec, read_model
+from ugicm_train.calibrate import RADIUS, group, table_of
+from ugicm_train.cli import main
+from ugicm_train.export import read_training
+from ugicm_train.restore import restore
+
+
+def test_calibrated_model_needs_fewer_bytes(
+    tmp_path: Path, photo: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
+) -> None:
+    PIL.Image.fromarray(photo).save(tmp_path / "photo.png")
+    plain, counted = write_tiny_model(tmp_path / "plain"), tmp_path / "counted"
+    command = ["calibrate", str(plain), "--out", str(counted), "--data", str(tmp_path / "photo.png")]
+    assert main([*command, "--crops", "12", "--size", "192", "--tables", "9"]) == 0
+    assert "bits of a hyper symbol" in capsys.readouterr().out
+    assert read_training(counted)["calibrated"] == {"crops": 12, "size": 192, "tables": 9, "seed": 0}
+    codecs = [load_codec(folder, device="cpu", precision="float32") for folder in (plain, counted)]
+    coded = [codec.encode([photo] * 3, [1, 50, 100]) for codec in codecs]
+    assert sum(map(len, coded[1])) < sum(map(len, coded[0]))
+    for before, after in zip(
+        *(codec.decode(data) for codec, data in zip(codecs, coded, strict=True)), strict=True
+    ):
+        assert np.array_equal(before, after)
+    assert codecs[0].digest != codecs[1].digest
+    restore(TINY, read_model(counted).tensors)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tables", "256"), ("--crops", "0")])
+def test_options_are_checked(
+    tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", str(write_tiny_model(tmp_path / "m")), "--data", "x", option, value]) == 1
+    assert f"{option[2:]} must be" in capsys.readouterr().err
+
+
+def test_alike_distributions_share_a_table() -> None:
+    narrow, wide = (np.exp(-np.abs(np.arange(-3, 4)) * slope) for slope in (3.0, 0.5))
+    rows = np.stack([narrow, wide, narrow * 1.0, wide + 1e-3])
+    rows /= rows.sum(1, keepdims=True)
+    choice, centres = group(rows, np.ones(4), 2)
+    assert choice[0] == choice[2] != choice[1] == choice[3]
+    assert centres[choice[1]] == pytest.approx(rows[[1, 3]].mean(0))
+
+
+def test_tables_are_as_narrow_as_their_distribution() -> None:
+    flat = np.full(2 * RADIUS + 2, 1.0)
+    peak = np.full(2 * RADIUS + 2, 1e-12)
+    peak[RADIUS - 1 : RADIUS + 2] = 1.0
+    for weights, entries in ((flat, 2 * RADIUS + 2), (peak, 4)):
+        table = table_of(weights / weights.sum())
+        assert len(table) == entries
+        assert table.min() >= 1
+        assert table.sum() == TOTAL
