@@ -17,7 +17,7 @@ from torch import Tensor
 from ugicm.codec import bitstream as container
 from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
-from ugicm.codec.conditioning import Gains, at_level, quality_to_level, tilt_of
+from ugicm.codec.conditioning import Gains, at_level, quality_to_level, rate_of, tilt_of
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import EntropyModel, TileSymbols
@@ -383,7 +383,7 @@ class Codec:
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
-            tile, part = self._cpu_entropy.unpack(segment, height, width, _rate(header))
+            tile, part = self._cpu_entropy.unpack(segment, height, width, rate_of(header.quality))
             y_hat[top : top + height, left : left + width] = part
             tiles.append(tile)
         return Latent(header, tuple(tiles), y_hat)
@@ -446,7 +446,7 @@ class Codec:
 
     def _tilt(self, header: Header) -> float:
         """Where between the rates the transforms of this quality are, -1 .. 1."""
-        level = float(quality_to_level(header.quality, self.config.levels))
+        level = quality_to_level(header.quality, self.config.levels)
         return round(TILT_STEPS * tilt_of(level, self.config.levels)) / TILT_STEPS
 
     def _make_analysis(self, tilt: float) -> InferenceAnalysis:
@@ -485,9 +485,7 @@ class Codec:
 
     def _levels(self, qualities: Sequence[float]) -> Tensor:
         quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)
-        level = quality_to_level(quality, self.config.levels)
-        assert isinstance(level, Tensor)
-        return level
+        return quality_to_level(quality, self.config.levels)
 
     def _padded(self, image: Image, rows: slice | None = None, columns: slice | None = None) -> Tensor:
         """Part of the picture padded by replication to whole hyper positions, (H, W, 3) uint8.
@@ -570,7 +568,8 @@ class Codec:
 
     def _serialise(self, header: Header, tiles: Iterable[TileSymbols]) -> bytes:
         """Entropy-code the tiles and put them into the container."""
-        return container.serialise(header, [self._cpu_entropy.pack(tile, _rate(header)) for tile in tiles])
+        rate = rate_of(header.quality)
+        return container.serialise(header, [self._cpu_entropy.pack(tile, rate) for tile in tiles])
 
     def _serialise_lossless(self, header: Header, image: Image) -> bytes:
         header = dataclasses.replace(header, tile_side=0, lossless=True)
@@ -596,11 +595,6 @@ def _scaled(positions: slice) -> slice:
 
 def _shape(header: Header) -> tuple[int, int, int]:
     return header.width, header.height, header.tile_side
-
-
-def _rate(header: Header) -> float:
-    """Quality from 0 (lowest) to 1 (highest)."""
-    return (header.quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN)
 
 
 def _tiled(image: Image) -> bool:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN, ModelConfig
 
+T = TypeVar("T", float, Tensor)
 
-def quality_to_level(quality: float | Tensor, levels: int) -> float | Tensor:
+
+def rate_of(quality: T) -> T:
+    """Quality 1..100 to 0..1."""
+    return (quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN)
+
+
+def quality_to_level(quality: T, levels: int) -> T:
     """Quality 1..100 to a position 0..levels-1 on the ladder of trained levels."""
-    return (quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN) * (levels - 1)
+    return rate_of(quality) * (levels - 1)
 
 
 def tilt_of(level: float, levels: int) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ugicm.codec.codec import Latent
 from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
-from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.conditioning import rate_of
 from ugicm.codec.entropy import SKIP_INDEX
 from ugicm.codec.hyper_prior import HyperPrior
 
@@ -49,7 +49,7 @@ class CodeLength:
 
     def bits(self, latent: Latent) -> float:
         """Bits of all symbols of a picture's latent."""
-        total, rate = 0.0, (latent.header.quality - QUALITY_MIN) / (QUALITY_MAX - QUALITY_MIN)
+        total, rate = 0.0, rate_of(latent.header.quality)
         for tile in latent.tiles:
             for mask, chosen in self._prior.indexes(tile.z, rate):
                 total += self._z.sum(tile.z[:, mask], chosen)
