@@ -17,9 +17,6 @@ RATE_BALANCE = 0.45
 """Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
 every rate pulls about equally, the high ones slightly more (they starve first)."""
 
-LOSS_MAX = 15.0
-"""A sample's balanced loss is scaled down to this: photos stay below, 1-pixel stripes may not drown them."""
-
 
 class Teacher(Protocol):
     """A frozen judge of the machine view."""
@@ -54,6 +51,10 @@ def rate_distortion_loss(
 ) -> LossTerms:
     """bpp + lambda 255^2 (MSE_human + MSE_machine / 2) / (3/2) + teacher distance on the machine view.
 
+    Samples count by one over the square root of their rate-distortion loss: a percent saved on foliage, which
+    costs ten times the bits of a sky, is worth three times as much as one saved on the sky, not ten times; a
+    batch's gradient is not that of its one or two busiest samples, and 1-pixel stripes do not drown photos.
+
     The machine view exists for the first samples only; the others count their human view alone, which
     leaves the balance of rate and distortion the same for all. At a `strength` between human (0) and machine
     (1) the teacher counts in proportion. Where no human view is decoded, it counts as without error.
@@ -64,6 +65,8 @@ def rate_distortion_loss(
     machine = (output.machine - x[:count]).square().mean((1, 2, 3))
     distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion
+    balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
+    weight = balance / (balance * loss.detach()).sqrt()
     judged = x.new_zeros(())
     if teacher is not None and count:
         distance = teacher(output.machine, x[:count])
@@ -71,10 +74,8 @@ def rate_distortion_loss(
         # The same at every rate, while the squared error counts in proportion to lambda: where little detail
         # is lost, little is changed.
         loss = torch.cat([loss[:count] + teacher_weight * strength * distance, loss[count:]])
-    balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
-    balanced = loss * balance
     return LossTerms(
-        (balanced * (LOSS_MAX / balanced.detach()).clamp(max=1)).mean(),
+        (weight * loss).mean(),
         output.bpp.mean().detach(),
         human.mean().detach(),
         machine.mean().detach() if count else x.new_zeros(()),
