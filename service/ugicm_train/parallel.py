@@ -6,6 +6,7 @@ a part of the matrices (a quarter of the time of a small batch) and AdamW's for 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            # Left alone, its threads can abort a process that ends.
+            atexit.register(dist.destroy_process_group)
 
     @property
     def first(self) -> bool:
