@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
-from ugicm.codec.hyper_prior import CONTEXTS, contexts, phases
+from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.store import model_path, read_model
 from ugicm_train.data import CropSampler, read_photos
-from ugicm_train.export import read_training, to_frequencies, write_model
+from ugicm_train.export import narrow_table, read_training, write_model
 
 RADIUS = 64
 """Symbols beyond are escapes in every table."""
@@ -28,8 +28,6 @@ PULL = 20.0
 """As many symbols, distributed like the channel's at that level, are added to every histogram."""
 FLOOR = 1e-3
 """Symbols that no photo of that channel and level has are taken to be this many."""
-TAIL = 1e-6
-"""Tables reach until this much probability is left outside."""
 ROUNDS = 30
 BATCH = 8
 
@@ -49,9 +47,8 @@ def count(codec: Codec, sampler: CropSampler, crops: int) -> Counts:
                 for tile in latent.tiles:
                     beyond = np.abs(tile.z) > RADIUS
                     values = np.where(beyond, 2 * RADIUS + 1, tile.z + RADIUS)
-                    for phase, mask in enumerate(phases(*tile.z.shape[1:])):
-                        place = contexts(tile.z, phase)[:, mask], row, values[:, mask]
-                        np.add.at(counts[level], place, 1)
+                    for mask, context in by_phase(tile.z):
+                        np.add.at(counts[level], (context, row, values[:, mask]), 1)
     return counts
 
 
@@ -94,16 +91,6 @@ def group(probabilities: Counts, weights: Counts, tables: int) -> tuple[NDArray[
     return choice, centres[used]
 
 
-def table_of(probabilities: Counts) -> NDArray[np.int32]:
-    """Frequencies of a distribution (2 RADIUS + 2,), as narrow as `TAIL` allows."""
-    inside = probabilities[:-1]
-    for radius in range(1, RADIUS + 1):
-        kept = inside[RADIUS - radius : RADIUS + radius + 1]
-        if 1 - kept.sum() < TAIL:
-            break
-    return to_frequencies(np.append(kept, max(1 - kept.sum(), 0.0)))
-
-
 def calibrate(
     source: Path, folder: Path, data: list[Path], *, crops: int, size: int, tables: int, seed: int
 ) -> None:
@@ -115,7 +102,7 @@ def calibrate(
     choice, centres = group(
         distributions(counts).reshape(-1, counts.shape[-1]), counts.sum(-1).reshape(-1), tables
     )
-    made = [table_of(centre) for centre in centres]
+    made = [narrow_table(centre[:-1]) for centre in centres]
     tensors = stored.tensors | {
         "tables.z.frequencies": torch.from_numpy(np.concatenate(made)),
         "tables.z.lengths": torch.tensor([len(table) for table in made], dtype=torch.int32),

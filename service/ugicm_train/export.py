@@ -67,6 +67,16 @@ def logistic_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
 
 
+def narrow_table(mass: NDArray[np.float64]) -> NDArray[np.int32]:
+    """Frequencies of a hyper symbol, ``mass`` over -radius .. radius, as narrow as `PRIOR_TAIL` allows."""
+    middle = len(mass) // 2
+    for radius in range(1, middle + 1):
+        inside = mass[middle - radius : middle + radius + 1]
+        if 1 - inside.sum() < PRIOR_TAIL:
+            break
+    return to_frequencies(np.append(inside, max(1 - inside.sum(), 0.0)))
+
+
 @torch.no_grad()
 def prior_tables(prior: FactorizedPrior) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Frequencies and lengths of every hyper channel."""
@@ -74,13 +84,7 @@ def prior_tables(prior: FactorizedPrior) -> tuple[NDArray[np.int32], NDArray[np.
     values = torch.arange(-Z_LIMIT, Z_LIMIT + 1, dtype=torch.float64)
     mass = prior.double().mass(values.repeat(channels, 1)[None, :, None])[0, :, 0].numpy()
     prior.float()
-    tables = []
-    for row in mass:
-        for radius in range(1, Z_LIMIT + 1):
-            inside = row[Z_LIMIT - radius : Z_LIMIT + radius + 1]
-            if 1 - inside.sum() < PRIOR_TAIL:
-                break
-        tables.append(to_frequencies(np.append(inside, max(1 - inside.sum(), 0.0))))
+    tables = [narrow_table(row) for row in mass]
     return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
 
 

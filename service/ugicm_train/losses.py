@@ -66,7 +66,7 @@ def rate_distortion_loss(
     distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
-    weight = balance / (balance * loss.detach()).sqrt()
+    weight = (balance / loss.detach()).sqrt()
     judged = x.new_zeros(())
     if teacher is not None and count:
         distance = teacher(output.machine, x[:count])

@@ -100,10 +100,9 @@ def move_rates(
     ends = (math.log(new.lambda_min), math.log(new.lambda_max))
     span = math.log(old.lambda_max / old.lambda_min)
     tilts = [2 * (at - math.log(old.lambda_min)) / span - 1 for at in (*ends, sum(ends) / 2)]
-    names = [name for name, _ in middle.named_parameters()]
     weights = dict(middle.named_parameters())
     moved = [moved_weights(weights, *between_rates(low, high, tilt)) for tilt in tilts]
-    for name in names:
+    for name in weights:
         least, most, centre = (values[name] for values in moved)
         low.get_parameter(name).copy_(least - centre)
         high.get_parameter(name).copy_(most - centre)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, write_tiny_model
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.store import load_codec, read_model
-from ugicm_train.calibrate import RADIUS, group, table_of
+from ugicm_train.calibrate import RADIUS, group
 from ugicm_train.cli import main
-from ugicm_train.export import read_training
+from ugicm_train.export import narrow_table, read_training
 from ugicm_train.restore import restore
 
 
@@ -60,7 +60,7 @@ def test_tables_are_as_narrow_as_their_distribution() -> None:
     peak = np.full(2 * RADIUS + 2, 1e-12)
     peak[RADIUS - 1 : RADIUS + 2] = 1.0
     for weights, entries in ((flat, 2 * RADIUS + 2), (peak, 4)):
-        table = table_of(weights / weights.sum())
+        table = narrow_table((weights / weights.sum())[:-1])
         assert len(table) == entries
         assert table.min() >= 1
         assert table.sum() == TOTAL

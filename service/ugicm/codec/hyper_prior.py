@@ -48,6 +48,15 @@ def contexts(z: Symbols, phase: int) -> Indexes:
     return (first + np.digitize(around, _LIMITS)).astype(np.uint8)
 
 
+def by_phase(z: Symbols) -> Iterator[tuple[Mask, Indexes]]:
+    """Phase by phase: its positions, and the contexts of their symbols, (N, n).
+
+    What has been asked for may be filled into `z` meanwhile.
+    """
+    for phase, mask in enumerate(phases(*z.shape[1:])):
+        yield mask, contexts(z, phase)[:, mask]
+
+
 class HyperPrior:
     """Tables of the hyper latent of one model."""
 
@@ -71,14 +80,11 @@ class HyperPrior:
         self._choice = np.broadcast_to(choice, (len(choice), CONTEXTS, choice.shape[2]))
 
     def indexes(self, z: Symbols, rate: float) -> Iterator[tuple[Mask, Indexes]]:
-        """Phase by phase: its positions and the table of each of their symbols, (N, n).
-
-        What has been asked for may be filled into `z` meanwhile. ``rate``: 0 (lowest quality) to 1 (highest).
-        """
+        """As `by_phase`, with tables instead of contexts; ``rate``: 0 (lowest quality) to 1 (highest)."""
         level = round(rate * (len(self._choice) - 1))
         choice, channels = self._choice[level], np.arange(len(z))[:, None]
-        for phase, mask in enumerate(phases(*z.shape[1:])):
-            yield mask, choice[contexts(z, phase)[:, mask], channels]
+        for mask, context in by_phase(z):
+            yield mask, choice[context, channels]
 
     def write(self, encoder: SymbolEncoder, z: Symbols, rate: float) -> None:
         """Code (N, h, w) symbols."""
