@@ -101,7 +101,7 @@ class Optimizers:
         matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
         ids = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-        self._hands = processes.deal(matrices)
+        self._hands = processes.deal([matrix for matrix in matrices if matrix.requires_grad])
         self.muon = torch.optim.Muon(
             self._hands[processes.rank % len(self._hands)],
             lr=options.matrix_lr,
@@ -159,6 +159,8 @@ class Trainer:
         self.model = TrainableCodec(config)
         start_from_dct(self.model)
         self.model.to(self.device)
+        if not options.machine_share:
+            self.model.preference.requires_grad_(False)
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = Optimizers(self.model, options, self.processes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -124,6 +125,16 @@ def test_optimisers_share_out_all_parameters() -> None:
     ]
     assert sum(counts) == sum(p.numel() for p in model.parameters())
     assert all(p.ndim == 2 for group in both.muon.param_groups for p in group["params"])
+
+
+def test_without_a_machine_view_its_difference_stays(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=2, machine_share=0.0)
+    train(TINY, options, [photos], tmp_path)
+    model = load_checkpoint(tmp_path)["model"]
+    assert all(not value.any() for name, value in model.items() if name.startswith("preference."))
+    # With one, from the same checkpoint: the optimisers' states still fit.
+    train(TINY, dataclasses.replace(OPTIONS, steps=2), [photos], tmp_path, resume="checkpoint.pt")
+    assert load_checkpoint(tmp_path)["model"]["preference.up.weight"].any()
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
