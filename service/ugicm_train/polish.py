@@ -34,7 +34,7 @@ VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_low", "syn
 
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
-GRAIN_CROPS = 32
+GRAIN_CROPS = 64
 """Crops that the error is measured on, at each level."""
 LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
@@ -126,7 +126,7 @@ def polish(
     if polisher.stop_requested or not polisher.processes.first:
         return  # where stopped, the checkpoint waits for --resume
     if grain:
-        tensors["grain"] = grain * root_mean_squared_error(polisher.average, sampler)
+        tensors["grain"] = grain * usual_error(polisher.average, sampler)
     else:
         tensors.pop("grain", None)
     for part in VIEWS[view]:
@@ -146,13 +146,16 @@ def polish(
 
 
 @torch.no_grad()
-def root_mean_squared_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
-    """Error of the human view at each level, (levels,), where pixels lie in [0, 1]."""
+def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
+    """Root mean squared error of the human view at each level, (levels,), where pixels lie in [0, 1].
+
+    That of the median crop: one that is unlike any photo can come out as anything at all.
+    """
     errors = []
+    x = sampler.batch(GRAIN_CROPS)
     for level in range(model.config.levels):
-        x = sampler.batch(GRAIN_CROPS)
         human = model(x, x.new_full((len(x),), level), machine_count=0, noise=False).human
-        errors.append((human - x).square().mean().sqrt())
+        errors.append((human - x).square().mean((1, 2, 3)).median().sqrt())
     return torch.stack(errors).cpu()
 
 

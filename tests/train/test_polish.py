@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec, read_model
+from ugicm_train.data import CropSampler
 from ugicm_train.export import export
 from ugicm_train.model import make_zero
-from ugicm_train.polish import VIEWS, add_arguments, polish, run
+from ugicm_train.polish import VIEWS, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
 from ugicm_train.train import TrainOptions, train
 
@@ -124,7 +125,9 @@ def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) ->
         polish(source, source, OPTIONS, [data], work)
 
 
-def test_grain_follows_the_error(tmp_path: Path, data: Path, photo: NDArray[np.uint8]) -> None:
+def test_grain_follows_the_error(
+    tmp_path: Path, data: Path, photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, after = write_tiny_model(tmp_path / "before"), tmp_path / "after"
     polish(before, after, OPTIONS, [data], tmp_path / "run", grain=0.5)
     table = read_model(after).tensors["grain"]
@@ -134,6 +137,17 @@ def test_grain_follows_the_error(tmp_path: Path, data: Path, photo: NDArray[np.u
     crops = [photo[y : y + 128, x : x + 128] for y in tops for x in lefts]
     errors = [squared_error(codec, codec.encode([crop], 1.0)[0], crop, 0.0) for crop in crops]
     assert float(table[0]) * 255 == pytest.approx(0.5 * np.mean(errors) ** 0.5, rel=0.25)
+    # A crop that comes out as anything at all counts as one crop.
+    model, sampler = (
+        tiny_trainable(),
+        CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=64, seed=0),
+    )
+    crops = sampler.batch(64)
+    wild = torch.cat([crops[:60], torch.full_like(crops[:4], 1e4)])
+    monkeypatch.setattr(sampler, "batch", lambda count: crops)
+    usual = usual_error(model, sampler)
+    monkeypatch.setattr(sampler, "batch", lambda count: wild)
+    torch.testing.assert_close(usual_error(model, sampler), usual, rtol=0.2, atol=0)
     # A model can be polished again, and lose its grain.
     polish(after, after, OPTIONS, [data], tmp_path / "run")
     assert "grain" not in read_model(after).tensors

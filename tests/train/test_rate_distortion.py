@@ -142,8 +142,8 @@ def test_compare_knows_sources_and_ranges() -> None:
 
 
 def test_check_counts_what_must_not_happen() -> None:
-    def row(quality: float, psnr: float) -> Row:
-        return Row("ours", "human", quality, "a", 100, 1.01, psnr, None, None, 1.0, 0.0, 0.0)
+    def row(quality: float, psnr: float, view: str = "human") -> Row:
+        return Row("ours", view, quality, "a", 100, 1.01, psnr, None, None, 1.0, 0.0, 0.0)
 
     targets = [RateTarget("ours", "a", 0.5, bpp) for bpp in (0.5, 0.486, 0.484, 0.501, None)]
     result = check([row(50, 32), row(1, 30), row(100, 31)], targets, "ours")
@@ -151,6 +151,10 @@ def test_check_counts_what_must_not_happen() -> None:
     assert result["quality_steps"] == 2
     assert result["quality_steps_with_lower_psnr"] == [{"image": "a", "from": 50, "to": 100}]
     assert (result["rate_targets_met_within_3_percent"], result["rate_targets"]) == (2, 4)
+    assert result["machine_view_most_below_human"] is None
+    both = [row(50, 32), row(1, 30), row(1, 29.5, "machine"), row(50, 20.0, "machine")]
+    worst = check(both, targets, "ours")["machine_view_most_below_human"]
+    assert worst == {"psnr_db": 12.0, "image": "a", "quality": 50}
 
 
 def test_read_anchors(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ def table(report: Mapping[str, Any]) -> str:
             f"Size targets met within 3 % below: {checks['rate_targets_met_within_3_percent']} "
             f"of {checks['rate_targets']}."
         )
+    if (worst := checks["machine_view_most_below_human"]) is not None:
+        lines.append(
+            f"The machine view's PSNR is at most {worst['psnr_db']:.1f} dB below the human's "
+            f"({worst['image']}, quality {worst['quality']:g})."
+        )
     return "\n".join([*lines, "", f"`{report['command']}`", ""])
 
 
