@@ -35,7 +35,7 @@ VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_low", "syn
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
 GRAIN_CROPS = 64
-"""Crops that the error is measured on, at each level."""
+"""Crops that the error is measured on, the same at each level."""
 LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
 

@@ -100,6 +100,7 @@ class Optimizers:
         self.options, self._processes = options, processes
         matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
         ids = {id(parameter) for parameter in matrices}
+        # Frozen ones too, so that Adam's state fits a run that moves them.
         others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
         self._hands = processes.deal([matrix for matrix in matrices if matrix.requires_grad])
         self.muon = torch.optim.Muon(

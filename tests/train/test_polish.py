@@ -138,10 +138,8 @@ def test_grain_follows_the_error(
     errors = [squared_error(codec, codec.encode([crop], 1.0)[0], crop, 0.0) for crop in crops]
     assert float(table[0]) * 255 == pytest.approx(0.5 * np.mean(errors) ** 0.5, rel=0.25)
     # A crop that comes out as anything at all counts as one crop.
-    model, sampler = (
-        tiny_trainable(),
-        CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=64, seed=0),
-    )
+    model = tiny_trainable()
+    sampler = CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=64, seed=0)
     crops = sampler.batch(64)
     wild = torch.cat([crops[:60], torch.full_like(crops[:4], 1e4)])
     monkeypatch.setattr(sampler, "batch", lambda count: crops)

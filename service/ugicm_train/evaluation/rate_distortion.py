@@ -98,12 +98,15 @@ def check(rows: Sequence[Row], targets: Sequence[RateTarget], ours: str) -> dict
     """What must hold besides the curves: estimate, monotony, rate control, the two views alike."""
     mine = [row for row in rows if row.codec == ours and row.view == "human"]
     human_psnr = {(row.image, row.quality): row.psnr_db for row in mine}
-    below = [
-        (human_psnr[row.image, row.quality] - row.psnr_db, row.image, row.quality)
+    below: list[dict[str, Any]] = [
+        {
+            "psnr_db": round(human_psnr[row.image, row.quality] - row.psnr_db, 2),
+            "image": row.image,
+            "quality": row.quality,
+        }
         for row in rows
         if row.codec == ours and row.view == "machine"
     ]
-    most, worst_image, worst_quality = max(below, default=(None, None, None))
     by_image: dict[str, list[Row]] = {}
     for row in sorted(mine, key=lambda row: row.quality):
         by_image.setdefault(row.image, []).append(row)
@@ -125,9 +128,7 @@ def check(rows: Sequence[Row], targets: Sequence[RateTarget], ours: str) -> dict
         ],
         "rate_targets": len(hits),
         "rate_targets_met_within_3_percent": sum(hits),
-        "machine_view_most_below_human": None
-        if most is None
-        else {"psnr_db": round(most, 2), "image": worst_image, "quality": worst_quality},
+        "machine_view_most_below_human": max(below, key=lambda each: each["psnr_db"], default=None),
     }
 
 
