@@ -56,8 +56,11 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
     kinds = {"minutes": float, "steps": int, "device": str, "threads": int}
     for field in dataclasses.fields(TrainOptions):
-        kind = kinds.get(field.name) or type(field.default)
-        run.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+        flag, kind = f"--{field.name.replace('_', '-')}", kinds.get(field.name) or type(field.default)
+        if kind is bool:
+            run.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            run.add_argument(flag, type=kind, default=field.default)
 
     run.add_argument(
         "--teacher", help="judge of the machine view, such as open_clip:ViT-B-32/openai (default: none)"

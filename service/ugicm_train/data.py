@@ -5,6 +5,7 @@ Needs only torch, numpy, Pillow and safetensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +46,9 @@ def _files(source: Path) -> list[Path]:
     )
 
 
-def read_photos(sources: Sequence[Path], *, min_side: int, threads: int = 2) -> Iterator[tuple[str, Tensor]]:
+def read_photos(
+    sources: Sequence[Path], *, min_side: int, threads: int | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, (3, H, W) uint8) of every photo whose shorter side is at least `min_side` pixels.
 
     `sources` are folders of images, folders of shards, or single files.
@@ -58,7 +61,7 @@ def read_photos(sources: Sequence[Path], *, min_side: int, threads: int = 2) -> 
                 if min(photo.shape[1:]) >= min_side:
                     yield name, photo
         images = [path for path in files if path not in set(shards)]
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             for path, photo in zip(images, pool.map(_decode, images), strict=True):
                 if min(photo.shape[1:]) >= min_side:
                     yield str(path.relative_to(source)) if source.is_dir() else path.name, photo
@@ -104,6 +107,7 @@ class CropSampler:
         seed: int,
         synthetic_share: float = 0.0,
         min_scale: float = 1.0,
+        drawn_before: int = 0,
     ) -> None:
         """A sampler of crops.
 
@@ -114,6 +118,7 @@ class CropSampler:
             synthetic_share: part of the crops that are drawn instead (`ugicm_train.synthetic`).
             min_scale: photos are shrunk to between this and 1 of their size (log-uniform), as far as a crop
                 still fits.
+            drawn_before: draw that many crops now and choose from them, instead of a new one each time.
         """
         self.photos = [photo for photo in photos if min(photo.shape[1:]) >= size]
         if not self.photos:
@@ -124,6 +129,7 @@ class CropSampler:
         self._random = np.random.default_rng(seed)
         area = np.array([photo.shape[1] * photo.shape[2] for photo in self.photos], dtype=np.float64)
         self._share = np.sqrt(area) / np.sqrt(area).sum()
+        self._drawn = [self._draw() for _ in range(drawn_before if synthetic_share else 0)]
 
     def batch(self, count: int) -> Tensor:
         """(count, 3, size, size) float32 in [0, 1], channels last."""
@@ -131,8 +137,8 @@ class CropSampler:
         for index in self._random.choice(len(self.photos), size=count, p=self._share):
             photo = self.photos[index]
             if self._random.random() < self.synthetic_share:
-                drawn = torch.from_numpy(draw_synthetic(self._random, self.size)).permute(2, 0, 1)
-                crops.append(drawn.to(photo.device))
+                drawn = self._drawn
+                crops.append(drawn[self._random.integers(len(drawn))] if drawn else self._draw())
                 continue
             window = self._window(photo)
             top, left = (int(self._random.integers(0, side - window + 1)) for side in photo.shape[1:])
@@ -142,6 +148,11 @@ class CropSampler:
             crops.append(crop.flip(2) if self._random.random() < 0.5 else crop)
         batch = torch.stack(crops).contiguous(memory_format=torch.channels_last)
         return batch.float().div_(255)
+
+    def _draw(self) -> Tensor:
+        """A synthetic crop, (3, size, size) uint8, where the photos are."""
+        drawn = torch.from_numpy(draw_synthetic(self._random, self.size)).permute(2, 0, 1)
+        return drawn.to(self.photos[0].device)
 
     def _window(self, photo: Tensor) -> int:
         """Side of the part of the photo that becomes a crop."""

@@ -16,6 +16,8 @@ MACHINE_WEIGHT = 0.5
 RATE_BALANCE = 0.45
 """Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
 every rate pulls about equally, the high ones slightly more (they starve first)."""
+OUTLIER = 4.0
+"""Balanced loss from where on a sample's gradient no longer grows with it. Photos have .1 to 2.6."""
 
 
 class Teacher(Protocol):
@@ -54,6 +56,7 @@ def rate_distortion_loss(
     Samples count by one over the square root of their rate-distortion loss: a percent saved on foliage, which
     costs ten times the bits of a sky, is worth three times as much as one saved on the sky, not ten times; a
     batch's gradient is not that of its one or two busiest samples, and 1-pixel stripes do not drown photos.
+    Those that explode (a transform that has not learned what to do with them yet) count by less still.
 
     The machine view exists for the first samples only; the others count their human view alone, which
     leaves the balance of rate and distortion the same for all. At a `strength` between human (0) and machine
@@ -66,7 +69,8 @@ def rate_distortion_loss(
     distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
-    weight = (balance / loss.detach()).sqrt()
+    balanced = balance * loss.detach()
+    weight = balance * balanced.rsqrt() * (OUTLIER / balanced).clamp(max=1.0)
     judged = x.new_zeros(())
     if teacher is not None and count:
         distance = teacher(output.machine, x[:count])
@@ -74,8 +78,11 @@ def rate_distortion_loss(
         # The same at every rate, while the squared error counts in proportion to lambda: where little detail
         # is lost, little is changed.
         loss = torch.cat([loss[:count] + teacher_weight * strength * distance, loss[count:]])
+    weighted = weight * loss
+    # By value, too, an outlier is the worse the larger it is.
+    told = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
     return LossTerms(
-        (weight * loss).mean(),
+        (weighted + told - weighted.detach()).mean(),
         output.bpp.mean().detach(),
         human.mean().detach(),
         machine.mean().detach() if count else x.new_zeros(()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,30 @@ class CodecOutput(NamedTuple):
     """Estimated bits per pixel, (B,)."""
 
 
+def stacked_weights(
+    weights: Mapping[str, Tensor], low: nn.Module, high: nn.Module, level: Tensor, levels: int
+) -> dict[str, Tensor]:
+    """`moved_weights` at each of the levels (R,), stacked: every weight gets a first dimension R.
+
+    In one product for all of them, and without asking the device for a value.
+    """
+    tilt = 2 * level / (levels - 1) - 1
+    shares = torch.stack([torch.ones_like(tilt), (-tilt).relu(), tilt.relu()], 1)
+    sources: tuple[Mapping[str, Tensor], ...] = (
+        weights,
+        dict(low.named_parameters()),
+        dict(high.named_parameters()),
+    )
+    flat = torch.stack([torch.cat([source[name].flatten() for name in weights]) for source in sources])
+    with torch.autocast(flat.device.type, enabled=False):
+        mixed = shares @ flat
+    parts = mixed.split([value.numel() for value in weights.values()], 1)
+    return {
+        name: part.reshape(len(level), *value.shape)
+        for (name, value), part in zip(weights.items(), parts, strict=True)
+    }
+
+
 class TrainableCodec(nn.Module):
     """One encode, two decodes of the same latent."""
 
@@ -76,34 +101,35 @@ class TrainableCodec(nn.Module):
         for name in DIFFERENCES:
             make_zero(getattr(self, name))
 
-    def tilt(self, level: Tensor) -> float:
-        """Where between the rates the transforms of a batch are.
+    def _between_rates(
+        self, middle: nn.Module, low: nn.Module, high: nn.Module, level: Tensor, rates: int
+    ) -> dict[str, Tensor]:
+        """Weights of a transform at the level of a batch, or, by part, at those of its `rates` equal parts.
 
         Raises:
-            ValueError: the batch is not all of one level.
+            ValueError: one rate, but the levels differ.
         """
+        weights = dict(middle.named_parameters())
+        if rates > 1:
+            return stacked_weights(weights, low, high, level[:: len(level) // rates], self.config.levels)
         if len(level.unique()) != 1:
             raise ValueError(f"a batch is coded at one level, got {level.tolist()}")
-        return tilt_of(float(level[0]), self.config.levels)
+        tilt = tilt_of(float(level[0]), self.config.levels)
+        return moved_weights(weights, *between_rates(low, high, tilt))
 
-    def latent_of(self, x: Tensor, level: Tensor) -> Tensor:
+    def latent_of(self, x: Tensor, level: Tensor, rates: int = 1) -> Tensor:
         """y before gains, (B, M, H/16, W/16)."""
-        weights = moved_weights(
-            dict(self.analysis.named_parameters()),
-            *between_rates(self.analysis_low, self.analysis_high, self.tilt(level)),
-        )
+        weights = self._between_rates(self.analysis, self.analysis_low, self.analysis_high, level, rates)
         latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
         return latent
 
-    def _human_weights(self, level: Tensor) -> dict[str, Tensor]:
-        return moved_weights(
-            dict(self.synthesis.named_parameters()),
-            *between_rates(self.synthesis_low, self.synthesis_high, self.tilt(level)),
-        )
+    def _human_weights(self, level: Tensor, rates: int = 1) -> dict[str, Tensor]:
+        return self._between_rates(self.synthesis, self.synthesis_low, self.synthesis_high, level, rates)
 
-    def human_view(self, latent: Tensor, level: Tensor) -> Tensor:
+    def human_view(self, latent: Tensor, level: Tensor, rates: int = 1) -> Tensor:
         """Decode (B, M, H/16, W/16) for people."""
-        view: Tensor = torch.func.functional_call(self.synthesis, self._human_weights(level), (latent,))
+        weights = self._human_weights(level, rates)
+        view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
 
     def machine_view(self, latent: Tensor, level: Tensor, strength: float) -> Tensor:
@@ -122,20 +148,22 @@ class TrainableCodec(nn.Module):
         machine_count: int | None = None,
         strength: float = 1.0,
         noise: bool = True,
+        rates: int = 1,
     ) -> CodecOutput:
         """``x`` (B, 3, H, W) in [0, 1], H and W multiples of 64; ``level`` (B,) in [0, levels-1], all
-        the same.
+        the same, or the same in each of `rates` equal parts of the batch.
 
-        The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None).
+        The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None;
+        none where there are several rates).
         """
         batch, _, height, width = x.shape
         count = batch if machine_count is None else machine_count
         gain, inverse = self.gains(level)
-        y = self.latent_of(x, level).float() * gain
+        y = self.latent_of(x, level, rates).float() * gain
         z = self.hyper_analysis(y).float()
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        human = self.human_view(latent, level)
+        human = self.human_view(latent, level, rates)
         machine = self.machine_view(latent[:count], level, strength) if count else human[:0]
         return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

@@ -53,9 +53,10 @@ class PolishedCodec(TrainableCodec):
         machine_count: int | None = None,
         strength: float = 1.0,
         noise: bool = True,
+        rates: int = 1,
     ) -> CodecOutput:
-        """As `TrainableCodec`; the rate leaves out the hyper latent, and `noise` is of no account."""
-        del noise
+        """As `TrainableCodec`, at one rate; without the hyper latent's, and `noise` is of no account."""
+        del noise, rates
         with torch.no_grad():
             gain, inverse = self.gains(level)
             y = self.latent_of(x, level).float() * gain

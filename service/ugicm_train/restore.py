@@ -17,7 +17,8 @@ from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
 RATE_FIELDS = ("name", "lambda_min", "lambda_max")
-"""What may differ between a stored model and the one that starts from it."""
+SIZE_FIELDS = ("channels", "encoder_blocks", "decoder_blocks", "context_blocks")
+"""What may differ between a stored model and the one that starts from it; of these, what may only grow."""
 
 
 def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
@@ -109,19 +110,45 @@ def move_rates(
         middle.get_parameter(name).copy_(centre)
 
 
+def _parts(name: str, weight: Tensor) -> tuple[Tensor, ...]:
+    """What of a weight grows by itself: gates have values and gates one after the other."""
+    return weight.unflatten(0, (2, -1)).unbind() if ".gate." in name else (weight,)
+
+
+@torch.no_grad()
+def grow(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
+    """A larger model that computes about what a smaller one does.
+
+    Old channels do not listen to new ones yet, new ones hear all; new blocks are near the identity. Both are
+    as in a new model, and what rates and preferences add there is zero.
+    """
+    model = TrainableCodec(config)
+    state = model.state_dict()
+    for name, weight in stored.state_dict().items():
+        for old, new in zip(_parts(name, weight), _parts(name, state[name]), strict=True):
+            new[: len(old)] = 0
+            new[tuple(map(slice, old.shape))] = old
+    return model
+
+
 def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
-    """A model of `config` with the weights of a restored one; only the range of lambda may differ.
+    """A model of `config` with the weights of a restored one; the range of lambda may differ, sizes may grow.
 
     Raises:
         ValueError: another difference between the two shapes.
     """
     own, wanted = stored.config.to_dict(), config.to_dict()
-    different = [name for name in wanted if name not in RATE_FIELDS and own[name] != wanted[name]]
+    different = [
+        name
+        for name in wanted
+        if name not in RATE_FIELDS
+        and own[name] != wanted[name]
+        and not (name in SIZE_FIELDS and own[name] < wanted[name])
+    ]
     if different:
         values = ", ".join(f"{name} {own[name]} (wanted {wanted[name]})" for name in different)
         raise ValueError(f"cannot start from {stored.config.name}: it has {values}")
-    model = TrainableCodec(config)
-    model.load_state_dict(stored.state_dict())
+    model = grow(stored, config)
     move_levels(model.gains, stored.config, config)
     for middle, low, high in (
         (model.analysis, model.analysis_low, model.analysis_high),

@@ -25,9 +25,11 @@ from ugicm.codec.config import ModelConfig
 from ugicm.codec.networks import Pointwise
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
+from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
 from ugicm_train.model import TrainableCodec
+from ugicm_train.muon import StackedMuon
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
 from ugicm_train.start import start_from_dct
@@ -38,6 +40,10 @@ STABLE_CHECKPOINT = "before-decay.pt"
 SPIKE = 10.0
 """A batch whose gradient is this many times larger than usual is skipped: Muon would turn even a clipped
 outlier into a step of full size."""
+DIVERGED = 5.0
+"""A run whose rate has grown this many times over its least is stopped: no budget brings it back."""
+DRAWN_BEFORE = 1000
+"""Drawn crops that a GPU, which needs some a step, chooses from; each takes milliseconds to draw."""
 FULL_STRENGTH_SHARE = 0.85
 """Share of the steps whose machine view is decoded at strength 1."""
 LOG_FIELDS = (
@@ -60,7 +66,7 @@ class TrainOptions:
     min_scale: float = 1.0
     """Photos are shrunk to between this and 1 of their size before a crop is taken."""
     batch_levels: int = 4
-    """Rates in a batch (of each process): a transform has one rate at a time."""
+    """Rates in a batch (of each process), each with an equal part of it."""
     level_power: float = 0.8
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
@@ -79,6 +85,8 @@ class TrainOptions:
     threads: int | None = None
     checkpoint_minutes: float = 5.0
     device: str = "auto"
+    compile: bool = True
+    """On CUDA: have the blocks compiled."""
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -93,15 +101,24 @@ class TrainOptions:
             raise ValueError(f"batch_levels must be at least 1, got {self.batch_levels}")
 
 
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of dense layers, for Muon, and all others; frozen ones too."""
+    matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
+    ids = {id(parameter) for parameter in matrices}
+    return matrices, [parameter for parameter in model.parameters() if id(parameter) not in ids]
+
+
+class DivergedError(ValueError):
+    """Training has run away; the message says what to change."""
+
+
 class Optimizers:
     """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, depthwise."""
 
     def __init__(self, model: nn.Module, options: TrainOptions, processes: Processes) -> None:
         self.options, self._processes = options, processes
-        matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
-        ids = {id(parameter) for parameter in matrices}
         # Frozen ones too, so that Adam's state fits a run that moves them.
-        others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+        matrices, others = _split(model)
         self._hands = processes.deal([matrix for matrix in matrices if matrix.requires_grad])
         self.muon = torch.optim.Muon(
             self._hands[processes.rank % len(self._hands)],
@@ -109,7 +126,15 @@ class Optimizers:
             weight_decay=0.0,
             adjust_lr_fn="match_rms_adamw",
         )
-        self.adam = torch.optim.AdamW(others, lr=options.other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        cuda = others[0].is_cuda
+        self.adam = torch.optim.AdamW(
+            others,
+            lr=torch.tensor(options.other_lr, device=others[0].device) if cuda else options.other_lr,
+            betas=(0.9, 0.98),
+            weight_decay=0.0,
+            fused=cuda,
+            capturable=cuda,
+        )
 
     def step(self, factor: float) -> None:
         """One update, at `factor` times the peak learning rates."""
@@ -119,7 +144,10 @@ class Optimizers:
         }
         for optimizer, peak in peaks.items():
             for group in optimizer.param_groups:
-                group["lr"] = peak * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(peak * factor)
+                else:
+                    group["lr"] = peak * factor
             optimizer.step()
         self._processes.hand_round(self._hands)
 
@@ -165,13 +193,40 @@ class Trainer:
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizers = Optimizers(self.model, options, self.processes)
+        self.graph_step: GraphStep | None = None
+        if self.device.type == "cuda" and self.processes.count == 1 and not options.machine_share:
+            self.graph_step = self._graph_step()
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
         self.usual_norm: float | None = None
         """Moving average of the gradient's norm."""
+        self.least_bpp = math.inf
+        """Of the rows of the log."""
         self.warm_from = 0
         """Step from which the warm-up counts: the learning rate also warms up after a resume."""
+
+    def _graph_step(self) -> GraphStep:
+        """One GPU and no machine view: everything of a step happens on the device."""
+        options = self.options
+        if options.batch % options.batch_levels:
+            raise ValueError(
+                f"batch must be a multiple of batch_levels on CUDA, got {options.batch} and "
+                f"{options.batch_levels}"
+            )
+        if options.compile:
+            compile_blocks(self.model)
+        matrices, _ = _split(self.model)
+        return GraphStep(
+            self.model,
+            self.average,
+            StackedMuon([matrix for matrix in matrices if matrix.requires_grad]),
+            self.optimizers.adam,
+            shape=(options.batch, 3, options.crop, options.crop),
+            rates=options.batch_levels,
+            clip=options.clip,
+            spike=SPIKE,
+        )
 
     def state(self) -> dict[str, Any]:
         return {
@@ -211,6 +266,7 @@ class Trainer:
             seed=seed,
             synthetic_share=self.options.synthetic_share,
             min_scale=self.options.min_scale,
+            drawn_before=DRAWN_BEFORE if self.device.type == "cuda" else 0,
         )
 
     def next_levels(self, count: int) -> list[float]:
@@ -220,9 +276,26 @@ class Trainer:
         shares = [(first + (self.processes.rank * count + part) / total) % 1 for part in range(count)]
         return [level_of(self.config, share, self.options.level_power) for share in shares]
 
+    def _average_kept(self) -> float:
+        """How much of the moving average stays at this step."""
+        return min(self.options.ema, (self.step + 1) / (self.step + 50))
+
     def train_step(self, x: Tensor, factor: float, teacher: Teacher | None) -> dict[str, Tensor]:
-        """One update; a batch whose gradients are not finite or far out of line is skipped."""
+        """One update; a batch whose gradients are not finite or far out of line is skipped.
+
+        What is returned is empty where the step adds it up by itself (`graph_step`).
+        """
         options = self.options
+        if self.graph_step is not None:
+            self.graph_step(
+                x,
+                self.next_levels(options.batch_levels),
+                matrix_lr=options.matrix_lr * factor,
+                other_lr=options.other_lr * factor,
+                kept=self._average_kept(),
+            )
+            self.step += 1
+            return {}
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
         strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
         self.model.zero_grad()
@@ -254,13 +327,26 @@ class Trainer:
             self.usual_norm = usual + 0.02 * (min(norm, 2 * SPIKE * usual) - usual)
         if norm <= SPIKE * usual:
             self.optimizers.step(factor)
-            decay = min(options.ema, (self.step + 1) / (self.step + 50))
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    list(self.average.parameters()), list(self.model.parameters()), 1 - decay
+                    list(self.average.parameters()), list(self.model.parameters()), 1 - self._average_kept()
                 )
         self.step += 1
         return sums
+
+    def _check(self, row: dict[str, Any]) -> None:
+        """Stop a run that is lost; its last checkpoint stays.
+
+        Raises:
+            DivergedError: the rate has exploded.
+        """
+        self.least_bpp = min(self.least_bpp, row["bpp"])
+        if row["bpp"] > DIVERGED * self.least_bpp:
+            raise DivergedError(
+                f"the run has diverged at step {row['step']}: {row['bpp']} bits per pixel, and has had "
+                f"{self.least_bpp}; start again with a lower --matrix-lr than {self.options.matrix_lr}, or "
+                f"--resume from a checkpoint of before"
+            )
 
     def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> None:
         """Train until the budget of the options is used up, or until SIGINT or SIGTERM."""
@@ -306,6 +392,8 @@ class Trainer:
                 if not writes:
                     continue
                 if self.step % 50 == 0:
+                    if self.graph_step is not None:
+                        sums = self.graph_step.take_sums()
                     means = {name: float(value) / count for name, value in sums.items()}
                     row = {
                         "step": self.step,
@@ -322,6 +410,7 @@ class Trainer:
                     }
                     log.writerow(row)
                     log_file.flush()
+                    self._check(row)
                     progress.update(row, done=done, remaining_s=elapsed * 60 * (1 / done - 1))
                     logged, sums, count = now, {}, 0
                 if now - saved > options.checkpoint_minutes * 60:

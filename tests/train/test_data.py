@@ -79,3 +79,10 @@ def test_errors_name_the_way_out(folder: Path, tmp_path: Path) -> None:
         CropSampler([torch.zeros(3, 64, 64, dtype=torch.uint8)], size=128, seed=0)
     with pytest.raises(DataError, match="no photo of at least 5000 pixels"):
         pack([folder], tmp_path / "shards", max_bytes=1000, min_side=5000)
+
+
+def test_drawn_crops_may_be_drawn_before(folder: Path) -> None:
+    photos = [photo for _, photo in read_photos([folder], min_side=64)]
+    sampler = CropSampler(photos, size=64, seed=3, synthetic_share=1.0, drawn_before=2)
+    kinds = {crop.numpy().tobytes() for _ in range(4) for crop in sampler.batch(8)}
+    assert len(kinds) == 2

@@ -26,7 +26,9 @@ from ugicm_train.losses import level_of, rate_distortion_loss
 from ugicm_train.model import CodecOutput
 from ugicm_train.parallel import Processes
 from ugicm_train.train import (
+    DivergedError,
     Optimizers,
+    Trainer,
     TrainOptions,
     learning_rate_factor,
     load_checkpoint,
@@ -175,15 +177,41 @@ def test_teacher_moves_the_machine_view_alone() -> None:
 
 def test_busy_samples_count_by_the_square_root_of_their_loss() -> None:
     x, level = torch.full((2, 3, 64, 64), 0.5), torch.tensor([1.0, 1.0])
-    human = (x + torch.tensor([0.01, 0.1]).view(2, 1, 1, 1)).requires_grad_()
+    human = (x + torch.tensor([0.01, 0.05]).view(2, 1, 1, 1)).requires_grad_()
     bpp = torch.tensor([0.1, 0.1], requires_grad=True)
     loss = rate_distortion_loss(TINY, CodecOutput(human, x[:0], bpp), x, level).loss
     by_rate, by_error = torch.autograd.grad(loss, [bpp, human])
-    costs = 0.1 + lambda_of(TINY, level) * 255**2 * torch.tensor([0.01, 0.1]) ** 2
+    costs = 0.1 + lambda_of(TINY, level) * 255**2 * torch.tensor([0.01, 0.05]) ** 2
     torch.testing.assert_close(by_rate[0] / by_rate[1], (costs[1] / costs[0]).sqrt())
     # Rate and error of one sample trade as ever.
-    per_error = by_error.sum((1, 2, 3)) / by_rate / (2 * torch.tensor([0.01, 0.1]))
+    per_error = by_error.sum((1, 2, 3)) / by_rate / (2 * torch.tensor([0.01, 0.05]))
     torch.testing.assert_close(per_error, lambda_of(TINY, level) * 255**2)
+
+
+def test_a_sample_that_explodes_pulls_no_more_than_others() -> None:
+    x, level = torch.full((4, 3, 64, 64), 0.5), torch.full((4,), 1.0)
+    errors, bpp = torch.tensor([0.01, 0.1, 10.0, 1000.0]), torch.full((4,), 0.1)
+    human = (x + errors.view(4, 1, 1, 1)).requires_grad_()
+    loss = rate_distortion_loss(TINY, CodecOutput(human, x[:0], bpp), x, level).loss
+    (gradient,) = torch.autograd.grad(loss, human)
+    pulls = gradient.sum((1, 2, 3))
+    assert (pulls > 0).all()
+    assert pulls[3] < pulls[2] < pulls[1]
+    # It is told as worse all the same.
+    view = human.detach()
+    told = [
+        float(rate_distortion_loss(TINY, CodecOutput(view[i:j], x[:0], bpp[i:j]), x[i:j], level[i:j]).loss)
+        for i, j in ((0, 1), (1, 2), (2, 3), (3, 4))
+    ]
+    assert told == sorted(told)
+
+
+def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:
+    trainer = Trainer(TINY, OPTIONS, tmp_path)
+    trainer._check({"step": 50, "bpp": 0.7})
+    trainer._check({"step": 100, "bpp": 2.0})
+    with pytest.raises(DivergedError, match=r"step 150: 4\.7 bits per pixel, and has had 0\.7.*--matrix-lr"):
+        trainer._check({"step": 150, "bpp": 4.7})
 
 
 def test_a_batch_has_one_level() -> None:

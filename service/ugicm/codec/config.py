@@ -23,7 +23,7 @@ STEP_XOR = (0, 3, 2, 1)
 class ModelConfig:
     """Sizes of the transforms and of the entropy model, as stored in ``config.json``.
 
-    The two shipped shapes, ``ugicm-s`` and ``ugicm-b``, differ only in these numbers.
+    The two preset shapes, ``ugicm-s`` and ``ugicm-b``, differ only in these numbers.
     """
 
     name: str
@@ -78,7 +78,7 @@ class ModelConfig:
 PRESETS = {
     "ugicm-s": ModelConfig(name="ugicm-s"),
     "ugicm-b": ModelConfig(
-        name="ugicm-b", channels=192, hyper_channels=128, encoder_blocks=6, decoder_blocks=8
+        name="ugicm-b", channels=192, encoder_blocks=6, decoder_blocks=8, context_blocks=4
     ),
 }
 """Shapes that ``ugicm-train run --config NAME`` knows by name."""

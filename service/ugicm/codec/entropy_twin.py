@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.fixed_point import rounding_half, sum_bits
-from ugicm.codec.networks import Depthwise, Pointwise
+from ugicm.codec.networks import Depthwise, Pointwise, depthwise, pointwise
 
 LIKELIHOOD_MIN = 1e-9
 OCTAVES_PER_UNIT = 1.25
@@ -48,8 +48,19 @@ def logistic_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return -torch.log2(mass.clamp_min(LIKELIHOOD_MIN))
 
 
+def entropy_block(x: Tensor, *weights: Tensor) -> Tensor:
+    """What an `EntropyBlock` computes, of the weight and bias of each of its layers, in order."""
+    expand, spatial, project = zip(weights[::2], weights[1::2], strict=True)
+    if x.is_cuda:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x + pointwise(F.relu(depthwise(F.relu(pointwise(x, *expand)), *spatial)), *project)
+
+
 class EntropyBlock(nn.Module):
     """Residual block of ReLU, 1x1 and depthwise 3x3 only, so that it can be evaluated in integers."""
+
+    function = staticmethod(entropy_block)
+    """May be replaced by a compiled one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +69,8 @@ class EntropyBlock(nn.Module):
         self.project = Pointwise(channels, channels, scale=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.project(F.relu(self.spatial(F.relu(self.expand(x)))))
+        layers = (self.expand, self.spatial, self.project)
+        return self.function(x, *(weight for layer in layers for weight in (layer.weight, layer.bias)))
 
 
 def split_phases(x: Tensor) -> list[Tensor]:
@@ -87,6 +99,9 @@ class EntropyNetwork(nn.Module):
     at each position of a 2x2 square (quadtree partition of DCVC-DC, Li et al., CVPR 2023).
     """
 
+    function = staticmethod(logistic_bits)
+    """May be replaced by a compiled one."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         latent, width, hyper = config.latent_channels, config.entropy_channels, config.hyper_channels
@@ -105,7 +120,7 @@ class EntropyNetwork(nn.Module):
         group, size = position ^ STEP_XOR[step], 2 * self.group_channels
         head, rows = self.heads[step], slice(group * size, (group + 1) * size)
         assert isinstance(head, Pointwise)
-        out = F.conv2d(hidden, head.weight[rows, :, None, None], head.bias[rows]).float()
+        out = pointwise(hidden, head.weight[rows], head.bias[rows]).float()
         mean, unit = out.chunk(2, 1)
         return mean, unit.clamp(SCALE_UNIT_MIN, SCALE_UNIT_MAX)
 
@@ -143,7 +158,7 @@ class EntropyNetwork(nn.Module):
                 means.append(mean)
                 units.append(unit)
         y_hat = merge_phases([torch.cat(groups, 1) for groups in known])
-        bits = logistic_bits(torch.cat(observed, 1), torch.cat(means, 1), torch.cat(units, 1))
+        bits = self.function(torch.cat(observed, 1), torch.cat(means, 1), torch.cat(units, 1))
         return EntropyOutput(y_hat, bits.sum((1, 2, 3)))
 
 

@@ -26,6 +26,57 @@ ACTIVATION_MAX = 16.0
 it does not know, and a picture unlike any photo (1-pixel stripes) comes out at 10^5 times its range."""
 
 
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1 convolution of (B, C, H, W); weight (out, in).
+
+    With a weight (R, out, in) and bias (R, out) for each of R equal parts of the batch, all in one product.
+    """
+    if weight.ndim == 2 and not x.is_cuda:
+        return F.conv2d(x, weight[:, :, None, None], bias)
+    rows = x.permute(0, 2, 3, 1)
+    if weight.ndim == 2:
+        return F.linear(rows, weight, bias).permute(0, 3, 1, 2)
+    # A product for each sample: few and long ones would leave most of a GPU idle in the weight's gradient.
+    weight, bias = (value.repeat_interleave(len(x) // len(value), 0) for value in (weight, bias))
+    out = torch.bmm(rows.flatten(1, 2), weight.mT)
+    return (out + bias[:, None].to(out.dtype)).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """3x3 depthwise convolution of (B, C, H, W) with zero padding; weight (C, 1, 3, 3).
+
+    With a weight (R, C, 1, 3, 3) and bias (R, C) for each of R equal parts of the batch.
+    """
+    if weight.ndim == 4 and not x.is_cuda:
+        return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+    # Nine shifted products: a compiler fuses them, in channels-last, with whatever stands before and behind.
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    if weight.ndim == 5:
+        repeats = len(x) // len(weight)
+        weight, bias = (value.repeat_interleave(repeats, 0) for value in (weight, bias))
+    else:
+        weight, bias = weight[None], bias[None]
+    weight, out = weight.to(x.dtype), bias[:, :, None, None].to(x.dtype)
+    for row in range(3):
+        for column in range(3):
+            shifted = padded[:, :, row : row + height, column : column + width]
+            out = out + weight[:, :, :, row, column, None] * shifted
+    return out
+
+
+def gated_block(x: Tensor, bound: float, *weights: Tensor) -> Tensor:
+    """What a `Block` computes, of the weight and bias of each of its layers, in order."""
+    expand, spatial, project, gate, merge = zip(weights[::2], weights[1::2], strict=True)
+    if x.is_cuda:
+        x = x.contiguous(memory_format=torch.channels_last)
+    # hardtanh is clamp with a gradient in one pass instead of five.
+    hidden = F.silu(F.hardtanh(pointwise(x, *expand), -math.inf, bound))
+    x = x + pointwise(depthwise(hidden, *spatial), *project)
+    value, gates = F.hardtanh(pointwise(x, *gate), -bound, bound).chunk(2, 1)
+    return x + pointwise(value * F.silu(gates), *merge)
+
+
 class Pointwise(nn.Module):
     """1x1 convolution on (B, C, H, W); the weight is stored as a matrix (out, in)."""
 
@@ -36,7 +87,7 @@ class Pointwise(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return pointwise(x, self.weight, self.bias)
 
 
 class Depthwise(nn.Module):
@@ -48,7 +99,7 @@ class Depthwise(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=1, groups=self.weight.shape[0])
+        return depthwise(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
@@ -56,6 +107,9 @@ class Block(nn.Module):
 
     Both branches start near zero, so a stack of blocks starts as the identity.
     """
+
+    function = staticmethod(gated_block)
+    """May be replaced by a compiled one."""
 
     def __init__(self, channels: int, bound: float = ACTIVATION_MAX) -> None:
         """``bound``: largest magnitude in the two hidden layers."""
@@ -68,11 +122,9 @@ class Block(nn.Module):
         self.merge = Pointwise(channels, channels, scale=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # hardtanh is clamp with a gradient in one pass instead of five.
-        hidden = F.silu(F.hardtanh(self.expand(x), -math.inf, self.bound))
-        x = x + self.project(self.spatial(hidden))
-        value, gate = F.hardtanh(self.gate(x), -self.bound, self.bound).chunk(2, 1)
-        return x + self.merge(value * F.silu(gate))
+        layers = (self.expand, self.spatial, self.project, self.gate, self.merge)
+        weights = (weight for layer in layers for weight in (layer.weight, layer.bias))
+        return self.function(x, self.bound, *weights)
 
 
 class Analysis(nn.Module):

@@ -1,0 +1,139 @@
+"""A training step for one GPU: all rates in one pass, and nothing that waits for the device.
+
+It is captured once as a CUDA graph and replayed: launched from Python, its 2,700 kernels would take longer
+than they run. What most of them belong to, the blocks, is compiled, which fuses the layers between products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ugicm.codec.entropy_twin import EntropyBlock, EntropyNetwork
+from ugicm.codec.networks import Block
+from ugicm_train.losses import LossTerms, rate_distortion_loss
+from ugicm_train.model import TrainableCodec
+from ugicm_train.muon import StackedMuon
+
+WARM_UP_STEPS = 3
+"""Before the capture: libraries choose their kernels, the compiler compiles."""
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have the parts of which most of a step consists compiled; equal ones share what is compiled."""
+    compiled: dict[object, Callable[..., Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, (Block, EntropyBlock, EntropyNetwork)):
+            function = module.function
+            if function not in compiled:
+                compiled[function] = torch.compile(function, dynamic=False)
+            module.function = compiled[function]
+
+
+class GraphStep:
+    """One update of a model without a machine view; a CUDA graph where the model is on such a device."""
+
+    def __init__(
+        self,
+        model: TrainableCodec,
+        average: TrainableCodec,
+        muon: StackedMuon,
+        adam: torch.optim.AdamW,
+        *,
+        shape: tuple[int, ...],
+        rates: int,
+        clip: float,
+        spike: float,
+    ) -> None:
+        """A step that is not captured yet.
+
+        Args:
+            model: what is trained.
+            average: its moving average.
+            muon: optimiser of the matrices.
+            adam: optimiser of all the rest; fused, its learning rate a tensor on the model's device.
+            shape: of a batch.
+            rates: equal parts of a batch, each of one rate.
+            clip: largest norm of the gradient.
+            spike: a gradient this many times larger than usual is skipped.
+        """
+        self.model, self.average, self.muon, self.adam = model, average, muon, adam
+        self.rates, self.clip, self.spike = rates, clip, spike
+        device = next(model.parameters()).device
+        self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
+        # Level of each rate, learning rates of Muon and Adam, share of the average that is kept.
+        self.inputs = torch.zeros(rates + 3, device=device)
+        self.usual_norm = torch.zeros((), device=device)
+        self.sums = {name: torch.zeros((), device=device) for name in (*LossTerms._fields, "skipped")}
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _update(self) -> None:
+        levels, (matrix_lr, other_lr, kept) = self.inputs[: self.rates], self.inputs[self.rates :]
+        level = levels.repeat_interleave(len(self.x) // self.rates)
+        self.model.zero_grad(set_to_none=True)
+        with torch.autocast(self.x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            output = self.model(self.x, level, machine_count=0, rates=self.rates)
+        terms = rate_distortion_loss(self.model.config, output, self.x, level)
+        terms.loss.backward()
+        with torch.no_grad():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            usual = torch.where(self.usual_norm > 0, self.usual_norm, norm)
+            good = torch.isfinite(norm) & (norm <= self.spike * usual)
+            seen = torch.where(torch.isfinite(norm), norm.minimum(2 * self.spike * usual), usual)
+            self.usual_norm.copy_(usual + 0.02 * (seen - usual))
+            scale = torch.where(good, (self.clip / norm).clamp(max=1.0), 0.0)
+            self.muon.step(matrix_lr, scale)
+            self.adam.param_groups[0]["lr"].copy_(other_lr)
+            # Adam divides gradients by the one and leaves out the step where the other is set.
+            vars(self.adam).update(grad_scale=1 / scale.clamp_min(1e-12), found_inf=(~good).float())
+            self.adam.step()
+            moved = torch._foreach_sub(list(self.model.parameters()), list(self.average.parameters()))
+            torch._foreach_mul_(moved, 1 - kept)
+            torch._foreach_add_(list(self.average.parameters()), moved)
+            for name, term in terms._asdict().items():
+                self.sums[name].add_(term.detach())
+            self.sums["skipped"].add_(1 - good.float())
+
+    def __call__(
+        self, x: Tensor, levels: Sequence[float], matrix_lr: float, other_lr: float, kept: float
+    ) -> None:
+        """Queue one update; `sums` adds up what it finds."""
+        self.x.copy_(x)
+        inputs = torch.tensor([*levels, matrix_lr, other_lr, kept])
+        if not self.x.is_cuda:
+            self.inputs.copy_(inputs)
+            self._update()
+            return
+        self.inputs.copy_(inputs.pin_memory(), non_blocking=True)
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        rates = self.inputs[self.rates :].clone()
+        # The rehearsals change nothing but the optimisers' averages.
+        self.inputs[self.rates :] = torch.tensor([0.0, 0.0, 1.0], device=self.x.device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self._update()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._update()
+        for total in self.sums.values():
+            total.zero_()
+        self.inputs[self.rates :] = rates
+        return graph
+
+    def take_sums(self) -> dict[str, float]:
+        """What has been added up since the last time; waits for the device."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name] for name in names]).tolist()
+        for total in self.sums.values():
+            total.zero_()
+        return dict(zip(names, values, strict=True))

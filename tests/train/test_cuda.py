@@ -1,0 +1,137 @@
+"""The step for GPUs: the same mathematics as the step for CPUs, and here on a CPU, without its graph."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.conftest import TINY, tiny_trainable
+from ugicm_train.cuda import GraphStep, compile_blocks
+from ugicm_train.model import TrainableCodec
+from ugicm_train.muon import StackedMuon
+from ugicm_train.train import SPIKE
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def step_of(model: TrainableCodec, shape: tuple[int, ...], device: str = "cpu") -> GraphStep:
+    model.to(device).preference.requires_grad_(False)
+    average = TrainableCodec(TINY).to(device).requires_grad_(False)
+    average.load_state_dict(model.state_dict())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(
+        [parameter for parameter in trained if parameter.ndim != 2],
+        lr=torch.tensor(0.0, device=device),
+        weight_decay=0.0,
+        fused=True,
+        capturable=device == "cuda",
+    )
+    muon = StackedMuon([parameter for parameter in trained if parameter.ndim == 2])
+    return GraphStep(model, average, muon, adam, shape=shape, rates=2, clip=2.0, spike=SPIKE)
+
+
+def smooth(count: int) -> Tensor:
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 1)
+
+
+def test_many_rates_in_one_pass_are_those_of_many_passes() -> None:
+    model = tiny_trainable()
+    with torch.no_grad():
+        for part in (model.analysis_low, model.analysis_high, model.synthesis_low, model.synthesis_high):
+            for parameter in part.parameters():
+                parameter.normal_(0, 0.02)
+    x, level = smooth(6), torch.tensor([0.2, 0.2, 0.9, 0.9, 1.8, 1.8])
+
+    def gradients() -> list[Tensor]:
+        found = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in model.parameters()
+        ]
+        model.zero_grad()
+        return found
+
+    together = model(x, level, machine_count=0, noise=False, rates=3)
+    (together.bpp.sum() + together.human.square().sum()).backward()
+    expected = gradients()
+    alone = [model(x[i : i + 2], level[i : i + 2], machine_count=0, noise=False) for i in (0, 2, 4)]
+    torch.testing.assert_close(together.human, torch.cat([output.human for output in alone]))
+    torch.testing.assert_close(together.bpp, torch.cat([output.bpp for output in alone]))
+    for output in alone:
+        (output.bpp.sum() + output.human.square().sum()).backward()
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
+
+
+def check_step(device: str) -> None:
+    step = step_of(tiny_trainable(), (4, 3, 64, 64), device)
+    x = smooth(4).to(device)
+    losses = []
+    for _ in range(8):
+        for _ in range(5):
+            step(x, [0.5, 1.5], matrix_lr=0.003, other_lr=0.003, kept=0.5)
+        sums = step.take_sums()
+        losses.append(sums["loss"] / 5)
+        assert sums["skipped"] == 0
+    assert losses[-1] < 0.95 * losses[0]
+    for mean, own in zip(step.average.parameters(), step.model.parameters(), strict=True):
+        torch.testing.assert_close(mean, own, atol=0.02, rtol=0)
+
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    step(x * math.nan, [0.5, 1.5], matrix_lr=0.003, other_lr=0.003, kept=1.0)
+    assert step.take_sums()["skipped"] == 1
+    after = list(step.model.parameters())
+    # What moves still is Muon's momentum.
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in after)
+    vectors = [(old, new) for old, new in zip(before, after, strict=True) if old.ndim != 2]
+    assert all(torch.equal(old, new) for old, new in vectors)
+
+
+def test_a_step_learns_and_skips_what_is_not_finite() -> None:
+    check_step("cpu")
+
+
+@CUDA
+def test_a_step_learns_as_a_cuda_graph() -> None:
+    check_step("cuda")
+
+
+def test_blocks_that_are_equal_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def compiler(function: object, *, dynamic: bool) -> object:
+        assert not dynamic
+        seen.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compile_blocks(tiny_trainable())
+    assert len(seen) == len(set(seen)) == 3
+
+
+def test_stacked_muon_is_torchs() -> None:
+    torch.manual_seed(0)
+    shapes = [(8, 5), (8, 5), (4, 9), (6, 6)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    torchs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    stacked = StackedMuon(ours)
+    reference = torch.optim.Muon(torchs, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        for one, other in zip(ours, torchs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = 3 * one.grad
+        # A factor of all gradients is of no account to what is orthogonalised, but must be applied.
+        stacked.step(torch.tensor(0.01), torch.tensor(3.0))
+        reference.step()
+    for one, other in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+    still = [parameter.detach().clone() for parameter in ours]
+    for one in ours:
+        one.grad = torch.full_like(one, math.nan)
+    stacked.step(torch.tensor(0.01), torch.tensor(0.0))
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in ours)
+    assert not torch.equal(ours[0], still[0])  # momentum
