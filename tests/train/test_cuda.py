@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TINY, tiny_trainable
+from ugicm.codec.networks import depthwise
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.model import TrainableCodec
 from ugicm_train.muon import StackedMuon
@@ -97,6 +98,13 @@ def test_a_step_learns_and_skips_what_is_not_finite() -> None:
 @CUDA
 def test_a_step_learns_as_a_cuda_graph() -> None:
     check_step("cuda")
+
+
+def test_shifted_products_are_a_depthwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = torch.randn(2, 5, 7, 6), torch.randn(5, 1, 3, 3), torch.randn(5)
+    expected = depthwise(x, weight, bias)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(depthwise(x, weight, bias), expected)
 
 
 def test_blocks_that_are_equal_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
