@@ -243,7 +243,15 @@ class Trainer:
         """Continue from `state`; learning rates come from the options, not from the checkpoint."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        self.optimizers.adam.load_state_dict(state["adam"])
+        # How the optimiser works, and where, is a matter of this run's device, not of the checkpoint's.
+        own = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizers.adam.param_groups
+        ]
+        groups = zip(state["adam"]["param_groups"], own, strict=True)
+        self.optimizers.adam.load_state_dict(
+            {**state["adam"], "param_groups": [theirs | ours for theirs, ours in groups]}
+        )
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
 

@@ -76,6 +76,20 @@ def test_training_learns_resumes_and_exports(photos: Path, tmp_path: Path) -> No
     assert 10 * np.log10(255**2 / np.mean((decoded.astype(float) - picture) ** 2)) > 22
 
 
+def test_a_checkpoint_of_another_device_resumes(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=1)
+    train(TINY, options, [photos], tmp_path)
+    state = load_checkpoint(tmp_path)
+    for group in state["adam"]["param_groups"]:
+        group |= {"lr": torch.tensor(0.5), "fused": True, "capturable": True}
+    trainer = Trainer(TINY, options, tmp_path)
+    trainer.load(state)
+    (group,) = trainer.optimizers.adam.param_groups
+    assert (group["lr"], bool(group["fused"]), group["capturable"]) == (options.other_lr, False, False)
+    trainer.train_step(torch.rand(4, 3, 64, 64), 1.0, None)
+    assert trainer.step == 2
+
+
 def test_a_second_run_in_the_same_folder_needs_resume(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(FileExistsError, match="--resume"):
