@@ -113,7 +113,7 @@ class GraphStep:
         self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        rates = self.inputs[self.rates :].clone()
+        asked = self.inputs[self.rates :].clone()
         # The rehearsals change nothing but the optimisers' averages.
         self.inputs[self.rates :] = torch.tensor([0.0, 0.0, 1.0], device=self.x.device)
         side = torch.cuda.Stream()
@@ -125,15 +125,13 @@ class GraphStep:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._update()
-        for total in self.sums.values():
-            total.zero_()
-        self.inputs[self.rates :] = rates
+        self.take_sums()
+        self.inputs[self.rates :] = asked
         return graph
 
     def take_sums(self) -> dict[str, float]:
         """What has been added up since the last time; waits for the device."""
-        names = list(self.sums)
-        values = torch.stack([self.sums[name] for name in names]).tolist()
+        values = torch.stack(list(self.sums.values())).tolist()
         for total in self.sums.values():
             total.zero_()
-        return dict(zip(names, values, strict=True))
+        return dict(zip(self.sums, values, strict=True))

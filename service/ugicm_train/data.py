@@ -46,9 +46,7 @@ def _files(source: Path) -> list[Path]:
     )
 
 
-def read_photos(
-    sources: Sequence[Path], *, min_side: int, threads: int | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, (3, H, W) uint8) of every photo whose shorter side is at least `min_side` pixels.
 
     `sources` are folders of images, folders of shards, or single files.
@@ -61,7 +59,7 @@ def read_photos(
                 if min(photo.shape[1:]) >= min_side:
                     yield name, photo
         images = [path for path in files if path not in set(shards)]
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             for path, photo in zip(images, pool.map(_decode, images), strict=True):
                 if min(photo.shape[1:]) >= min_side:
                     yield str(path.relative_to(source)) if source.is_dir() else path.name, photo

@@ -64,7 +64,7 @@ def stacked_weights(
 
     In one product for all of them, and without asking the device for a value.
     """
-    tilt = 2 * level / (levels - 1) - 1
+    tilt = tilt_of(level, levels)
     shares = torch.stack([torch.ones_like(tilt), (-tilt).relu(), tilt.relu()], 1)
     sources: tuple[Mapping[str, Tensor], ...] = (
         weights,

@@ -101,13 +101,6 @@ class TrainOptions:
             raise ValueError(f"batch_levels must be at least 1, got {self.batch_levels}")
 
 
-def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The weights of dense layers, for Muon, and all others; frozen ones too."""
-    matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
-    ids = {id(parameter) for parameter in matrices}
-    return matrices, [parameter for parameter in model.parameters() if id(parameter) not in ids]
-
-
 class DivergedError(ValueError):
     """Training has run away; the message says what to change."""
 
@@ -115,25 +108,30 @@ class DivergedError(ValueError):
 class Optimizers:
     """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, depthwise."""
 
-    def __init__(self, model: nn.Module, options: TrainOptions, processes: Processes) -> None:
+    def __init__(
+        self, model: nn.Module, options: TrainOptions, processes: Processes, *, captured: bool = False
+    ) -> None:
+        """``captured``: `adam` will work in a CUDA graph, which writes its learning rate into a tensor."""
         self.options, self._processes = options, processes
+        matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
+        ids = {id(parameter) for parameter in matrices}
         # Frozen ones too, so that Adam's state fits a run that moves them.
-        matrices, others = _split(model)
-        self._hands = processes.deal([matrix for matrix in matrices if matrix.requires_grad])
+        others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+        self.matrices = [matrix for matrix in matrices if matrix.requires_grad]
+        self._hands = processes.deal(self.matrices)
         self.muon = torch.optim.Muon(
             self._hands[processes.rank % len(self._hands)],
             lr=options.matrix_lr,
             weight_decay=0.0,
             adjust_lr_fn="match_rms_adamw",
         )
-        cuda = others[0].is_cuda
         self.adam = torch.optim.AdamW(
             others,
-            lr=torch.tensor(options.other_lr, device=others[0].device) if cuda else options.other_lr,
+            lr=torch.tensor(options.other_lr, device=others[0].device) if captured else options.other_lr,
             betas=(0.9, 0.98),
             weight_decay=0.0,
-            fused=cuda,
-            capturable=cuda,
+            fused=captured or None,
+            capturable=captured,
         )
 
     def step(self, factor: float) -> None:
@@ -144,10 +142,7 @@ class Optimizers:
         }
         for optimizer, peak in peaks.items():
             for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(peak * factor)
-                else:
-                    group["lr"] = peak * factor
+                group["lr"] = peak * factor
             optimizer.step()
         self._processes.hand_round(self._hands)
 
@@ -192,10 +187,9 @@ class Trainer:
             self.model.preference.requires_grad_(False)
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
-        self.optimizers = Optimizers(self.model, options, self.processes)
-        self.graph_step: GraphStep | None = None
-        if self.device.type == "cuda" and self.processes.count == 1 and not options.machine_share:
-            self.graph_step = self._graph_step()
+        captured = self.device.type == "cuda" and self.processes.count == 1 and not options.machine_share
+        self.optimizers = Optimizers(self.model, options, self.processes, captured=captured)
+        self.graph_step = self._graph_step() if captured else None
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
@@ -216,11 +210,10 @@ class Trainer:
             )
         if options.compile:
             compile_blocks(self.model)
-        matrices, _ = _split(self.model)
         return GraphStep(
             self.model,
             self.average,
-            StackedMuon([matrix for matrix in matrices if matrix.requires_grad]),
+            StackedMuon(self.optimizers.matrices),
             self.optimizers.adam,
             shape=(options.batch, 3, options.crop, options.crop),
             rates=options.batch_levels,
@@ -244,14 +237,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         # How the optimiser works, and where, is a matter of this run's device, not of the checkpoint's.
-        own = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in self.optimizers.adam.param_groups
-        ]
-        groups = zip(state["adam"]["param_groups"], own, strict=True)
-        self.optimizers.adam.load_state_dict(
-            {**state["adam"], "param_groups": [theirs | ours for theirs, ours in groups]}
-        )
+        adam = self.optimizers.adam
+        adam.load_state_dict(state["adam"] | {"param_groups": adam.state_dict()["param_groups"]})
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
 

@@ -13,7 +13,8 @@ from ugicm.codec.networks import depthwise
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.model import TrainableCodec
 from ugicm_train.muon import StackedMuon
-from ugicm_train.train import SPIKE
+from ugicm_train.parallel import Processes
+from ugicm_train.train import SPIKE, Optimizers, TrainOptions
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -22,16 +23,9 @@ def step_of(model: TrainableCodec, shape: tuple[int, ...], device: str = "cpu") 
     model.to(device).preference.requires_grad_(False)
     average = TrainableCodec(TINY).to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adam = torch.optim.AdamW(
-        [parameter for parameter in trained if parameter.ndim != 2],
-        lr=torch.tensor(0.0, device=device),
-        weight_decay=0.0,
-        fused=True,
-        capturable=device == "cuda",
-    )
-    muon = StackedMuon([parameter for parameter in trained if parameter.ndim == 2])
-    return GraphStep(model, average, muon, adam, shape=shape, rates=2, clip=2.0, spike=SPIKE)
+    optimizers = Optimizers(model, TrainOptions(steps=1), Processes(), captured=True)
+    muon = StackedMuon(optimizers.matrices)
+    return GraphStep(model, average, muon, optimizers.adam, shape=shape, rates=2, clip=2.0, spike=SPIKE)
 
 
 def smooth(count: int) -> Tensor:

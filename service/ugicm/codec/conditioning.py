@@ -23,7 +23,7 @@ def quality_to_level(quality: T, levels: int) -> T:
     return rate_of(quality) * (levels - 1)
 
 
-def tilt_of(level: float, levels: int) -> float:
+def tilt_of(level: T, levels: int) -> T:
     """Level 0..levels-1 to -1..1: how far a transform is from its middle rate (`networks.moved`)."""
     return 2 * level / (levels - 1) - 1
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.fixed_point import rounding_half, sum_bits
-from ugicm.codec.networks import Depthwise, Pointwise, depthwise, pointwise
+from ugicm.codec.networks import Depthwise, Layer, Pointwise, depthwise, pointwise
 
 LIKELIHOOD_MIN = 1e-9
 OCTAVES_PER_UNIT = 1.25
@@ -48,9 +48,8 @@ def logistic_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     return -torch.log2(mass.clamp_min(LIKELIHOOD_MIN))
 
 
-def entropy_block(x: Tensor, *weights: Tensor) -> Tensor:
-    """What an `EntropyBlock` computes, of the weight and bias of each of its layers, in order."""
-    expand, spatial, project = zip(weights[::2], weights[1::2], strict=True)
+def entropy_block(x: Tensor, expand: Layer, spatial: Layer, project: Layer) -> Tensor:
+    """What an `EntropyBlock` computes with these layers."""
     if x.is_cuda:
         x = x.contiguous(memory_format=torch.channels_last)
     return x + pointwise(F.relu(depthwise(F.relu(pointwise(x, *expand)), *spatial)), *project)
@@ -70,7 +69,7 @@ class EntropyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.expand, self.spatial, self.project)
-        return self.function(x, *(weight for layer in layers for weight in (layer.weight, layer.bias)))
+        return self.function(x, *((layer.weight, layer.bias) for layer in layers))
 
 
 def split_phases(x: Tensor) -> list[Tensor]:

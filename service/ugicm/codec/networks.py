@@ -26,6 +26,16 @@ ACTIVATION_MAX = 16.0
 it does not know, and a picture unlike any photo (1-pixel stripes) comes out at 10^5 times its range."""
 
 
+Layer = tuple[Tensor, Tensor]
+"""Weight and bias."""
+
+
+def _by_sample(x: Tensor, weight: Tensor, bias: Tensor) -> Layer:
+    """Weight and bias for each sample of ``x``, from those for each of its R equal parts."""
+    repeats = len(x) // len(weight)
+    return weight.repeat_interleave(repeats, 0), bias.repeat_interleave(repeats, 0)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """1x1 convolution of (B, C, H, W); weight (out, in).
 
@@ -37,7 +47,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if weight.ndim == 2:
         return F.linear(rows, weight, bias).permute(0, 3, 1, 2)
     # A product for each sample: few and long ones would leave most of a GPU idle in the weight's gradient.
-    weight, bias = (value.repeat_interleave(len(x) // len(value), 0) for value in (weight, bias))
+    weight, bias = _by_sample(x, weight, bias)
     out = torch.bmm(rows.flatten(1, 2), weight.mT)
     return (out + bias[:, None].to(out.dtype)).view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
 
@@ -52,11 +62,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # Nine shifted products: a compiler fuses them, in channels-last, with whatever stands before and behind.
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
-    if weight.ndim == 5:
-        repeats = len(x) // len(weight)
-        weight, bias = (value.repeat_interleave(repeats, 0) for value in (weight, bias))
-    else:
-        weight, bias = weight[None], bias[None]
+    weight, bias = _by_sample(x, weight, bias) if weight.ndim == 5 else (weight[None], bias[None])
     weight, out = weight.to(x.dtype), bias[:, :, None, None].to(x.dtype)
     for row in range(3):
         for column in range(3):
@@ -65,9 +71,10 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def gated_block(x: Tensor, bound: float, *weights: Tensor) -> Tensor:
-    """What a `Block` computes, of the weight and bias of each of its layers, in order."""
-    expand, spatial, project, gate, merge = zip(weights[::2], weights[1::2], strict=True)
+def gated_block(
+    x: Tensor, bound: float, expand: Layer, spatial: Layer, project: Layer, gate: Layer, merge: Layer
+) -> Tensor:
+    """What a `Block` computes with these layers."""
     if x.is_cuda:
         x = x.contiguous(memory_format=torch.channels_last)
     # hardtanh is clamp with a gradient in one pass instead of five.
@@ -123,8 +130,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.expand, self.spatial, self.project, self.gate, self.merge)
-        weights = (weight for layer in layers for weight in (layer.weight, layer.bias))
-        return self.function(x, self.bound, *weights)
+        return self.function(x, self.bound, *((layer.weight, layer.bias) for layer in layers))
 
 
 class Analysis(nn.Module):
