@@ -15,7 +15,7 @@ from ugicm.codec.entropy_twin import EntropyBlock, EntropyNetwork
 from ugicm.codec.networks import Block
 from ugicm_train.losses import LossTerms, rate_distortion_loss
 from ugicm_train.model import TrainableCodec
-from ugicm_train.muon import StackedMuon
+from ugicm_train.optimizer import Optimizer
 
 WARM_UP_STEPS = 3
 """Before the capture: libraries choose their kernels, the compiler compiles."""
@@ -36,36 +36,14 @@ class GraphStep:
     """One update of a model without a machine view; a CUDA graph where the model is on such a device."""
 
     def __init__(
-        self,
-        model: TrainableCodec,
-        average: TrainableCodec,
-        muon: StackedMuon,
-        adam: torch.optim.AdamW,
-        *,
-        shape: tuple[int, ...],
-        rates: int,
-        clip: float,
-        spike: float,
+        self, model: TrainableCodec, optimizer: Optimizer, *, shape: tuple[int, ...], rates: int
     ) -> None:
-        """A step that is not captured yet.
-
-        Args:
-            model: what is trained.
-            average: its moving average.
-            muon: optimiser of the matrices.
-            adam: optimiser of all the rest; fused, its learning rate a tensor on the model's device.
-            shape: of a batch.
-            rates: equal parts of a batch, each of one rate.
-            clip: largest norm of the gradient.
-            spike: a gradient this many times larger than usual is skipped.
-        """
-        self.model, self.average, self.muon, self.adam = model, average, muon, adam
-        self.rates, self.clip, self.spike = rates, clip, spike
+        """A step for batches of this `shape`, in `rates` parts of one rate each; captured when called."""
+        self.model, self.optimizer, self.rates = model, optimizer, rates
         device = next(model.parameters()).device
         self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         # Level of each rate, learning rates of Muon and Adam, share of the average that is kept.
         self.inputs = torch.zeros(rates + 3, device=device)
-        self.usual_norm = torch.zeros((), device=device)
         self.sums = {name: torch.zeros((), device=device) for name in (*LossTerms._fields, "skipped")}
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -77,25 +55,9 @@ class GraphStep:
             output = self.model(self.x, level, machine_count=0, rates=self.rates)
         terms = rate_distortion_loss(self.model.config, output, self.x, level)
         terms.loss.backward()
-        with torch.no_grad():
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients)
-            usual = torch.where(self.usual_norm > 0, self.usual_norm, norm)
-            good = torch.isfinite(norm) & (norm <= self.spike * usual)
-            seen = torch.where(torch.isfinite(norm), norm.minimum(2 * self.spike * usual), usual)
-            self.usual_norm.copy_(usual + 0.02 * (seen - usual))
-            scale = torch.where(good, (self.clip / norm).clamp(max=1.0), 0.0)
-            self.muon.step(matrix_lr, scale)
-            self.adam.param_groups[0]["lr"].copy_(other_lr)
-            # Adam divides gradients by the one and leaves out the step where the other is set.
-            vars(self.adam).update(grad_scale=1 / scale.clamp_min(1e-12), found_inf=(~good).float())
-            self.adam.step()
-            moved = torch._foreach_sub(list(self.model.parameters()), list(self.average.parameters()))
-            torch._foreach_mul_(moved, 1 - kept)
-            torch._foreach_add_(list(self.average.parameters()), moved)
-            for name, term in terms._asdict().items():
-                self.sums[name].add_(term.detach())
-            self.sums["skipped"].add_(1 - good.float())
+        self.sums["skipped"].add_(self.optimizer.step(matrix_lr, other_lr, kept))
+        for name, term in terms._asdict().items():
+            self.sums[name].add_(term.detach())
 
     def __call__(
         self, x: Tensor, levels: Sequence[float], matrix_lr: float, other_lr: float, kept: float

@@ -32,7 +32,7 @@ class StackedMuon:
     """Moves matrices by the orthogonalised momentum of their gradients; 0.2 sqrt(max(m, n)) lr per step."""
 
     def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95) -> None:
-        self.momentum = momentum
+        self.matrices, self.momentum = tuple(matrices), momentum
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
@@ -45,7 +45,9 @@ class StackedMuon:
     def step(self, lr: Tensor, scale: Tensor) -> None:
         """One update; gradients count `scale` times, and not at all where that is 0, whatever they are."""
         for matrices, average in self._groups:
-            gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+            gradients = torch.stack(
+                [torch.zeros_like(one) if one.grad is None else one.grad for one in matrices]
+            )
             gradients = torch.where(scale > 0, gradients * scale, 0.0)
             average.lerp_(gradients, 1 - self.momentum)
             update = orthogonalized(gradients.lerp(average, self.momentum)).float()

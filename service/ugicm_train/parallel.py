@@ -41,7 +41,7 @@ class Processes:
         """Whether this is the one that writes files and decides when to stop."""
         return self.rank == 0
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def average_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace each gradient by its mean over all processes."""
         if self.count == 1:
             return

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import model_path, read_model
@@ -26,8 +26,9 @@ from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, read_training, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
+from ugicm_train.optimizer import Optimizer
 from ugicm_train.restore import restore
-from ugicm_train.train import CHECKPOINT, Optimizers, Trainer, TrainOptions, load_checkpoint
+from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 
 VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_low", "synthesis_high", "preference")}
 """Parts of the model that polishing changes, by the view that learns."""
@@ -77,8 +78,9 @@ class Polisher(Trainer):
         self.model.load_state_dict(model.state_dict())
         self.average.load_state_dict(model.state_dict())
         self.model.human_learns = view == "both"
-        parts = nn.ModuleList(getattr(self.model, name) for name in VIEWS[view])
-        self.optimizers = Optimizers(parts.requires_grad_(True), options, self.processes)
+        for name in VIEWS[view]:
+            getattr(self.model, name).requires_grad_(True)
+        self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)
 
 
 def polish(

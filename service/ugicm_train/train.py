@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.networks import Pointwise
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
 from ugicm_train.model import TrainableCodec
-from ugicm_train.muon import StackedMuon
+from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
 from ugicm_train.start import start_from_dct
@@ -37,9 +36,6 @@ from ugicm_train.start import start_from_dct
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
 STABLE_CHECKPOINT = "before-decay.pt"
 """The state just before the learning rate decays: the best place to go on from."""
-SPIKE = 10.0
-"""A batch whose gradient is this many times larger than usual is skipped: Muon would turn even a clipped
-outlier into a step of full size."""
 DIVERGED = 5.0
 """A run whose rate has grown this many times over its least is stopped: no budget brings it back."""
 DRAWN_BEFORE = 1000
@@ -47,7 +43,8 @@ DRAWN_BEFORE = 1000
 FULL_STRENGTH_SHARE = 0.85
 """Share of the steps whose machine view is decoded at strength 1."""
 LOG_FIELDS = (
-    "step", "minutes", "loss", "bpp", "psnr_human", "psnr_machine", "teacher", "lr_factor", "crops_per_s",
+    "step", "minutes", "loss", "bpp", "psnr_human", "psnr_machine", "teacher", "skipped", "lr_factor",
+    "crops_per_s",
 )  # fmt: skip
 
 
@@ -105,48 +102,6 @@ class DivergedError(ValueError):
     """Training has run away; the message says what to change."""
 
 
-class Optimizers:
-    """Muon for matrices of dense layers (Jordan et al. 2024), AdamW for gains, biases, depthwise."""
-
-    def __init__(
-        self, model: nn.Module, options: TrainOptions, processes: Processes, *, captured: bool = False
-    ) -> None:
-        """``captured``: `adam` will work in a CUDA graph, which writes its learning rate into a tensor."""
-        self.options, self._processes = options, processes
-        matrices = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
-        ids = {id(parameter) for parameter in matrices}
-        # Frozen ones too, so that Adam's state fits a run that moves them.
-        others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-        self.matrices = [matrix for matrix in matrices if matrix.requires_grad]
-        self._hands = processes.deal(self.matrices)
-        self.muon = torch.optim.Muon(
-            self._hands[processes.rank % len(self._hands)],
-            lr=options.matrix_lr,
-            weight_decay=0.0,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        self.adam = torch.optim.AdamW(
-            others,
-            lr=torch.tensor(options.other_lr, device=others[0].device) if captured else options.other_lr,
-            betas=(0.9, 0.98),
-            weight_decay=0.0,
-            fused=captured or None,
-            capturable=captured,
-        )
-
-    def step(self, factor: float) -> None:
-        """One update, at `factor` times the peak learning rates."""
-        peaks: dict[torch.optim.Optimizer, float] = {
-            self.muon: self.options.matrix_lr,
-            self.adam: self.options.other_lr,
-        }
-        for optimizer, peak in peaks.items():
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-            optimizer.step()
-        self._processes.hand_round(self._hands)
-
-
 def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float:
     """Linear warm-up, then constant, then linear decay to zero; `done` is the run's finished part."""
     warm = min(1.0, (step + 1) / options.warmup_steps)
@@ -187,14 +142,12 @@ class Trainer:
             self.model.preference.requires_grad_(False)
         self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
-        captured = self.device.type == "cuda" and self.processes.count == 1 and not options.machine_share
-        self.optimizers = Optimizers(self.model, options, self.processes, captured=captured)
-        self.graph_step = self._graph_step() if captured else None
+        self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)
+        one_gpu = self.device.type == "cuda" and self.processes.count == 1
+        self.graph_step = self._graph_step() if one_gpu and not options.machine_share else None
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
-        self.usual_norm: float | None = None
-        """Moving average of the gradient's norm."""
         self.least_bpp = math.inf
         """Of the rows of the log."""
         self.warm_from = 0
@@ -212,13 +165,9 @@ class Trainer:
             compile_blocks(self.model)
         return GraphStep(
             self.model,
-            self.average,
-            StackedMuon(self.optimizers.matrices),
-            self.optimizers.adam,
+            self.optimizer,
             shape=(options.batch, 3, options.crop, options.crop),
             rates=options.batch_levels,
-            clip=options.clip,
-            spike=SPIKE,
         )
 
     def state(self) -> dict[str, Any]:
@@ -226,7 +175,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             # Muon's momentum is as good as new after some twenty steps.
-            "adam": self.optimizers.adam.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
             "step": self.step,
             "minutes": self.minutes,
             "config": self.config.to_dict(),
@@ -237,7 +186,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         # How the optimiser works, and where, is a matter of this run's device, not of the checkpoint's.
-        adam = self.optimizers.adam
+        adam = self.optimizer.adam
         adam.load_state_dict(state["adam"] | {"param_groups": adam.state_dict()["param_groups"]})
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
@@ -281,14 +230,9 @@ class Trainer:
         What is returned is empty where the step adds it up by itself (`graph_step`).
         """
         options = self.options
+        rates = (options.matrix_lr * factor, options.other_lr * factor, self._average_kept())
         if self.graph_step is not None:
-            self.graph_step(
-                x,
-                self.next_levels(options.batch_levels),
-                matrix_lr=options.matrix_lr * factor,
-                other_lr=options.other_lr * factor,
-                kept=self._average_kept(),
-            )
+            self.graph_step(x, self.next_levels(options.batch_levels), *rates)
             self.step += 1
             return {}
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
@@ -314,18 +258,7 @@ class Trainer:
             (share * terms.loss).backward()
             for name, term in terms._asdict().items():
                 sums[name] = sums.get(name, 0.0) + share * term.detach()
-        self.processes.average_gradients(self.model.parameters())
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), options.clip))
-        usual = self.usual_norm or norm
-        if math.isfinite(norm):
-            # A lasting change of scale is accepted within some tens of steps.
-            self.usual_norm = usual + 0.02 * (min(norm, 2 * SPIKE * usual) - usual)
-        if norm <= SPIKE * usual:
-            self.optimizers.step(factor)
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(self.average.parameters()), list(self.model.parameters()), 1 - self._average_kept()
-                )
+        sums["skipped"] = self.optimizer.step(*torch.tensor(rates, device=x.device))
         self.step += 1
         return sums
 
@@ -398,6 +331,7 @@ class Trainer:
                         "psnr_human": round(_psnr(means["mse_human"]), 3),
                         "psnr_machine": round(_psnr(means["mse_machine"]), 3),
                         "teacher": round(means["teacher"], 5),
+                        "skipped": round(means["skipped"] * count),
                         "lr_factor": round(factor, 4),
                         "crops_per_s": round(
                             count * options.batch * self.processes.count / (now - logged), 1

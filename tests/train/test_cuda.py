@@ -13,19 +13,20 @@ from ugicm.codec.networks import depthwise
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.model import TrainableCodec
 from ugicm_train.muon import StackedMuon
+from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
-from ugicm_train.train import SPIKE, Optimizers, TrainOptions
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def step_of(model: TrainableCodec, shape: tuple[int, ...], device: str = "cpu") -> GraphStep:
+def step_of(
+    model: TrainableCodec, shape: tuple[int, ...], device: str = "cpu"
+) -> tuple[TrainableCodec, GraphStep]:
     model.to(device).preference.requires_grad_(False)
     average = TrainableCodec(TINY).to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
-    optimizers = Optimizers(model, TrainOptions(steps=1), Processes(), captured=True)
-    muon = StackedMuon(optimizers.matrices)
-    return GraphStep(model, average, muon, optimizers.adam, shape=shape, rates=2, clip=2.0, spike=SPIKE)
+    optimizer = Optimizer(model, average, Processes(), clip=2.0)
+    return average, GraphStep(model, optimizer, shape=shape, rates=2)
 
 
 def smooth(count: int) -> Tensor:
@@ -62,7 +63,7 @@ def test_many_rates_in_one_pass_are_those_of_many_passes() -> None:
 
 
 def check_step(device: str) -> None:
-    step = step_of(tiny_trainable(), (4, 3, 64, 64), device)
+    average, step = step_of(tiny_trainable(), (4, 3, 64, 64), device)
     x = smooth(4).to(device)
     losses = []
     for _ in range(8):
@@ -72,7 +73,7 @@ def check_step(device: str) -> None:
         losses.append(sums["loss"] / 5)
         assert sums["skipped"] == 0
     assert losses[-1] < 0.95 * losses[0]
-    for mean, own in zip(step.average.parameters(), step.model.parameters(), strict=True):
+    for mean, own in zip(average.parameters(), step.model.parameters(), strict=True):
         torch.testing.assert_close(mean, own, atol=0.02, rtol=0)
 
     before = [parameter.clone() for parameter in step.model.parameters()]

@@ -24,10 +24,10 @@ from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
 from ugicm_train.losses import level_of, rate_distortion_loss
 from ugicm_train.model import CodecOutput
+from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.train import (
     DivergedError,
-    Optimizers,
     Trainer,
     TrainOptions,
     learning_rate_factor,
@@ -81,11 +81,11 @@ def test_a_checkpoint_of_another_device_resumes(photos: Path, tmp_path: Path) ->
     train(TINY, options, [photos], tmp_path)
     state = load_checkpoint(tmp_path)
     for group in state["adam"]["param_groups"]:
-        group |= {"lr": torch.tensor(0.5), "fused": True, "capturable": True}
+        group |= {"lr": 0.5, "fused": False, "capturable": True}
     trainer = Trainer(TINY, options, tmp_path)
     trainer.load(state)
-    (group,) = trainer.optimizers.adam.param_groups
-    assert (group["lr"], bool(group["fused"]), group["capturable"]) == (options.other_lr, False, False)
+    (group,) = trainer.optimizer.adam.param_groups
+    assert (group["fused"], group["capturable"]) == (True, False)
     trainer.train_step(torch.rand(4, 3, 64, 64), 1.0, None)
     assert trainer.step == 2
 
@@ -134,13 +134,12 @@ def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Pat
 
 def test_optimisers_share_out_all_parameters() -> None:
     model = tiny_trainable()
-    both = Optimizers(model, OPTIONS, Processes())
-    counts = [
-        sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-        for optimizer in (both.muon, both.adam)
-    ]
-    assert sum(counts) == sum(p.numel() for p in model.parameters())
-    assert all(p.ndim == 2 for group in both.muon.param_groups for p in group["params"])
+    optimizer = Optimizer(model, tiny_trainable(), Processes(), clip=1.0)
+    dense = optimizer.muon.matrices
+    rest = [p for group in optimizer.adam.param_groups for p in group["params"]]
+    assert {id(p) for p in (*dense, *rest)} == {id(p) for p in model.parameters()}
+    assert len(dense) + len(rest) == len(list(model.parameters()))
+    assert all(p.ndim == 2 for p in dense)
 
 
 def test_without_a_machine_view_its_difference_stays(photos: Path, tmp_path: Path) -> None:
