@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,11 +21,19 @@ OUTLIER = 4.0
 """Balanced loss from where on a sample's gradient no longer grows with it. Photos have .1 to 2.6."""
 
 
-class Teacher(Protocol):
-    """A frozen judge of the machine view."""
+Judge = Callable[[Tensor, Tensor], Tensor]
+"""Distance of (B, 3, H, W) pictures in [0, 1], of a machine view from its original, (B,), 0 for equal;
+differentiable in the machine view."""
 
-    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
-        """Distance of (B, 3, H, W) pictures in [0, 1], (B,), 0 for equal; differentiable in `machine`."""
+
+class Teacher(Protocol):
+    """Judges of the machine view, frozen."""
+
+    def draw(self) -> Judge:
+        """One of them at random for the next pictures: one of a few that stay the same.
+
+        What else a judge draws must be drawn on the pictures' device; on a GPU it works in a CUDA graph.
+        """
         ...
 
 
@@ -47,9 +56,9 @@ def rate_distortion_loss(
     x: Tensor,
     level: Tensor,
     *,
-    teacher: Teacher | None = None,
+    judge: Judge | None = None,
     teacher_weight: float = 1.0,
-    strength: float = 1.0,
+    strength: float | Tensor = 1.0,
 ) -> LossTerms:
     """bpp + lambda 255^2 (MSE_human + MSE_machine / 2) / (3/2) + teacher distance on the machine view.
 
@@ -72,8 +81,8 @@ def rate_distortion_loss(
     balanced = balance * loss.detach()
     weight = balance * balanced.rsqrt() * (OUTLIER / balanced).clamp(max=1.0)
     judged = x.new_zeros(())
-    if teacher is not None and count:
-        distance = teacher(output.machine, x[:count])
+    if judge is not None and count:
+        distance = judge(output.machine, x[:count])
         judged = distance.mean().detach()
         # The same at every rate, while the squared error counts in proportion to lambda: where little detail
         # is lost, little is changed.

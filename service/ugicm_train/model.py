@@ -102,40 +102,62 @@ class TrainableCodec(nn.Module):
             make_zero(getattr(self, name))
 
     def _between_rates(
-        self, middle: nn.Module, low: nn.Module, high: nn.Module, level: Tensor, rates: int
+        self, middle: nn.Module, low: nn.Module, high: nn.Module, level: Tensor, rates: int | None
     ) -> dict[str, Tensor]:
         """Weights of a transform at the level of a batch, or, by part, at those of its `rates` equal parts.
 
         Raises:
-            ValueError: one rate, but the levels differ.
+            ValueError: no parts, but the levels differ.
         """
         weights = dict(middle.named_parameters())
-        if rates > 1:
+        if rates is not None:
             return stacked_weights(weights, low, high, level[:: len(level) // rates], self.config.levels)
         if len(level.unique()) != 1:
             raise ValueError(f"a batch is coded at one level, got {level.tolist()}")
         tilt = tilt_of(float(level[0]), self.config.levels)
         return moved_weights(weights, *between_rates(low, high, tilt))
 
-    def latent_of(self, x: Tensor, level: Tensor, rates: int = 1) -> Tensor:
+    def latent_of(self, x: Tensor, level: Tensor, rates: int | None = None) -> Tensor:
         """y before gains, (B, M, H/16, W/16)."""
         weights = self._between_rates(self.analysis, self.analysis_low, self.analysis_high, level, rates)
         latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
         return latent
 
-    def _human_weights(self, level: Tensor, rates: int = 1) -> dict[str, Tensor]:
+    def _human_weights(self, level: Tensor, rates: int | None) -> dict[str, Tensor]:
         return self._between_rates(self.synthesis, self.synthesis_low, self.synthesis_high, level, rates)
 
-    def human_view(self, latent: Tensor, level: Tensor, rates: int = 1) -> Tensor:
+    def human_view(self, latent: Tensor, level: Tensor, rates: int | None = None) -> Tensor:
         """Decode (B, M, H/16, W/16) for people."""
         weights = self._human_weights(level, rates)
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
 
-    def machine_view(self, latent: Tensor, level: Tensor, strength: float) -> Tensor:
-        """Decode at `strength`; gradients reach the latent and the difference, not the human's transform."""
+    def machine_view(
+        self,
+        latent: Tensor,
+        level: Tensor,
+        strength: float | Tensor,
+        *,
+        count: int | None = None,
+        rates: int | None = None,
+    ) -> Tensor:
+        """Decode the first `count` samples (all, if None) at `strength`; gradients reach the latent and the
+        difference, not the human's transform.
+
+        Raises:
+            ValueError: `count` is not that of whole parts, where the batch has `rates` of them.
+        """
+        count = len(latent) if count is None else count
+        if not count:
+            return latent.new_empty(0, 3, *(16 * side for side in latent.shape[2:]))
+        if rates is not None:
+            whole, rest = divmod(count * rates, len(latent))
+            if rest:
+                raise ValueError(f"{count} of {len(latent)} samples are no whole parts of {rates}")
+            rates = whole
+        latent, level = latent[:count], level[:count]
         with torch.no_grad():
-            human = self._human_weights(level)
+            human = self._human_weights(level, rates)
         weights = moved_weights(human, (self.preference, strength))
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
@@ -146,18 +168,16 @@ class TrainableCodec(nn.Module):
         level: Tensor,
         *,
         machine_count: int | None = None,
-        strength: float = 1.0,
+        strength: float | Tensor = 1.0,
         noise: bool = True,
-        rates: int = 1,
+        rates: int | None = None,
     ) -> CodecOutput:
         """``x`` (B, 3, H, W) in [0, 1], H and W multiples of 64; ``level`` (B,) in [0, levels-1], all
         the same, or the same in each of `rates` equal parts of the batch.
 
-        The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None;
-        none where there are several rates).
+        The machine view, at `strength`, is decoded for the first `machine_count` samples (all, if None).
         """
-        batch, _, height, width = x.shape
-        count = batch if machine_count is None else machine_count
+        height, width = x.shape[2:]
         gain, inverse = self.gains(level)
         y = self.latent_of(x, level, rates).float() * gain
         z = self.hyper_analysis(y).float()
@@ -165,5 +185,5 @@ class TrainableCodec(nn.Module):
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         human = self.human_view(latent, level, rates)
-        machine = self.machine_view(latent[:count], level, strength) if count else human[:0]
+        machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)
         return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

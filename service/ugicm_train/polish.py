@@ -26,7 +26,6 @@ from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, read_training, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
-from ugicm_train.optimizer import Optimizer
 from ugicm_train.restore import restore
 from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 
@@ -52,20 +51,20 @@ class PolishedCodec(TrainableCodec):
         level: Tensor,
         *,
         machine_count: int | None = None,
-        strength: float = 1.0,
+        strength: float | Tensor = 1.0,
         noise: bool = True,
-        rates: int = 1,
+        rates: int | None = None,
     ) -> CodecOutput:
-        """As `TrainableCodec`, at one rate; without the hyper latent's, and `noise` is of no account."""
-        del noise, rates
+        """As `TrainableCodec`, but without the hyper latent's bits, and `noise` is of no account."""
+        del noise
         with torch.no_grad():
             gain, inverse = self.gains(level)
-            y = self.latent_of(x, level).float() * gain
+            y = self.latent_of(x, level, rates).float() * gain
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         # No samples where nothing learns from them.
-        human = self.human_view(latent, level) if self.human_learns else latent.new_empty(0, 3, *x.shape[2:])
-        machine = self.machine_view(latent[:machine_count], level, strength)
+        human = x[:0] if not self.human_learns else self.human_view(latent, level, rates)
+        machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 
 
@@ -73,14 +72,12 @@ class Polisher(Trainer):
     """A `Trainer` that starts from a trained model and moves nothing but (parts of) its synthesis."""
 
     def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str) -> None:
-        super().__init__(model.config, options, out)
-        self.model = PolishedCodec(model.config).to(self.device).requires_grad_(False)
-        self.model.load_state_dict(model.state_dict())
-        self.average.load_state_dict(model.state_dict())
-        self.model.human_learns = view == "both"
+        polished = PolishedCodec(model.config).requires_grad_(False)
+        polished.load_state_dict(model.state_dict())
+        polished.human_learns = view == "both"
         for name in VIEWS[view]:
-            getattr(self.model, name).requires_grad_(True)
-        self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)
+            getattr(polished, name).requires_grad_(True)
+        super().__init__(polished, options, out)
 
 
 def polish(

@@ -67,7 +67,7 @@ class TrainOptions:
     level_power: float = 0.8
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
-    """Part of the batch that also decodes the machine view."""
+    """Part of the batch, at least, that also decodes the machine view."""
     matrix_lr: float = 0.005
     """Muon, for the dense weights."""
     other_lr: float = 1e-3
@@ -127,24 +127,22 @@ def load_checkpoint(run: Path, name: str = CHECKPOINT) -> dict[str, Any]:
 class Trainer:
     """State of one run: model, its moving average, optimisers and counters."""
 
-    def __init__(self, config: ModelConfig, options: TrainOptions, out: Path) -> None:
-        self.config, self.options, self.out = config, options, out
+    def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path) -> None:
+        """Train `model`, as it is, in folder `out`; parameters that need no gradient stay as they are."""
+        self.model, self.config, self.options, self.out = model, model.config, options, out
         self.processes = Processes()
         name = options.device
         if name == "auto":
             name = f"cuda:{self.processes.local_rank}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
-        torch.manual_seed(options.seed)
-        self.model = TrainableCodec(config)
-        start_from_dct(self.model)
         self.model.to(self.device)
         if not options.machine_share:
             self.model.preference.requires_grad_(False)
-        self.average = TrainableCodec(config).to(self.device).requires_grad_(False)
+        self.average = TrainableCodec(self.config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)
         one_gpu = self.device.type == "cuda" and self.processes.count == 1
-        self.graph_step = self._graph_step() if one_gpu and not options.machine_share else None
+        self.graph_step = self._graph_step() if one_gpu else None
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
         self.stop_requested = False
@@ -154,7 +152,7 @@ class Trainer:
         """Step from which the warm-up counts: the learning rate also warms up after a resume."""
 
     def _graph_step(self) -> GraphStep:
-        """One GPU and no machine view: everything of a step happens on the device."""
+        """One GPU: everything of a step happens on the device."""
         options = self.options
         if options.batch % options.batch_levels:
             raise ValueError(
@@ -168,6 +166,8 @@ class Trainer:
             self.optimizer,
             shape=(options.batch, 3, options.crop, options.crop),
             rates=options.batch_levels,
+            machine_rates=math.ceil(options.machine_share * options.batch_levels),
+            teacher_weight=options.teacher_weight,
         )
 
     def state(self) -> dict[str, Any]:
@@ -190,11 +190,6 @@ class Trainer:
         adam.load_state_dict(state["adam"] | {"param_groups": adam.state_dict()["param_groups"]})
         self.step, self.minutes = state["step"], state["minutes"]
         self.warm_from = self.step
-
-    def begin_with(self, model: TrainableCodec) -> None:
-        """Take over the weights of `model`; the optimisers start afresh."""
-        self.model.load_state_dict(model.state_dict())
-        self.average.load_state_dict(model.state_dict())
 
     def read(self, data: Sequence[Path]) -> CropSampler:
         """Crops of the photos in `data`, which stay on the device; other crops in each process."""
@@ -230,19 +225,25 @@ class Trainer:
         What is returned is empty where the step adds it up by itself (`graph_step`).
         """
         options = self.options
-        rates = (options.matrix_lr * factor, options.other_lr * factor, self._average_kept())
-        if self.graph_step is not None:
-            self.graph_step(x, self.next_levels(options.batch_levels), *rates)
-            self.step += 1
-            return {}
         # Mostly the machine's end, else anywhere between: the slider must work along its whole way.
         strength = 1.0 if float(torch.rand(())) < FULL_STRENGTH_SHARE else float(torch.rand(()))
+        optimizing = {
+            "matrix_lr": options.matrix_lr * factor,
+            "other_lr": options.other_lr * factor,
+            "kept": self._average_kept(),
+        }
+        if self.graph_step is not None:
+            levels = self.next_levels(options.batch_levels)
+            judge = teacher.draw() if teacher else None
+            self.graph_step(x, levels, strength=strength, judge=judge, **optimizing)
+            self.step += 1
+            return {}
         self.model.zero_grad()
         parts = x.chunk(min(options.batch_levels, len(x)))
         sums: dict[str, Tensor] = {}
         for part, value in zip(parts, self.next_levels(len(parts)), strict=True):
             level = part.new_full((len(part),), value)
-            count = round(options.machine_share * len(part))
+            count = math.ceil(options.machine_share * len(part))
             with torch.autocast(x.device.type, dtype=torch.bfloat16):
                 output = self.model(part, level, machine_count=count, strength=strength)
             terms = rate_distortion_loss(
@@ -250,7 +251,7 @@ class Trainer:
                 output,
                 part,
                 level,
-                teacher=teacher,
+                judge=teacher.draw() if teacher else None,
                 teacher_weight=options.teacher_weight,
                 strength=strength,
             )
@@ -258,7 +259,9 @@ class Trainer:
             (share * terms.loss).backward()
             for name, term in terms._asdict().items():
                 sums[name] = sums.get(name, 0.0) + share * term.detach()
-        sums["skipped"] = self.optimizer.step(*torch.tensor(rates, device=x.device))
+        sums["skipped"] = self.optimizer.step(
+            **{name: torch.tensor(value, device=x.device) for name, value in optimizing.items()}
+        )
         self.step += 1
         return sums
 
@@ -377,15 +380,19 @@ def train(
     state = load_checkpoint(out, resume) if resume else None
     if state is not None:
         config = ModelConfig.from_dict(state["config"])
-    trainer = Trainer(config, options, out)
-    if state is not None:
-        trainer.load(state)
-    elif start is not None:
+    torch.manual_seed(options.seed)
+    if start is not None and state is None:
         # Needs the entropy coder's package, which training from nothing does not.
         from ugicm_train.restore import restore, start_from
 
         stored = read_model(model_path(start))
-        trainer.begin_with(start_from(restore(stored.config, stored.tensors), config))
+        model = start_from(restore(stored.config, stored.tensors), config)
+    else:
+        model = TrainableCodec(config)
+        start_from_dct(model)
+    trainer = Trainer(model, options, out)
+    if state is not None:
+        trainer.load(state)
     if trainer.processes.first:
         (out / CONFIG).write_text(
             json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from tests.conftest import TINY, tiny_trainable
 from ugicm.codec.networks import depthwise
 from ugicm_train.cuda import GraphStep, compile_blocks
-from ugicm_train.model import TrainableCodec
+from ugicm_train.losses import Judge
+from ugicm_train.model import CodecOutput, TrainableCodec
 from ugicm_train.muon import StackedMuon
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
+from ugicm_train.polish import PolishedCodec
+from ugicm_train.regions import cut, draw_regions
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -22,11 +25,12 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 def step_of(
     model: TrainableCodec, shape: tuple[int, ...], device: str = "cpu"
 ) -> tuple[TrainableCodec, GraphStep]:
-    model.to(device).preference.requires_grad_(False)
+    """Its moving average, and the step; one of the two rates has a machine view."""
+    model.to(device)
     average = TrainableCodec(TINY).to(device).requires_grad_(False)
     average.load_state_dict(model.state_dict())
     optimizer = Optimizer(model, average, Processes(), clip=2.0)
-    return average, GraphStep(model, optimizer, shape=shape, rates=2)
+    return average, GraphStep(model, optimizer, shape=shape, rates=2, machine_rates=1)
 
 
 def smooth(count: int) -> Tensor:
@@ -50,28 +54,39 @@ def test_many_rates_in_one_pass_are_those_of_many_passes() -> None:
         model.zero_grad()
         return found
 
-    together = model(x, level, machine_count=0, noise=False, rates=3)
-    (together.bpp.sum() + together.human.square().sum()).backward()
+    def loss(output: CodecOutput) -> Tensor:
+        return output.bpp.sum() + output.human.square().sum() + output.machine.square().sum()
+
+    together = model(x, level, machine_count=4, strength=torch.tensor(0.7), noise=False, rates=3)
+    loss(together).backward()
     expected = gradients()
-    alone = [model(x[i : i + 2], level[i : i + 2], machine_count=0, noise=False) for i in (0, 2, 4)]
+    alone = [
+        model(x[i : i + 2], level[i : i + 2], machine_count=count, strength=0.7, noise=False)
+        for i, count in ((0, 2), (2, 2), (4, 0))
+    ]
     torch.testing.assert_close(together.human, torch.cat([output.human for output in alone]))
+    torch.testing.assert_close(together.machine, torch.cat([output.machine for output in alone]))
+    with pytest.raises(ValueError, match="3 of 6 samples are no whole parts of 3"):
+        model(x, level, machine_count=3, rates=3)
     torch.testing.assert_close(together.bpp, torch.cat([output.bpp for output in alone]))
     for output in alone:
-        (output.bpp.sum() + output.human.square().sum()).backward()
+        loss(output).backward()
     for one, other in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-6)
 
 
-def check_step(device: str) -> None:
+def check_step(device: str, judge: Judge | None) -> None:
     average, step = step_of(tiny_trainable(), (4, 3, 64, 64), device)
     x = smooth(4).to(device)
     losses = []
     for _ in range(8):
         for _ in range(5):
-            step(x, [0.5, 1.5], matrix_lr=0.003, other_lr=0.003, kept=0.5)
+            step(x, [0.5, 1.5], judge=judge, matrix_lr=0.003, other_lr=0.003, kept=0.5)
         sums = step.take_sums()
         losses.append(sums["loss"] / 5)
         assert sums["skipped"] == 0
+        assert sums["mse_machine"] > 0
+        assert (sums["teacher"] > 0) == (judge is not None)
     assert losses[-1] < 0.95 * losses[0]
     for mean, own in zip(average.parameters(), step.model.parameters(), strict=True):
         torch.testing.assert_close(mean, own, atol=0.02, rtol=0)
@@ -86,13 +101,49 @@ def check_step(device: str) -> None:
     assert all(torch.equal(old, new) for old, new in vectors)
 
 
-def test_a_step_learns_and_skips_what_is_not_finite() -> None:
-    check_step("cpu")
+def colours(machine: Tensor, original: Tensor) -> Tensor:
+    """Looks at random regions, as teachers do."""
+    boxes = draw_regions(original)
+    return (cut(machine, boxes, 16) - cut(original, boxes, 16)).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("judge", [None, colours])
+def test_a_step_learns_and_skips_what_is_not_finite(judge: Judge | None) -> None:
+    check_step("cpu", judge)
+
+
+def test_a_step_polishes() -> None:
+    model = PolishedCodec(TINY).requires_grad_(False)
+    model.load_state_dict(tiny_trainable().state_dict())
+    model.preference.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    average, step = step_of(model, (4, 3, 64, 64))
+    for _ in range(2):
+        step(smooth(4), [0.5, 1.5], judge=colours, matrix_lr=0.003, other_lr=0.003, kept=0.5)
+    for state in (model.state_dict(), average.state_dict()):
+        changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
+        assert {name.partition(".")[0] for name in changed} == {"preference"}
+    assert step.take_sums()["mse_human"] == 0
 
 
 @CUDA
-def test_a_step_learns_as_a_cuda_graph() -> None:
-    check_step("cuda")
+@pytest.mark.parametrize("judge", [None, colours])
+def test_a_step_learns_as_a_cuda_graph(judge: Judge | None) -> None:
+    check_step("cuda", judge)
+
+
+@CUDA
+def test_each_judge_has_a_graph_of_its_own() -> None:
+    _, step = step_of(tiny_trainable(), (4, 3, 64, 64), "cuda")
+    x = smooth(4).cuda()
+    found: dict[Judge | None, float] = {None: 0.0, colours: 0.0}
+    for _ in range(3):
+        for judge in found:
+            step(x, [0.5, 1.5], judge=judge, matrix_lr=0.0, other_lr=0.0, kept=1.0)
+            found[judge] = step.take_sums()["teacher"]
+    assert len(step.graphs) == 2
+    assert found[None] == 0
+    assert found[colours] > 0
 
 
 def test_shifted_products_are_a_depthwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:

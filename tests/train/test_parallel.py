@@ -23,11 +23,13 @@ PROGRAM = """
 import sys, torch
 from pathlib import Path
 from ugicm.codec.config import ModelConfig
+from ugicm_train.model import TrainableCodec
 from ugicm_train.train import Trainer, TrainOptions
 
 out, data, model = map(Path, sys.argv[1:])
 options = TrainOptions(steps=6, batch=2, crop=64, warmup_steps=1, device="cpu", threads=1, machine_share=0.5)
-trainer = Trainer(ModelConfig.from_json(model / "config.json"), options, out)
+torch.manual_seed(0)
+trainer = Trainer(TrainableCodec(ModelConfig.from_json(model / "config.json")), options, out)
 sampler = trainer.read([data])
 first = sampler.batch(1)
 trainer.run(sampler)

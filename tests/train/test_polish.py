@@ -18,6 +18,7 @@ from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec, read_model
 from ugicm_train.data import CropSampler
 from ugicm_train.export import export
+from ugicm_train.losses import Judge
 from ugicm_train.model import make_zero
 from ugicm_train.polish import VIEWS, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
@@ -98,7 +99,7 @@ def test_polishes_the_checkpoint_of_a_run(
     trained, plain, polished = (tmp_path / name for name in ("trained", "plain", "polished"))
     train(TINY, dataclasses.replace(OPTIONS, steps=2), [data], trained)
     export(trained, plain)
-    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: mean_colour_distance)
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: MeanColour())
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     common = ["--teacher", "mean colour", "--data", str(data), "--steps", "2", "--crop", "128"]
@@ -112,8 +113,13 @@ def test_polishes_the_checkpoint_of_a_run(
     assert record["polish"][0]["steps"] == 2
 
 
-def mean_colour_distance(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-    return (machine - original).mean((2, 3)).square().sum(1)
+class MeanColour:
+    @staticmethod
+    def distance(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        return (machine - original).mean((2, 3)).square().sum(1)
+
+    def draw(self) -> Judge:
+        return self.distance
 
 
 def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) -> None:

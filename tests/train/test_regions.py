@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from ugicm_train.regions import (
     INSTANCE_SIDE_MIN,
     LOCAL_SIDE_MAX,
     LOCAL_SIDE_MIN,
-    Box,
-    connected_part,
+    connected_parts,
     cut,
-    draw_region,
-    instance,
-    random_window,
+    draw_regions,
+    instances,
+    random_windows,
     saliency,
 )
 
@@ -30,14 +30,37 @@ def disc() -> torch.Tensor:
     return picture.clamp(0, 1)
 
 
+def instance(picture: torch.Tensor) -> list[int] | None:
+    boxes, found = instances(picture[None])
+    return boxes[0].tolist() if found else None
+
+
 def test_instance_holds_what_stands_out(disc: torch.Tensor) -> None:
     box = instance(disc)
     assert box is not None
-    assert box.top <= 35
-    assert box.top + box.height >= 85
-    assert box.left <= 155
-    assert box.left + box.width >= 205
-    assert box.height * box.width < 0.4 * 240 * 256
+    top, left, height, width = box
+    assert top <= 35
+    assert top + height >= 85
+    assert left <= 155
+    assert left + width >= 205
+    assert height * width < 0.4 * 240 * 256
+
+
+def test_each_picture_has_its_own_instance(disc: torch.Tensor) -> None:
+    boxes, found = instances(torch.stack([disc, disc.flip(2), torch.full_like(disc, 0.5)]))
+    assert found.tolist() == [True, True, False]
+    (_, left, _, width), (_, mirrored, _, _) = boxes[:2].tolist()
+    assert mirrored == pytest.approx(256 - left - width, abs=1)
+
+
+def test_instances_are_drawn_in_proportion_to_their_saliency() -> None:
+    picture = torch.full((3, 256, 256), 0.5)
+    picture[:, 16:64, 16:64] = 1.0
+    picture[:, 192:240, 192:240] = 0.8
+    torch.manual_seed(0)
+    boxes, found = instances(picture.expand(300, 3, 256, 256))
+    assert found.all()
+    assert 0.55 < float((boxes[:, 0] < 100).float().mean()) < 0.75
 
 
 def test_no_instance_in_a_plain_picture_or_where_all_stands_out() -> None:
@@ -53,8 +76,9 @@ def test_tiny_instances_get_surroundings(disc: torch.Tensor) -> None:
     small[0, 100:130, 0:30] = 1.0
     box = instance(small)
     assert box is not None
-    assert box.left == 0
-    assert box.width >= round(INSTANCE_SIDE_MIN * 256)
+    _, left, _, width = box
+    assert left == 0
+    assert width >= round(INSTANCE_SIDE_MIN * 256)
 
 
 def test_connected_part_stops_at_gaps() -> None:
@@ -62,20 +86,22 @@ def test_connected_part_stops_at_gaps() -> None:
     mask[1:3, 1:3] = True
     mask[3, 3] = True  # touches by its corner
     mask[6:8, 6:8] = True
-    part = connected_part(mask, 1, 1)
-    assert part.sum() == 5
-    assert not part[6:, 6:].any()
+    one, other = connected_parts(mask.expand(2, 8, 8), torch.tensor([9, 63]))
+    assert one.sum() == 5
+    assert not one[6:, 6:].any()
+    assert other.sum() == 4
+    assert other[6:, 6:].all()
 
 
 def test_saliency_ignores_the_level_of_the_whole_picture(disc: torch.Tensor) -> None:
-    torch.testing.assert_close(saliency(disc * 0.5 + 0.25), saliency(disc) * 0.5, atol=1e-4, rtol=1e-3)
+    one, half = saliency(torch.stack([disc, disc * 0.5 + 0.25]))
+    torch.testing.assert_close(half, one * 0.5, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 129), (1, 7), (256, 192)])
 def test_regions_lie_inside(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    for _ in range(40):
-        top, left, height, width = draw_region(torch.rand(3, *size))
+    for top, left, height, width in draw_regions(torch.rand(200, 3, *size)).tolist():
         assert top >= 0
         assert left >= 0
         assert height >= 1
@@ -86,26 +112,38 @@ def test_regions_lie_inside(size: tuple[int, int]) -> None:
 
 def test_all_three_scales_are_drawn(disc: torch.Tensor) -> None:
     torch.manual_seed(0)
-    boxes = [draw_region(disc) for _ in range(300)]
-    whole = sum(box == Box(0, 0, 240, 256) for box in boxes)
-    found = instance(disc)
-    assert found is not None
-    objects = sum(box.left > 100 and box.height < 110 and box.top < 60 for box in boxes)
-    assert 60 < whole < 140
-    assert objects > 60
+    boxes = draw_regions(disc.expand(300, 3, 240, 256)).tolist()
+    assert 60 < boxes.count([0, 0, 240, 256]) < 140
+    box = instance(disc)
+    assert box is not None
+    assert boxes.count(box) > 60
 
 
 def test_windows_vary_in_size_and_place() -> None:
     torch.manual_seed(0)
-    boxes = [random_window(100, 200) for _ in range(50)]
-    assert all(100 * LOCAL_SIDE_MIN - 1 <= box.height <= 100 * LOCAL_SIDE_MAX + 1 for box in boxes)
-    assert len({box.height for box in boxes}) > 10
-    assert len({(box.top, box.left) for box in boxes}) > 40
+    boxes = random_windows(torch.rand(50, 3, 100, 200))
+    assert ((boxes[:, 2] >= 100 * LOCAL_SIDE_MIN - 1) & (boxes[:, 2] <= 100 * LOCAL_SIDE_MAX + 1)).all()
+    assert len(boxes[:, 2].unique()) > 10
+    assert len(boxes[:, :2].unique(dim=0)) > 40
+
+
+@pytest.mark.parametrize("side", [7, 24, 96])
+def test_cut_is_torchs_bicubic_with_antialiasing(side: int) -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(6, 3, 65, 48)
+    boxes = draw_regions(pictures)
+    expected = torch.cat(
+        [
+            interpolate(one[None, :, y : y + h, x : x + w], size=(side, side), mode="bicubic", antialias=True)
+            for one, (y, x, h, w) in zip(pictures, boxes.tolist(), strict=True)
+        ]
+    )
+    torch.testing.assert_close(cut(pictures, boxes, side), expected, atol=2e-5, rtol=0)
 
 
 def test_cut_passes_gradients_to_the_box_alone() -> None:
     picture = torch.rand(2, 3, 32, 40, requires_grad=True)
-    out = cut(picture, [Box(0, 0, 32, 40), Box(4, 8, 10, 12)], 24)
+    out = cut(picture, torch.tensor([[0, 0, 32, 40], [4, 8, 10, 12]]), 24)
     assert out.shape == (2, 3, 24, 24)
     out[1].sum().backward()
     assert picture.grad is not None

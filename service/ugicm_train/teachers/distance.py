@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ugicm_train.losses import Teacher
-from ugicm_train.regions import cut, draw_region
+from ugicm_train.losses import Judge, Teacher
+from ugicm_train.regions import cut, draw_regions
 
 
 class TeacherError(ValueError):
@@ -48,8 +49,8 @@ class FeatureTeacher:
     """Compares a random region of two pictures by the features of a frozen network.
 
     `network` maps (B, 3, side, side), normalised by `mean` and `std`, to a list of (B, positions, C): the
-    tapped blocks, then the embedding as a single position. Every call draws one of the `sides`, in pixels, so
-    that what is learned does not hang on one scale.
+    tapped blocks, then the embedding as a single position. There is a judge for each of the `sides`, in
+    pixels, so that what is learned does not hang on one scale.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FeatureTeacher:
         self.network = network.to(dtype).eval().requires_grad_(False)
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self._dtype = dtype
+        self.judges = tuple(partial(self.distance, side=side) for side in self.sides)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Features of (B, 3, side, side) in [0, 1]."""
@@ -75,10 +77,13 @@ class FeatureTeacher:
         x = ((pictures - self._mean) / self._std).to(self._dtype)
         return self.network(x.contiguous(memory_format=torch.channels_last))
 
-    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
+    def draw(self) -> Judge:
+        """The judge at one of the sides."""
+        return self.judges[int(torch.randint(len(self.judges), ()))]
+
+    def distance(self, machine: Tensor, original: Tensor, *, side: int) -> Tensor:
         """Distance of (B, 3, H, W) pictures in [0, 1], (B,) in 0..2; differentiable in `machine` only."""
-        boxes = [draw_region(picture) for picture in original]
-        side = self.sides[int(torch.randint(len(self.sides), ()))]
+        boxes = draw_regions(original)
         with torch.no_grad():
             wanted = self.features(cut(original, boxes, side))
         seen = self.features(cut(machine, boxes, side))
@@ -87,13 +92,21 @@ class FeatureTeacher:
 
 
 class TeacherMix:
-    """Several teachers, one drawn per call: the expected distance is the weighted sum, at the cost of one."""
+    """Several teachers, one drawn at a time: in the mean the weighted sum of all, at the cost of one."""
 
     def __init__(self, parts: Sequence[tuple[Teacher, float]]) -> None:
         """``parts``: teachers with their weights."""
         self.parts = tuple(parts)
+        self._times = cache(_times)
 
-    def __call__(self, machine: Tensor, original: Tensor) -> Tensor:
-        """Distance by one of the teachers times its weight and their number, (B,)."""
+    def draw(self) -> Judge:
+        """A judge of one of the teachers, times that one's weight and their number."""
         teacher, weight = self.parts[int(torch.randint(len(self.parts), ()))]
-        return len(self.parts) * weight * teacher(machine, original)
+        return self._times(len(self.parts) * weight, teacher.draw())
+
+
+def _times(factor: float, judge: Judge) -> Judge:
+    def judged(machine: Tensor, original: Tensor) -> Tensor:
+        return factor * judge(machine, original)
+
+    return judged
