@@ -86,7 +86,12 @@ def rate_distortion_loss(
         judged = distance.mean().detach()
         # The same at every rate, while the squared error counts in proportion to lambda: where little detail
         # is lost, little is changed.
-        loss = torch.cat([loss[:count] + teacher_weight * strength * distance, loss[count:]])
+        pull = teacher_weight * strength * distance
+        if output.bpp.requires_grad:
+            # Where bits can be bought, in proportion to the other losses: at low rates these are small, and
+            # all bits would go where the judge looks.
+            pull = pull * loss[:count].detach()
+        loss = torch.cat([loss[:count] + pull, loss[count:]])
     weighted = weight * loss
     # By value, too, an outlier is the worse the larger it is.
     told = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()

@@ -22,7 +22,7 @@ from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import load_codec
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
-from ugicm_train.losses import level_of, rate_distortion_loss
+from ugicm_train.losses import Judge, level_of, rate_distortion_loss
 from ugicm_train.model import CodecOutput
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
@@ -184,6 +184,25 @@ def test_judge_moves_the_machine_view_alone() -> None:
     assert gradient[0] is None or not gradient[0].any()
     assert gradient[1] is not None
     assert gradient[1].any()
+
+
+def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:
+    x, level = torch.full((2, 3, 64, 64), 0.5), torch.tensor([1.0, 1.0])
+    errors = torch.tensor([0.01, 0.05]).view(2, 1, 1, 1)
+
+    def loss(bpp: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+        return rate_distortion_loss(
+            TINY, CodecOutput(x + errors, x + errors, bpp), x, level, judge=judge
+        ).loss
+
+    def apart(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        return machine.new_full((len(machine),), 0.3)
+
+    bpp = torch.tensor([0.1, 0.4])
+    fixed = loss(bpp, apart) / loss(bpp, None)
+    bpp.requires_grad_()
+    torch.testing.assert_close(loss(bpp, apart) / loss(bpp, None), torch.tensor(1.3))
+    assert not 1.299 < float(fixed) < 1.301
 
 
 def test_busy_samples_count_by_the_square_root_of_their_loss() -> None:
