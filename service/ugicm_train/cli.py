@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
                 resume=arguments.resume,
                 start=arguments.start,
                 teacher=teacher,
+                teacher_name=arguments.teacher,
             )
         elif arguments.command == "pack":
             from ugicm_train.data import pack

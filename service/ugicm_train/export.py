@@ -183,6 +183,11 @@ def read_training(folder: Path) -> dict[str, Any]:
     return record
 
 
+def run_record(state: dict[str, Any]) -> dict[str, Any]:
+    """What a model says about the run that it is the checkpoint of."""
+    return {"steps": state["step"], "minutes": round(state["minutes"], 1)} | state.get("record", {})
+
+
 def load_average(state: dict[str, Any]) -> TrainableCodec:
     """The moving average of a checkpoint, as a float32 model for evaluation."""
     model = TrainableCodec(ModelConfig.from_dict(state["config"]))
@@ -199,5 +204,4 @@ def export(run: Path, folder: Path, *, checkpoint: str = "checkpoint.pt", name: 
     state = load_checkpoint(run, checkpoint)
     model = load_average(state)
     config = dataclasses.replace(model.config, name=name or folder.resolve().name)
-    training = {"steps": state["step"], "minutes": round(state["minutes"], 1)}
-    write_model(folder, config, model_tensors(model), training)
+    write_model(folder, config, model_tensors(model), run_record(state))

@@ -23,7 +23,7 @@ from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
-from ugicm_train.export import load_average, model_tensors, read_training, write_model
+from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
@@ -164,8 +164,7 @@ def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str,
     if (Path(source) / CHECKPOINT).exists():
         state = load_checkpoint(Path(source))
         model = load_average(state)
-        training = {"steps": state["step"], "minutes": round(state["minutes"], 1)}
-        return model.config, model_tensors(model), training, model
+        return model.config, model_tensors(model), run_record(state), model
     path = model_path(source)
     stored = read_model(path)
     return stored.config, stored.tensors, read_training(path), restore(stored.config, stored.tensors)

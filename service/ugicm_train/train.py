@@ -145,6 +145,8 @@ class Trainer:
         self.graph_step = self._graph_step() if one_gpu else None
         self.level_random = torch.Generator()
         self.step, self.minutes = 0, 0.0
+        self.record: dict[str, Any] = {}
+        """Where the weights come from besides this run's data: the model it started from, teachers."""
         self.stop_requested = False
         self.least_bpp = math.inf
         """Of the rows of the log."""
@@ -178,6 +180,7 @@ class Trainer:
             "adam": self.optimizer.adam.state_dict(),
             "step": self.step,
             "minutes": self.minutes,
+            "record": self.record,
             "config": self.config.to_dict(),
         }
 
@@ -189,6 +192,7 @@ class Trainer:
         adam = self.optimizer.adam
         adam.load_state_dict(state["adam"] | {"param_groups": adam.state_dict()["param_groups"]})
         self.step, self.minutes = state["step"], state["minutes"]
+        self.record = state.get("record", {})
         self.warm_from = self.step
 
     def read(self, data: Sequence[Path]) -> CropSampler:
@@ -365,11 +369,12 @@ def train(
     resume: str | None = None,
     start: str | None = None,
     teacher: Teacher | None = None,
+    teacher_name: str | None = None,
 ) -> None:
     """Train in folder `out`.
 
     `resume` names the checkpoint file in it to continue from; `start` is a stored model (name or folder)
-    whose weights a new run begins with.
+    whose weights a new run begins with; `teacher_name` is kept in the model's record.
     """
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
@@ -381,18 +386,25 @@ def train(
     if state is not None:
         config = ModelConfig.from_dict(state["config"])
     torch.manual_seed(options.seed)
+    record: dict[str, Any] = {}
     if start is not None and state is None:
         # Needs the entropy coder's package, which training from nothing does not.
+        from ugicm_train.export import read_training
         from ugicm_train.restore import restore, start_from
 
         stored = read_model(model_path(start))
+        record["start"] = {"weights": stored.weights_sha256} | read_training(model_path(start))
         model = start_from(restore(stored.config, stored.tensors), config)
     else:
         model = TrainableCodec(config)
         start_from_dct(model)
     trainer = Trainer(model, options, out)
+    trainer.record = record
     if state is not None:
         trainer.load(state)
+    if teacher is not None:
+        said = {"teacher": teacher_name, "weight": options.teacher_weight}
+        trainer.record["teachers"] = [*trainer.record.get("teachers", []), said]
     if trainer.processes.first:
         (out / CONFIG).write_text(
             json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import read_model
-from ugicm_train.export import model_tensors
+from ugicm_train.export import export, model_tensors, read_training
+from ugicm_train.losses import Judge
 from ugicm_train.restore import fit_prior, hyper_tables, move_levels, move_rates, restore, start_from
 from ugicm_train.train import TrainOptions, load_checkpoint, train
 
@@ -96,6 +97,19 @@ def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray
     train(TINY, options, [data], tmp_path / "run", start=str(tmp_path / "model"))
     state = load_checkpoint(tmp_path / "run")
     torch.testing.assert_close(state["model"]["analysis.down.weight"], stored.tensors["analysis.down.weight"])
+
+    class Blind:
+        def draw(self) -> Judge:
+            return lambda machine, original: (machine - original).mean((1, 2, 3)) * 0
+
+    train(
+        TINY, options, [data], tmp_path / "run", resume="checkpoint.pt", teacher=Blind(), teacher_name="blind"
+    )
+    export(tmp_path / "run", tmp_path / "exported")
+    record = read_training(tmp_path / "exported")
+    assert record["start"]["weights"] == stored.weights_sha256
+    assert record["teachers"] == [{"teacher": "blind", "weight": options.teacher_weight}]
+    assert record["steps"] == 2
 
     other = dataclasses.replace(TINY, decoder_blocks=1)
     with pytest.raises(ValueError, match=rf"decoder_blocks {TINY.decoder_blocks} \(wanted 1\)"):
