@@ -30,7 +30,7 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
         ValueError: the tensors are not those of this config.
     """
     model = TrainableCodec(config)
-    not_trained = ("entropy.", "tables.", "grain", "reach")
+    not_trained = ("entropy.", "tables.", "grain", "reach", "largest")
     state = {name: value for name, value in tensors.items() if not name.startswith(not_trained)}
     state |= {f"entropy.{name}": value for name, value in float_weights(tensors).items()}
     missing, unexpected = model.load_state_dict(state, strict=False)

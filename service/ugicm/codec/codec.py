@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ugicm.codec import bitstream as container
 from ugicm.codec import lossless
@@ -31,6 +32,7 @@ from ugicm.codec.inference import (
 )
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved
 from ugicm.codec.refine import MAX_STEPS, Frame, Refiner
+from ugicm.codec.soften import TAKEN, bounded, size_of, soften, worse_than_blurred
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
@@ -212,6 +214,7 @@ class Codec:
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
         self._reach = model.tensors.get("reach")
+        self._largest = model.tensors.get("largest")
         self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         self._entropy = EntropyModel(config, model.tensors, self._device)
         # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
@@ -504,7 +507,37 @@ class Codec:
     @torch.inference_mode()
     def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
-        return self._analysis_for(tilt)(pixels.to(self._device), margin)
+        y = self._analysis_for(tilt)(pixels.to(self._device), margin)
+        if self._largest is None:
+            return y
+        level = torch.tensor([(tilt + 1) / 2 * (self.config.levels - 1)])
+        limit = float(at_level(self._largest, level))
+        if bool((size_of(y) <= limit).all()):
+            return y
+        # Each picture of a batch is coded as it would be alone.
+        each = [
+            self._softened(*part, tilt, level, limit, margin)
+            for part in zip(pixels.to(self._device).split(1), y.split(1), strict=True)
+        ]
+        return torch.cat(each)
+
+    def _softened(
+        self, pixels: Tensor, y: Tensor, tilt: float, level: Tensor, limit: float, margin: Sides
+    ) -> Tensor:
+        """`_transform` of one picture, some of which may be beyond the transforms (`ugicm.codec.soften`)."""
+        gain, inverse = (part.permute(0, 2, 3, 1) for part in self._gains(level.to(self._device)))
+        original = margin.scaled(LATENT_STRIDE).trim(pixels)
+        frame = (margin.before, margin.after, margin.above, margin.below)
+        times = torch.zeros(y.shape[:3], dtype=torch.int64, device=y.device)
+        while bool((oversized := ~(size_of(y) <= limit)).any()):
+            decoded = self._synthesis_for(tilt, 0.0)((y * gain).round() * inverse)
+            beyond = oversized & worse_than_blurred(decoded, original)
+            more = beyond & (times < len(TAKEN) - 1)
+            if not more.any():
+                return torch.where(beyond[..., None], bounded(y, limit), y)
+            times += more
+            y = self._analysis_for(tilt)(soften(pixels, pad(times, frame)), margin)
+        return y
 
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:

@@ -1,0 +1,96 @@
+"""What the transforms cannot code is blurred at the encoder instead of exploding at the decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.conftest import write_tiny_model
+from ugicm.codec.codec import Codec
+from ugicm.codec.soften import bounded, size_of, soften, worse_than_blurred
+from ugicm.codec.store import load_codec, read_model
+
+
+def striped(photo: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A photo with a patch of slanted stripes about two pixels wide, (256, 384, 3)."""
+    picture = photo[:256, :384].copy()
+    rows, columns = np.mgrid[:256, :384]
+    across = columns * np.cos(0.3) + rows * np.sin(0.3)
+    patch = ((columns - 190) / 120) ** 2 + ((rows - 128) / 80) ** 2 < 1
+    picture[patch] = (120 + 60 * np.sign(np.sin(2 * np.pi * across / 2.2 + 0.3)))[patch][:, None]
+    return picture
+
+
+def psnr(decoded: NDArray[np.uint8], picture: NDArray[np.uint8]) -> float:
+    return float(-10 * np.log10(np.square((decoded.astype(float) - picture) / 255).mean()))
+
+
+def test_stripes_in_a_photo_do_not_explode(photo: NDArray[np.uint8]) -> None:
+    codec = load_codec(device="cpu")
+    picture = striped(photo)
+    for quality in (10.0, 50.0, 90.0):
+        data = codec.encode([picture], quality)
+        for strength in (0.0, 1.0):
+            assert psnr(codec.decode(data, strength)[0], picture) > 17
+    # The rest of the picture is as it would be.
+    decoded = codec.decode(codec.encode([picture], 50.0))[0]
+    plain = codec.decode(codec.encode([photo[:256, :384]], 50.0))[0]
+    np.testing.assert_allclose(decoded[:, :32].astype(int), plain[:, :32], atol=12)
+
+
+def test_pictures_of_a_batch_are_coded_as_they_would_be_alone(photo: NDArray[np.uint8]) -> None:
+    codec = load_codec(device="cpu", precision="float32")
+    pictures = [photo[:256, :384], striped(photo), photo[30:286, 20:404]]
+    assert codec.encode(pictures, 50.0) == [codec.encode([picture], 50.0)[0] for picture in pictures]
+
+
+def test_photos_are_not_softened(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    stored = read_model(write_tiny_model(tmp_path))
+    levels = stored.config.levels
+
+    def coded(largest: float) -> bytes:
+        tensors = stored.tensors | {"largest": torch.full((levels,), largest)}
+        return Codec(stored._replace(tensors=tensors), device="cpu").encode([photo], 50.0)[0]
+
+    assert coded(1e6) == Codec(stored, device="cpu").encode([photo], 50.0)[0]
+    # As if every photo were too much: this untrained model decodes all of it worse than its blur.
+    assert coded(1e-3) != coded(1e6)
+
+
+def test_softening_is_local() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (1, 256, 256, 3), dtype=torch.uint8)
+    times = torch.zeros(1, 16, 16, dtype=torch.int64)
+    torch.testing.assert_close(soften(pixels, times), pixels)
+    times[0, 8, 8] = 3
+    softened = soften(pixels, times)
+    assert torch.equal(softened[:, :64], pixels[:, :64])
+    there = (slice(None), slice(120, 152), slice(120, 152))
+    assert softened[there].float().std() < 0.3 * pixels[there].float().std()
+    times[0, 8, 8] = 1
+    assert softened[there].float().std() < soften(pixels, times)[there].float().std()
+
+
+def test_noise_is_worse_than_blur_and_a_good_picture_is_not() -> None:
+    torch.manual_seed(0)
+    original = (128 + 30 * torch.randn(1, 64, 64, 3)).clamp(0, 255).byte()
+    decoded = original.clone()
+    assert not worse_than_blurred(decoded, original).any()
+    decoded[:, :16, :16] = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    worse = worse_than_blurred(decoded, original)[0]
+    assert worse[:2, :2].all()
+    assert not worse[2:, 2:].any()
+
+
+@pytest.mark.parametrize("limit", [0.5, 2.0])
+def test_bounded_latents_keep_their_direction(limit: float) -> None:
+    y = torch.randn(1, 4, 4, 8) * torch.rand(1, 4, 4, 1) * 5
+    out = bounded(y, limit)
+    assert float(size_of(out).max()) <= limit * 1.001
+    small = size_of(y) <= limit
+    torch.testing.assert_close(out[small], y[small])
+    torch.testing.assert_close(torch.cosine_similarity(out, y, -1), torch.ones(1, 4, 4))
