@@ -51,13 +51,15 @@ Counts = NDArray[np.float64]
 def largest(model: TrainableCodec, sampler: CropSampler) -> Tensor:
     """Largest size (`ugicm.codec.soften.size_of`) of a latent position to expect at each level, (levels,)."""
     x = sampler.batch(MEASURED)
-    found = torch.empty(model.config.levels, MEASURED)
+    medians = []
     for level in range(model.config.levels):
-        for index, crop in enumerate(x.split(1)):
+        sizes = []
+        for crops in x.split(BATCH):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = model.latent_of(crop, torch.tensor([float(level)])).float()
-            found[level, index] = size_of(y.permute(0, 2, 3, 1)).max()
-    return LARGEST * found.median(1).values
+                y = model.latent_of(crops, torch.full((len(crops),), float(level))).float()
+            sizes.append(size_of(y.permute(0, 2, 3, 1)).amax((1, 2)))
+        medians.append(torch.cat(sizes).median())
+    return LARGEST * torch.stack(medians)
 
 
 def count(codec: Codec, sampler: CropSampler, crops: int) -> Counts:

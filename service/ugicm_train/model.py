@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ugicm.codec.conditioning import Gains, tilt_of
-from ugicm.codec.config import ModelConfig
+from ugicm.codec.config import LATENT_STRIDE, ModelConfig
 from ugicm.codec.entropy_twin import LIKELIHOOD_MIN, EntropyNetwork, add_noise, round_straight
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved_weights
 
@@ -149,7 +149,7 @@ class TrainableCodec(nn.Module):
         """
         count = len(latent) if count is None else count
         if not count:
-            return latent.new_empty(0, 3, *(16 * side for side in latent.shape[2:]))
+            return latent.new_empty(0, 3, *(LATENT_STRIDE * side for side in latent.shape[2:]))
         if rates is not None:
             whole, rest = divmod(count * rates, len(latent))
             if rest:

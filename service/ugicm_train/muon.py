@@ -32,7 +32,7 @@ class StackedMuon:
     """Moves matrices by the orthogonalised momentum of their gradients; 0.2 sqrt(max(m, n)) lr per step."""
 
     def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95) -> None:
-        self.matrices, self.momentum = tuple(matrices), momentum
+        self.momentum = momentum
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)

@@ -63,7 +63,7 @@ class PolishedCodec(TrainableCodec):
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         # No samples where nothing learns from them.
-        human = x[:0] if not self.human_learns else self.human_view(latent, level, rates)
+        human = self.human_view(latent, level, rates) if self.human_learns else x[:0]
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 

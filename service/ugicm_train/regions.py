@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ugicm.codec.soften import average
+
 LOCAL_SIDE_MIN, LOCAL_SIDE_MAX = 0.4, 0.75
 """Side of a local window, as part of the picture's side."""
 SALIENCY_SIDE = 32
@@ -52,8 +54,7 @@ def random_windows(pictures: Tensor) -> Tensor:
 def saliency(pictures: Tensor) -> Tensor:
     """How far each place's colour is from its picture's mean, (B, 32, 32), for (B, 3, H, W) in [0, 1]."""
     small = F.interpolate(pictures.float(), size=(SALIENCY_SIDE,) * 2, mode="area")
-    small = F.avg_pool2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    red, green, blue = small.unbind(1)
+    red, green, blue = average(small, 3).unbind(1)
     opponent = torch.stack([red + green + blue, red - green, (red + green) / 2 - blue], 1) / 3**0.5
     return (opponent - opponent.mean((2, 3), keepdim=True)).norm(dim=1)
 

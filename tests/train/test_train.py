@@ -135,7 +135,7 @@ def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Pat
 def test_optimisers_share_out_all_parameters() -> None:
     model = tiny_trainable()
     optimizer = Optimizer(model, tiny_trainable(), Processes(), clip=1.0)
-    dense = optimizer.muon.matrices
+    dense = [matrix for matrices, _ in optimizer.muon._groups for matrix in matrices]
     rest = [p for group in optimizer.adam.param_groups for p in group["params"]]
     assert {id(p) for p in (*dense, *rest)} == {id(p) for p in model.parameters()}
     assert len(dense) + len(rest) == len(list(model.parameters()))

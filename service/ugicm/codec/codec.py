@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ugicm.codec import bitstream as container
 from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
-from ugicm.codec.conditioning import Gains, at_level, quality_to_level, rate_of, tilt_of
+from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_level, rate_of, tilt_of
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.dense import dense
 from ugicm.codec.entropy import EntropyModel, TileSymbols
@@ -507,17 +507,18 @@ class Codec:
     @torch.inference_mode()
     def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
-        y = self._analysis_for(tilt)(pixels.to(self._device), margin)
+        pixels = pixels.to(self._device)
+        y = self._analysis_for(tilt)(pixels, margin)
         if self._largest is None:
             return y
-        level = torch.tensor([(tilt + 1) / 2 * (self.config.levels - 1)])
+        level = torch.tensor([level_of_tilt(tilt, self.config.levels)])
         limit = float(at_level(self._largest, level))
         if bool((size_of(y) <= limit).all()):
             return y
         # Each picture of a batch is coded as it would be alone.
         each = [
             self._softened(*part, tilt, level, limit, margin)
-            for part in zip(pixels.to(self._device).split(1), y.split(1), strict=True)
+            for part in zip(pixels.split(1), y.split(1), strict=True)
         ]
         return torch.cat(each)
 

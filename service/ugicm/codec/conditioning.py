@@ -28,6 +28,11 @@ def tilt_of(level: T, levels: int) -> T:
     return 2 * level / (levels - 1) - 1
 
 
+def level_of_tilt(tilt: T, levels: int) -> T:
+    """The inverse of `tilt_of`."""
+    return (tilt + 1) / 2 * (levels - 1)
+
+
 def lambda_of(config: ModelConfig, level: Tensor) -> Tensor:
     """Rate-distortion trade-off of continuous levels, log-spaced."""
     ratio = config.lambda_max / config.lambda_min

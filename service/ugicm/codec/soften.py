@@ -34,8 +34,8 @@ def soften(pixels: Tensor, times: Tensor) -> Tensor:
     x = pixels.permute(0, 3, 1, 2).float()
     share = torch.tensor(TAKEN, device=x.device)[times][:, None]
     share = F.max_pool2d(share, 2 * AROUND + 1, stride=1, padding=AROUND)
-    share = _average(F.interpolate(share, scale_factor=LATENT_STRIDE), 2 * LATENT_STRIDE + 1)
-    return x.lerp(_average(x, BLUR), share).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+    share = average(F.interpolate(share, scale_factor=LATENT_STRIDE), 2 * LATENT_STRIDE + 1)
+    return x.lerp(average(x, BLUR), share).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def worse_than_blurred(decoded: Tensor, original: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ def worse_than_blurred(decoded: Tensor, original: Tensor) -> Tensor:
     x, seen = (picture.permute(0, 3, 1, 2).float() for picture in (original, decoded))
     error, blurred = (
         F.avg_pool2d((view - x).square().mean(1, keepdim=True), LATENT_STRIDE)
-        for view in (seen, _average(x, BLUR))
+        for view in (seen, average(x, BLUR))
     )
     worse = (error > blurred + CLEARLY).float()
     return F.max_pool2d(worse, 3, stride=1, padding=1)[:, 0] > 0
 
 
-def _average(x: Tensor, side: int) -> Tensor:
+def average(x: Tensor, side: int) -> Tensor:
     """Mean of side x side pixels."""
     return F.avg_pool2d(F.pad(x, [side // 2] * 4, mode="replicate"), side, stride=1)
 
