@@ -23,7 +23,10 @@ MODULE_COMMANDS = {
     "integer-cost": ("ugicm_train.evaluation.integer_cost", "what exact integers cost in rate"),
     "robustness": ("ugicm_train.evaluation.robustness", "screenshots, stripes, noise ... against JPEG"),
 }
-"""Commands that bring their own ``add_arguments(parser)`` and ``run(arguments) -> exit status``."""
+"""Commands that bring their own ``add_arguments(parser)`` and ``run(arguments) -> exit status``.
+
+``arguments.argv`` is the command line, as they record it.
+"""
 
 
 def _config(name: str) -> ModelConfig:
@@ -91,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command in MODULE_COMMANDS:
             module = importlib.import_module(MODULE_COMMANDS[arguments.command][0])
+            arguments.argv = argv
             return int(module.run(arguments))
         if arguments.command == "run":
             from ugicm_train.train import TrainOptions, train

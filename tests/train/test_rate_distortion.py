@@ -14,10 +14,19 @@ import pytest
 from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
+from ugicm_train.cli import main
 from ugicm_train.evaluation import metrics, rate_distortion, report
 from ugicm_train.evaluation.anchors import Point, points_of, read_anchors
 from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
-from ugicm_train.evaluation.measurement import Measurement, RateTarget, Row, measure, measure_image
+from ugicm_train.evaluation.measurement import (
+    Measurement,
+    RateTarget,
+    Row,
+    joined,
+    measure,
+    measure_image,
+)
+from ugicm_train.evaluation.parts import Part
 from ugicm_train.evaluation.rate_distortion import check, compare, mean_curves, read_measurement
 
 CSV = (
@@ -110,14 +119,24 @@ def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:
     saved: dict[str, Any] = {"format": rate_distortion.FORMAT, "machine": {"cores": 2}, "images": {"a": "00"}}
     saved |= {"codecs": {"shift": "version 1"}, "rows": [row._asdict()], "rate_targets": []}
     rate_distortion.write_report(path, saved)
-    same = read_measurement(path, {"shift": "version 1"}, {"cores": 2})
-    assert same is not None
-    assert same.rows == [row]
-    other = read_measurement(path, {"shift": "version 2"}, {"cores": 2})
-    assert other is not None
-    assert other.rows == []
-    assert read_measurement(path, {"shift": "version 1"}, {"cores": 3}) is None
-    assert read_measurement(tmp_path / "none.json", {}, {}) is None
+    assert read_measurement(path, {"shift": "version 1"}, {"cores": 2}).rows == [row]
+    assert read_measurement(path, {"shift": "version 2"}, {"cores": 2}).rows == []
+    nothing = Measurement({}, [], [])
+    assert read_measurement(path, {"shift": "version 1"}, {"cores": 3}) == nothing
+    assert read_measurement(tmp_path / "none.json", {}, {}) == nothing
+
+
+def test_joined_measurements(greys: Path) -> None:
+    whole = measure([Shift().coder()], greys)
+    parts = [measure([Shift().coder()], greys, part=Part(index, 2)) for index in (1, 0)]
+    assert [list(part.images) for part in parts] == [["sub/b.png"], ["a.png"]]
+    both = joined(parts)
+    assert both.images == whole.images
+    assert {row[:10] for row in both.rows} == {row[:10] for row in whole.rows}
+    cheaper = whole.rows[0]._replace(bytes=1)
+    newer = joined([whole, Measurement({}, [cheaper], [])])
+    assert len(newer.rows) == len(whole.rows)
+    assert cheaper in newer.rows
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:
@@ -269,6 +288,33 @@ def test_command_writes_json_table_and_plot(
     assert report.run(again) == 0
     assert readme.read_text() == f"before\n{report.BEGIN}\n{table.strip()}\n{report.END}\nafter\n"
     assert "<svg" in (tmp_path / "plot.svg").read_text()[:1000]
+
+
+def test_jobs_measure_the_same(tiny_store: Path, photo: NDArray[np.uint8], tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, left in (("a.png", 0), ("b.png", 40), ("c.png", 80)):
+        PIL.Image.fromarray(photo[:64, left : left + 64]).save(folder / name)
+    command = ["rd", str(tiny_store / "tiny"), "--data", str(folder), "--device", "cpu", "--no-butteraugli"]
+    command += ["--qualities", "20", "90", "--peers", "jpeg", "--out"]
+    assert main([*command, str(tmp_path / "one.json")]) == 0
+    assert main([*command, str(tmp_path / "two.json"), "--jobs", "2"]) == 0
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert list(two["images"]) == ["a.png", "b.png", "c.png"]
+    for name in ("rows", "rate_targets"):
+        seen = [
+            [{key: value for key, value in row.items() if not key.endswith("_s")} for row in report[name]]
+            for report in (one, two)
+        ]
+        assert seen[0] == seen[1]
+    assert two["command"].endswith("two.json --jobs 2")
+    assert sorted(path.name for path in tmp_path.glob("two*")) == ["two.json", "two.md", "two.png"]
+
+
+def test_a_failed_part_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["rd", "no-such-model", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+    assert main([*command, "--jobs", "2"]) == 1
+    assert "2 of 2 parts failed" in capfd.readouterr().err
 
 
 def test_insert_needs_its_marks(tmp_path: Path) -> None:

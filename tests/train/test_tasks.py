@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import load_codec
+from ugicm_train.cli import main
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
 from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
@@ -532,6 +533,21 @@ def test_command_line(
     assert run(parser.parse_args([*again, "--sheet-images", str(tmp_path / "wide")])) == 0
     with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 3 * 300 > 2 * sheet.height
+
+
+def test_jobs_judge_the_same(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
+    network = tmp_path / "mine.py"
+    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+    command = ["evaluate", str(tiny_store / "tiny"), "--device", "cpu", "--qualities", "1", "50"]
+    command += ["--peers", "jpeg", "--top1", f"{network}:colours", str(colours)]
+    command += ["--agree", "classes", f"{network}:colours", str(colours), "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert main([*command, str(tmp_path / "two"), "--jobs", "2"]) == 0
+    one, two = (json.loads((tmp_path / name / "machine.json").read_text()) for name in ("one", "two"))
+    assert one["tasks"] == two["tasks"]
+    assert not list((tmp_path / "two").glob("*part*"))
+    lines = [(tmp_path / name / "judgements.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert sorted(lines[0]) == sorted(lines[1])
 
 
 def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_store: Path) -> None:

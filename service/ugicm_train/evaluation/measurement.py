@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ugicm_train.data import IMAGE_SUFFIXES
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import Image
+from ugicm_train.evaluation.parts import Part
 
 RATE_TARGETS = (0.2, 0.4, 0.8)
 """Bits per pixel that rate control is checked at."""
@@ -60,6 +61,18 @@ class Measurement(NamedTuple):
     """SHA-256 of the pixels by name."""
     rows: list[Row]
     targets: list[RateTarget]
+
+
+def joined(measurements: Iterable[Measurement]) -> Measurement:
+    """All of them; where two know the same, the later one."""
+    images: dict[str, str] = {}
+    rows: dict[tuple[str, str, float, str], Row] = {}
+    targets: dict[tuple[str, str, float], RateTarget] = {}
+    for measured in measurements:
+        images |= measured.images
+        rows |= {row.key: row for row in measured.rows}
+        targets |= {target[:3]: target for target in measured.targets}
+    return Measurement(images, [*rows.values()], [*targets.values()])
 
 
 def measure_image(coder: Coder, name: str, image: Image, *, butteraugli: bool = False) -> Iterator[Row]:
@@ -111,6 +124,7 @@ def measure(
     coders: Sequence[Coder],
     folder: Path,
     *,
+    part: Part | None = None,
     butteraugli: bool = False,
     known: Measurement | None = None,
     save: Callable[[Measurement], object] = lambda _: None,
@@ -120,6 +134,7 @@ def measure(
     Args:
         coders: our codec and its peers.
         folder: pictures, searched recursively.
+        part: measure a part of them only.
         butteraugli: also run the `butteraugli` program (slow).
         known: earlier results of the same codecs on the same machine; what they cover is not repeated.
         save: called with what there is after every picture.
@@ -127,17 +142,13 @@ def measure(
     known_rows = {row.key: row for row in known.rows} if known else {}
     result = Measurement({}, [], [])
     paths = read_images(folder)
-    warm = False
+    if part is not None:
+        paths = part.of(paths)
+    warm: set[str] = set()
     for path in _track(paths):
         name = path.relative_to(folder).as_posix()
         with PIL.Image.open(path) as picture:
             image = np.asarray(picture.convert("RGB"))
-        if not warm:
-            for coder in coders:
-                data = coder.encode(image, coder.qualities[0])
-                for strength in coder.views.values():
-                    coder.decode(data, strength)
-            warm = True
         result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         seen = known is not None and known.images.get(name) == result.images[name]
         for coder in coders:
@@ -146,6 +157,11 @@ def measure(
             ]
             rows = [known_rows[key] for key in keys if seen and key in known_rows]
             if len(rows) < len(keys) or (butteraugli and rows[0].butteraugli is None):
+                if coder.name not in warm:
+                    data = coder.encode(image, coder.qualities[0])
+                    for strength in coder.views.values():
+                        coder.decode(data, strength)
+                    warm.add(coder.name)
                 rows = list(measure_image(coder, name, image, butteraugli=butteraugli))
             result.rows.extend(rows)
             targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)] if known else []

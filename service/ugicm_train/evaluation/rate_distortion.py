@@ -15,7 +15,6 @@ import os
 import platform
 import shlex
 import statistics
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,16 @@ from ugicm_train.evaluation.coders import (
     refined_coder,
     ugicm_coder,
 )
-from ugicm_train.evaluation.measurement import Measurement, RateTarget, Row, measure, rounded
+from ugicm_train.evaluation.measurement import (
+    Measurement,
+    RateTarget,
+    Row,
+    joined,
+    measure,
+    rounded,
+)
+from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
+from ugicm_train.evaluation.parts import measure_parts
 
 FORMAT = 2
 """Version of the layout of rd.json."""
@@ -165,13 +173,13 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement | None:
+def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement:
     """Results in an earlier rd.json that still hold: same machine, and only codecs of the same identity."""
     if not path.exists():
-        return None
+        return Measurement({}, [], [])
     report = json.loads(path.read_text(encoding="utf-8"))
     if report.get("format") != FORMAT or report["machine"] != machine:
-        return None
+        return Measurement({}, [], [])
     same = {name for name, identity in codecs.items() if report["codecs"].get(name) == identity}
     return Measurement(
         report["images"],
@@ -204,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=metrics.butteraugli_installed(),
         help="also run the butteraugli program (default: where it is installed)",
     )
+    add_part_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -212,6 +221,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ugicm_train.evaluation.report import plot, table
 
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
+    out: Path = arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    parts = [arguments.part] if arguments.part else measure_parts(arguments.argv, arguments.jobs)
+    part_files = [part.file(out) for part in parts]
     folder = model_path(arguments.model)
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
     ours = ugicm_coder(codec, folder, tuple(sorted(set(arguments.qualities))))
@@ -225,7 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
         "model": codec.name,
         "model_digest": codec.digest,
         "ours": [coder.name for coder in own],
-        "command": shlex.join(["ugicm-train", *sys.argv[1:]]),
+        "command": shlex.join(["ugicm-train", *arguments.argv]),
         "machine": describe_machine(),
         "data": arguments.data.resolve().name,
         "codecs": {coder.name: coder.identity for coder in coders},
@@ -237,17 +250,19 @@ def run(arguments: argparse.Namespace) -> int:
             "rate_targets": [target._asdict() for target in measured.targets],
         }
         report = head | {"images": measured.images} | results | lists
-        write_report(arguments.out, report)
+        write_report(part_files[0] if arguments.part else out, report)
         return report
 
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     measured = measure(
         coders,
         arguments.data,
+        part=arguments.part,
         butteraugli=arguments.butteraugli,
-        known=read_measurement(arguments.out, head["codecs"], head["machine"]),
+        known=joined(read_measurement(file, head["codecs"], head["machine"]) for file in (out, *part_files)),
         save=save,
     )
+    if arguments.part:
+        return 0
     curves = mean_curves(measured.rows)
     report = save(
         measured,
@@ -256,9 +271,11 @@ def run(arguments: argparse.Namespace) -> int:
         curves=curves,
         anchors={name: [point._asdict() for point in points] for name, points in anchors.items()},
     )
+    for file in part_files:
+        file.unlink(missing_ok=True)
     text = table(report)
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    plot([report], arguments.out.with_suffix(".png"))
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot([report], out.with_suffix(".png"))
     print(text)
     return 0
 

