@@ -380,6 +380,11 @@ def train(
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if teacher is not None and not options.machine_share:
+        raise ValueError(
+            "a teacher judges the machine view, and --machine-share 0 decodes none: give a share above 0, "
+            "or no --teacher"
+        )
     if resume is None and (out / CHECKPOINT).exists():
         raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
     state = load_checkpoint(out, resume) if resume else None

@@ -96,6 +96,16 @@ def test_a_second_run_in_the_same_folder_needs_resume(photos: Path, tmp_path: Pa
         train(TINY, OPTIONS, [photos], tmp_path)
 
 
+def test_a_teacher_needs_a_machine_view(photos: Path, tmp_path: Path) -> None:
+    class Idle:
+        def draw(self) -> Judge:
+            raise AssertionError
+
+    options = dataclasses.replace(OPTIONS, machine_share=0.0)
+    with pytest.raises(ValueError, match="--machine-share 0 decodes none"):
+        train(TINY, options, [photos], tmp_path, teacher=Idle())
+
+
 def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model": TINY.to_dict()}))
