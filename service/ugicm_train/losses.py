@@ -17,9 +17,6 @@ MACHINE_WEIGHT = 0.5
 RATE_BALANCE = 0.45
 """Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
 every rate pulls about equally, the high ones slightly more (they starve first)."""
-TEACHER_BALANCE = 0.25
-"""Where the encoder learns as well, a teacher's distance, in proportion to the other losses, counts by
-lambda^0.25: it falls by about lambda^-0.5, from .6 at the lowest rate to .06 at the highest."""
 OUTLIER = 4.0
 """Balanced loss from where on a sample's gradient no longer grows with it. Photos have .1 to 2.6."""
 
@@ -80,8 +77,7 @@ def rate_distortion_loss(
     machine = (output.machine - x[:count]).square().mean((1, 2, 3))
     distortion = torch.cat([(human[:count] + MACHINE_WEIGHT * machine) / (1 + MACHINE_WEIGHT), human[count:]])
     loss = output.bpp + lambdas * 255**2 * distortion
-    relative = lambdas / (config.lambda_min * config.lambda_max) ** 0.5
-    balance = relative**-RATE_BALANCE
+    balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
     balanced = balance * loss.detach()
     weight = balance * balanced.rsqrt() * (OUTLIER / balanced).clamp(max=1.0)
     judged = x.new_zeros(())
@@ -94,7 +90,7 @@ def rate_distortion_loss(
         if output.bpp.requires_grad:
             # Where bits can be bought, in proportion to the other losses: at low rates these are small, and
             # all bits would go where the judge looks.
-            pull = pull * loss[:count].detach() * relative[:count] ** TEACHER_BALANCE
+            pull = pull * loss[:count].detach()
         loss = torch.cat([loss[:count] + pull, loss[count:]])
     weighted = weight * loss
     # By value, too, an outlier is the worse the larger it is.

@@ -197,10 +197,10 @@ def test_judge_moves_the_machine_view_alone() -> None:
 
 
 def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:
-    x, middle = torch.full((2, 3, 64, 64), 0.5), torch.full((2,), (TINY.levels - 1) / 2)
-    errors = torch.tensor([0.01, 0.02]).view(2, 1, 1, 1)
+    x, level = torch.full((2, 3, 64, 64), 0.5), torch.tensor([1.0, 1.0])
+    errors = torch.tensor([0.01, 0.05]).view(2, 1, 1, 1)
 
-    def loss(bpp: torch.Tensor, judge: Judge | None, level: torch.Tensor = middle) -> torch.Tensor:
+    def loss(bpp: torch.Tensor, judge: Judge | None) -> torch.Tensor:
         return rate_distortion_loss(
             TINY, CodecOutput(x + errors, x + errors, bpp), x, level, judge=judge
         ).loss
@@ -212,12 +212,6 @@ def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> N
     fixed = loss(bpp, apart) / loss(bpp, None)
     bpp.requires_grad_()
     torch.testing.assert_close(loss(bpp, apart) / loss(bpp, None), torch.tensor(1.3))
-    # By more at high rates, where judges see less.
-    top = middle * 2
-    above = (float(lambda_of(TINY, top)[0]) / float(lambda_of(TINY, middle)[0])) ** 0.25
-    torch.testing.assert_close(
-        loss(bpp, apart, top) / loss(bpp, None, top), torch.tensor(1 + 0.3 * above), rtol=1e-4, atol=0
-    )
     assert not 1.299 < float(fixed) < 1.301
 
 
