@@ -617,8 +617,8 @@ class TestAgreement:
         original = np.asarray(PIL.Image.open(colours / "red.png"))
         assert task.judge("red.png", original) == [400, 400]
         assert task.judge("red.png", np.zeros_like(original)) == [200, 400]
-        assert task.score({"a": [400, 400], "b": [200, 400]}) == 0.75
-        assert task.score({"a": [0, 0]}) == 0
+        assert task.score({"a": [400, 400], "b": [2, 4], "c": [0, 0]}) == 0.75
+        assert task.score({"c": [0, 0]}) == 0
 
     def test_a_network_sees_a_picture_once(self) -> None:
         seen: list[int] = []

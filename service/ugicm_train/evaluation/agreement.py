@@ -116,8 +116,9 @@ class SameBoxes(Agreement):
 class SamePixels(Agreement):
     """Intersection over union of the class maps of picture and original, over what is not background (0).
 
-    All pictures together, all classes together: the pixels where both maps show the same object, as a part
-    of those where either shows one. A mean over classes would let a rare one, a few pixels, decide.
+    All classes together: the pixels where both maps show the same object, as a part of those where either
+    shows one; mean over the pictures where there are any. A mean over classes would let a rare one, a few
+    pixels, decide; all pixels of all pictures together, the few objects that fill a picture.
     """
 
     metric = "IoU of agreement"
@@ -132,5 +133,5 @@ class SamePixels(Agreement):
         return [int((either & (expected == seen)).sum()), int(either.sum())]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        same, either = np.array(list(judgements.values()), np.int64).reshape(-1, 2).sum(0)
-        return float(same / either) if either else 0.0
+        shares = [same / either for same, either in judgements.values() if either]
+        return float(np.mean(shares)) if shares else 0.0
