@@ -268,7 +268,7 @@ def _own_rows(context: _Context, images: Sequence[Image]) -> Iterator[dict[str, 
 
         rate = gflops({name: name for name in TRANSFORMS if name in timing.stages})
         row["transform_gflops"] = round(rate, 1)
-        row["share_of_peak"] = round(rate / context.peaks[codec.precision], 3)
+        row["share_of_peak"] = round(rate / context.peaks[codec.precision], 6)
         row["entropy_gflops"] = round(gflops({"entropy model": f"{op}r's entropy model"}), 1)
         yield row
     if len(images) == 1:
