@@ -45,6 +45,8 @@ def tiny_trainable(seed: int = 0) -> TrainableCodec:
             (model.synthesis_low, model.synthesis, 0.03),
             (model.synthesis_high, model.synthesis, 0.03),
             (model.preference, model.synthesis, 0.1),
+            (model.preference_low, model.synthesis, 0.1),
+            (model.preference_high, model.synthesis, 0.1),
         ):
             for difference, weight in zip(change.parameters(), module.parameters(), strict=True):
                 difference.copy_(size * weight.std() * torch.randn_like(weight))

@@ -27,7 +27,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
-from ugicm_train.model import FactorizedPrior, TrainableCodec
+from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
@@ -36,7 +36,7 @@ PRIOR_TAIL = 1e-6
 WEIGHT_MAX = 32767
 TRANSFORMS = (
     "analysis", "analysis_low", "analysis_high", "hyper_analysis",
-    "synthesis", "synthesis_low", "synthesis_high", "preference", "gains",
+    "synthesis", "synthesis_low", "synthesis_high", *PREFERENCE, "gains",
 )  # fmt: skip
 """Parts of a model that are stored as they are."""
 HALF_PRECISION = frozenset(TRANSFORMS) - {"gains"}

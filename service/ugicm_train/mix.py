@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ugicm.codec.store import model_path, read_model
 from ugicm_train.export import read_training, write_model
+from ugicm_train.model import PREFERENCE
 from ugicm_train.restore import RATE_FIELDS
 
-DIFFERENCES, GRAIN, REACH = "preference.", "grain", "reach"
+DIFFERENCES = tuple(f"{part}." for part in PREFERENCE)
+GRAIN, REACH = "grain", "reach"
 MACHINE_RECORD = ("polish", "grain", "mixed", "reach")
 """What a model's training record says about its machine view."""
 

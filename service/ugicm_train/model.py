@@ -37,7 +37,9 @@ class FactorizedPrior(nn.Module):
         return -torch.log2(self.mass(z).clamp_min(LIKELIHOOD_MIN))
 
 
-DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high", "preference")
+PREFERENCE = ("preference", "preference_low", "preference_high")
+"""Parts that make up the machine view."""
+DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high", *PREFERENCE)
 """Parts of the model that others are moved by (`ugicm.codec.networks.moved_weights`)."""
 
 
@@ -97,7 +99,9 @@ class TrainableCodec(nn.Module):
         self.synthesis_low, self.synthesis_high = Synthesis(config), Synthesis(config)
         """What the lowest and the highest rate's transforms add to each weight of the middle rate's."""
         self.preference = Synthesis(config)
-        """What the machine's synthesis transform adds to each weight of the human's."""
+        """What the machine's synthesis transform adds to each weight of the human's, at the middle rate."""
+        self.preference_low, self.preference_high = Synthesis(config), Synthesis(config)
+        """What the lowest and the highest rate add to that."""
         for name in DIFFERENCES:
             make_zero(getattr(self, name))
 
@@ -158,7 +162,8 @@ class TrainableCodec(nn.Module):
         latent, level = latent[:count], level[:count]
         with torch.no_grad():
             human = self._human_weights(level, rates)
-        weights = moved_weights(human, (self.preference, strength))
+        added = self._between_rates(self.preference, self.preference_low, self.preference_high, level, rates)
+        weights = {name: value + strength * added[name] for name, value in human.items()}
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
 

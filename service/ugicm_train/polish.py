@@ -25,11 +25,11 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
 from ugicm_train.losses import Teacher
-from ugicm_train.model import CodecOutput, TrainableCodec, make_zero
+from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
 from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 
-VIEWS = {"machine": ("preference",), "both": ("synthesis", "synthesis_low", "synthesis_high", "preference")}
+VIEWS = {"machine": PREFERENCE, "both": ("synthesis", "synthesis_low", "synthesis_high", *PREFERENCE)}
 """Parts of the model that polishing changes, by the view that learns."""
 
 GRAIN = 0.1
@@ -117,7 +117,8 @@ def polish(
     if options.threads:
         torch.set_num_threads(options.threads)
     if restart:
-        make_zero(model.preference)
+        for part in PREFERENCE:
+            make_zero(getattr(model, part))
     polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))

@@ -153,6 +153,7 @@ def start_from(stored: TrainableCodec, config: ModelConfig) -> TrainableCodec:
     for middle, low, high in (
         (model.analysis, model.analysis_low, model.analysis_high),
         (model.synthesis, model.synthesis_low, model.synthesis_high),
+        (model.preference, model.preference_low, model.preference_high),
     ):
         move_rates(middle, low, high, stored.config, config)
     return model

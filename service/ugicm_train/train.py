@@ -27,7 +27,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
-from ugicm_train.model import TrainableCodec
+from ugicm_train.model import PREFERENCE, TrainableCodec
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -137,7 +137,8 @@ class Trainer:
         self.device = torch.device(name)
         self.model.to(self.device)
         if not options.machine_share:
-            self.model.preference.requires_grad_(False)
+            for part in PREFERENCE:
+                getattr(self.model, part).requires_grad_(False)
         self.average = TrainableCodec(self.config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)

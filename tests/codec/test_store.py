@@ -67,7 +67,7 @@ def test_missing_weights(folder: Path) -> None:
 
 def test_newer_format(folder: Path) -> None:
     edit(folder, format=99)
-    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 4"):
+    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 5"):
         read_model(folder)
 
 

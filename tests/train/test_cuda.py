@@ -15,7 +15,7 @@ from tests.conftest import TINY, tiny_trainable
 from ugicm.codec.networks import depthwise
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.losses import Judge
-from ugicm_train.model import CodecOutput, TrainableCodec
+from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec
 from ugicm_train.muon import StackedMuon
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
@@ -148,14 +148,15 @@ def test_a_step_waits_for_no_value() -> None:
 def test_a_step_polishes() -> None:
     model = PolishedCodec(TINY).requires_grad_(False)
     model.load_state_dict(tiny_trainable().state_dict())
-    model.preference.requires_grad_(True)
+    for part in PREFERENCE:
+        getattr(model, part).requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     average, step = step_of(model, (4, 3, 64, 64))
     for _ in range(2):
         step(smooth(4), [0.5, 1.5], judge=colours, matrix_lr=0.003, other_lr=0.003, kept=0.5)
     for state in (model.state_dict(), average.state_dict()):
         changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
-        assert {name.partition(".")[0] for name in changed} == {"preference"}
+        assert {name.partition(".")[0] for name in changed} == set(PREFERENCE)
     assert step.take_sums()["mse_human"] == 0
 
 

@@ -86,7 +86,7 @@ def test_polishing_writes_one_model(tmp_path: Path, photo: NDArray[np.uint8]) ->
     assert after.digest == before.digest
     changed = {name for name, value in before.tensors.items() if not torch.equal(value, after.tensors[name])}
     assert changed
-    assert all(name.startswith("preference.") for name in changed)
+    assert all(name.startswith("preference") for name in changed)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

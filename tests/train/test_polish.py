@@ -19,13 +19,13 @@ from ugicm.codec.store import load_codec, read_model
 from ugicm_train.data import CropSampler
 from ugicm_train.export import export
 from ugicm_train.losses import Judge
-from ugicm_train.model import make_zero
+from ugicm_train.model import PREFERENCE, make_zero
 from ugicm_train.polish import VIEWS, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
 from ugicm_train.train import TrainOptions, train
 
 OPTIONS = TrainOptions(
-    steps=24, batch=2, crop=128, matrix_lr=0.004, other_lr=0.002, warmup_steps=1, ema=0.5, device="cpu"
+    steps=24, batch=2, crop=128, matrix_lr=0.002, other_lr=0.002, warmup_steps=1, ema=0.5, device="cpu"
 )
 
 
@@ -70,7 +70,8 @@ def test_forgotten_machine_view_is_the_human_view() -> None:
     with torch.no_grad():
         human = model.human_view(y, level)
         assert not torch.allclose(human, model.machine_view(y, level, 1.0))
-        make_zero(model.preference)
+        for part in PREFERENCE:
+            make_zero(getattr(model, part))
         for strength in (0.0, 0.3, 1.0):
             torch.testing.assert_close(model.machine_view(y, level, strength), human)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
-from ugicm.codec.store import read_model
+from ugicm.codec.store import load_codec, read_model
 from ugicm_train.export import export, model_tensors, read_training
 from ugicm_train.losses import Judge
 from ugicm_train.restore import fit_prior, hyper_tables, move_levels, move_rates, restore, start_from
@@ -55,10 +55,11 @@ def test_transforms_of_a_rate_stay_in_another_range_of_lambda() -> None:
     ratio = (TINY.lambda_max / TINY.lambda_min) ** 0.5
     wider = dataclasses.replace(TINY, lambda_min=TINY.lambda_min / ratio, lambda_max=TINY.lambda_max * ratio)
     old, new = tiny_trainable(), start_from(tiny_trainable(), wider)
-    x = torch.rand(1, 3, 64, 64)
+    x, y = torch.rand(1, 3, 64, 64), torch.rand(1, TINY.latent_channels, 4, 4)
     for level in (torch.tensor([value]) for value in (0.0, 0.7, 1.0, 1.8, 2.0)):
         wide = (lambda_of(TINY, level) / wider.lambda_min).log() / np.log(ratio**4) * 2
         torch.testing.assert_close(new.latent_of(x, wide), old.latent_of(x, level))
+        torch.testing.assert_close(new.machine_view(y, wide, 1.0), old.machine_view(y, level, 1.0))
     # The other way round.
     parts = (new.synthesis, new.synthesis_low, new.synthesis_high)
     move_rates(*parts, wider, TINY)
@@ -70,7 +71,7 @@ def test_transforms_of_a_rate_stay_in_another_range_of_lambda() -> None:
 def test_a_larger_model_starts_as_a_smaller_one_is() -> None:
     small = tiny_trainable().eval()
     with torch.no_grad():
-        for part in (small.analysis_low, small.synthesis_high, small.preference):
+        for part in (small.analysis_low, small.synthesis_high, small.preference, small.preference_low):
             for parameter in part.parameters():
                 parameter.normal_(0, 0.01)
     larger = dataclasses.replace(TINY, channels=2 * TINY.channels, context_blocks=TINY.context_blocks + 1)
@@ -114,3 +115,23 @@ def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray
     other = dataclasses.replace(TINY, decoder_blocks=1)
     with pytest.raises(ValueError, match=rf"decoder_blocks {TINY.decoder_blocks} \(wanted 1\)"):
         train(other, options, [data], tmp_path / "run2", start=str(tmp_path / "model"))
+
+
+def test_decoded_views_are_those_that_were_trained(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+    stored = read_model(tiny_store / "tiny")
+    model = restore(stored.config, stored.tensors).eval()
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+    for quality in (1.0, 25.75, 50.5, 100.0):
+        bitstream = codec.encode([photo[:128, :192]], quality)[0]
+        y_hat = codec.unpack(bitstream).y_hat
+        assert y_hat is not None
+        level = torch.tensor([(quality - 1) / 99 * (stored.config.levels - 1)])
+        pictures = []
+        for strength in (0.0, 0.5, 1.0):
+            with torch.no_grad():
+                latent = y_hat.permute(2, 0, 1)[None] * model.gains(level)[1]
+                view = model.machine_view(latent, level, strength)[0]
+            expected = (view.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+            pictures.append(codec.decode([bitstream], strength)[0])
+            np.testing.assert_allclose(pictures[-1], expected, atol=1)
+        assert (pictures[0] != pictures[2]).any()

@@ -211,6 +211,8 @@ class Codec:
         self._synthesis_low = load(Synthesis(config), "synthesis_low")
         self._synthesis_high = load(Synthesis(config), "synthesis_high")
         self._preference = load(Synthesis(config), "preference")
+        self._preference_low = load(Synthesis(config), "preference_low")
+        self._preference_high = load(Synthesis(config), "preference_high")
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
         self._reach = model.tensors.get("reach")
@@ -458,7 +460,10 @@ class Codec:
 
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
         changes = between_rates(self._synthesis_low, self._synthesis_high, tilt)
-        return moved(self._synthesis, *changes, (self._preference, share))
+        if not share:
+            return moved(self._synthesis, *changes)
+        added = moved(self._preference, *between_rates(self._preference_low, self._preference_high, tilt))
+        return moved(self._synthesis, *changes, (added, share))
 
     def _make_synthesis(self, tilt: float, share: float) -> InferenceSynthesis:
         return InferenceSynthesis(self._moved_synthesis(tilt, share), self._dtype)

@@ -200,10 +200,10 @@ def moved_weights(
 
     This is how one transform serves every rate and every preference. Rates: weights lie on a line from those
     of the lowest quality to those of the middle one and on another to those of the highest (`between_rates`).
-    Preferences: on a line from those of the human view (share 0) to
-    those of the machine view (1); encoder and entropy model never see them, so that one bitstream serves
-    both (Yin et al., AAAI 2025). There, a condition adds biases to some layers; moving every weight costs
-    nothing more when coding, and leaves the human view untouched whatever is learned for machines.
+    Preferences: on a line from those of the human view (share 0) to those of the machine view (1) at the same
+    rate; encoder and entropy model never see them, so that one bitstream serves both (Yin et al., AAAI 2025).
+    There, a condition adds biases to some layers; moving every weight costs nothing more when coding, and
+    leaves the human view untouched whatever is learned for machines.
     """
     result = dict(weights)
     for change, share in changes:

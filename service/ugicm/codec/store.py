@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "weights.safetensors", "README.md"
 STORE_VARIABLE = "UGICM_MODEL_STORE"
-FORMAT = 4
+FORMAT = 5
 """Version of the layout of the model folder."""
+BITSTREAM = 4
+"""Version of what the bytes of a bitstream mean, besides the model; part of the digest."""
 DEFAULT_MODEL = "ugicm-s"
 DEFAULT_MAX_PIXELS = 120_000_000
 
@@ -119,7 +121,7 @@ def bitstream_digest(config: ModelConfig, tensors: dict[str, Tensor]) -> bytes:
     afterwards decodes the same bitstreams.
     """
     sizes = (config.latent_channels, config.hyper_channels, config.entropy_channels)
-    hasher = hashlib.sha256(json.dumps([FORMAT, *sizes, config.context_blocks]).encode())
+    hasher = hashlib.sha256(json.dumps([BITSTREAM, *sizes, config.context_blocks]).encode())
     for name in sorted(tensors):
         if name.startswith(("entropy.", "tables.")) or name == "gains.log_inverse":
             hasher.update(name.encode())
