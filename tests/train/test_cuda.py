@@ -152,8 +152,8 @@ def test_a_step_polishes() -> None:
         getattr(model, part).requires_grad_(True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     average, step = step_of(model, (4, 3, 64, 64))
-    for _ in range(2):
-        step(smooth(4), [0.5, 1.5], judge=colours, matrix_lr=0.003, other_lr=0.003, kept=0.5)
+    for levels in ([0.5, 1.5], [1.5, 0.5]):  # the machine view is that of the first
+        step(smooth(4), levels, judge=colours, matrix_lr=0.003, other_lr=0.003, kept=0.5)
     for state in (model.state_dict(), average.state_dict()):
         changed = {name for name, value in state.items() if not torch.equal(value, before[name])}
         assert {name.partition(".")[0] for name in changed} == set(PREFERENCE)
