@@ -20,7 +20,6 @@ from ugicm_train.export import read_training, write_model
 from ugicm_train.model import PREFERENCE
 from ugicm_train.restore import RATE_FIELDS
 
-DIFFERENCES = tuple(f"{part}." for part in PREFERENCE)
 GRAIN, REACH = "grain", "reach"
 MACHINE_RECORD = ("polish", "grain", "mixed", "reach")
 """What a model's training record says about its machine view."""
@@ -31,6 +30,10 @@ class View(NamedTuple):
 
     model: Path
     share: float
+
+
+def _is_preference(name: str) -> bool:
+    return name.partition(".")[0] in PREFERENCE
 
 
 def parse_view(text: str) -> View:
@@ -61,7 +64,7 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
             raise ValueError(f"{view.model} and {base} have different shapes")
         tables.append(model.tensors.get(REACH, torch.ones(stored.config.levels)))
         for name, tensor in model.tensors.items():
-            if name.startswith(DIFFERENCES) or name == GRAIN:
+            if _is_preference(name) or name == GRAIN:
                 mixed[name] = mixed.get(name, torch.zeros_like(tensor)) + view.share * tensor
         training = read_training(view.model)
         machine = {name: training[name] for name in MACHINE_RECORD if name in training}
@@ -80,7 +83,7 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
     kept = {
         name: value
         for name, value in stored.tensors.items()
-        if not name.startswith(DIFFERENCES) and name not in (GRAIN, REACH)
+        if not _is_preference(name) and name not in (GRAIN, REACH)
     }
     training = {name: value for name, value in read_training(base).items() if name not in MACHINE_RECORD}
     record = {"mixed": records, "reach": [round(value, 4) for value in table.tolist()]}

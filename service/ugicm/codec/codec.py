@@ -459,11 +459,9 @@ class Codec:
         return InferenceAnalysis(moved(self._analysis, *changes), self._dtype)
 
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
-        changes = between_rates(self._synthesis_low, self._synthesis_high, tilt)
-        if not share:
-            return moved(self._synthesis, *changes)
-        added = moved(self._preference, *between_rates(self._preference_low, self._preference_high, tilt))
-        return moved(self._synthesis, *changes, (added, share))
+        rates = between_rates(self._synthesis_low, self._synthesis_high, tilt)
+        machine = ((self._preference, 1.0), *between_rates(self._preference_low, self._preference_high, tilt))
+        return moved(self._synthesis, *rates, *((change, share * part) for change, part in machine))
 
     def _make_synthesis(self, tilt: float, share: float) -> InferenceSynthesis:
         return InferenceSynthesis(self._moved_synthesis(tilt, share), self._dtype)

@@ -223,5 +223,7 @@ def between_rates(
 def moved(module: M, *changes: tuple[nn.Module, float]) -> M:
     """A copy of `module` with its `moved_weights`."""
     copied = copy.deepcopy(module)
-    copied.load_state_dict(moved_weights(dict(module.named_parameters()), *changes))
+    # At least one end of every two rates has no share.
+    needed = [(change, share) for change, share in changes if share]
+    copied.load_state_dict(moved_weights(dict(module.named_parameters()), *needed))
     return copied
