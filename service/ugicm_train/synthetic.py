@@ -77,6 +77,21 @@ def checkerboard(random: Generator, size: int) -> Picture:
     return _pattern(random, (on[:, None] + on) % 2 == 1)
 
 
+def grating(random: Generator, size: int) -> Picture:
+    """Waves in any direction, closer here than there, from smooth to sharp: fabrics, blinds, screens."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    angle, bend = random.uniform(0, 2 * np.pi), random.uniform(-0.3, 0.3, 3)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    # Frequencies, not periods, evenly: half of the periods are below four pixels.
+    frequency = random.uniform(1 / PERIOD_MAX, 1 / 2)
+    phase = 2 * np.pi * size * frequency * (along + bend[0] * x * y + bend[1] * x**2 + bend[2] * y**2)
+    wave = np.tanh(np.exp(random.uniform(-2, 2)) * np.sin(phase))
+    share = 0.5 + 0.5 * wave / np.abs(wave).max()
+    first, second = gradient(random, size).astype(float), _colour(random).astype(float)
+    strength = random.random()
+    return (first + strength * share[..., None] * (second - first)).astype(np.uint8)
+
+
 def noise(random: Generator, size: int) -> Picture:
     """Grey or coloured noise of any strength over a colour."""
     shape = (size, size, 1 if random.random() < 0.5 else 3)
@@ -136,7 +151,7 @@ def screenshot(random: Generator, size: int) -> Picture:
 
 
 KINDS: tuple[Callable[[Generator, int], Picture], ...] = (
-    flat, gradient, stripes, checkerboard, noise, text, line_art, screenshot,
+    flat, gradient, stripes, checkerboard, grating, noise, text, line_art, screenshot,
 )  # fmt: skip
 
 
