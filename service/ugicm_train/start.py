@@ -16,7 +16,8 @@ from ugicm_train.model import TrainableCodec
 
 _OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
 _HAAR = torch.tensor([[1.0, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
-_UNFOLD_GAIN, _DOWN_GAIN = 4.0, 2.0
+_UNFOLD_GAIN = 4.0
+_LATENT_GAIN = 2.0
 """Bring the latent of a natural photo to a step size near 1 at the middle level."""
 
 
@@ -57,5 +58,7 @@ def start_from_dct(model: TrainableCodec) -> None:
     slope = (1.0, 1.7, 1.7, 2.2)
     order = sorted((slope[band] * c + rank[band], c, band) for c in range(channels) for band in range(4))
     for row, (_, c, band) in enumerate(order[:latent]):
-        analysis.down.weight[row, 4 * c : 4 * c + 4] = _HAAR[band] * _DOWN_GAIN
-        synthesis.up.weight[4 * c : 4 * c + 4, row] = _HAAR[band] / _DOWN_GAIN
+        analysis.down.weight[row, 4 * c : 4 * c + 4] = _HAAR[band]
+        synthesis.up.weight[4 * c : 4 * c + 4, row] = _HAAR[band]
+    model.gains.log_gain.add_(math.log(_LATENT_GAIN))
+    model.gains.log_inverse.sub_(math.log(_LATENT_GAIN))

@@ -13,7 +13,7 @@ from tests.conftest import TINY
 from ugicm.codec.bitstream import Header
 from ugicm.codec.codec import tile_windows
 from ugicm.codec.inference import InferenceAnalysis, InferenceHyperAnalysis, InferenceSynthesis
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis
+from ugicm.codec.networks import LATENT_MAX, Analysis, HyperAnalysis, Synthesis
 
 BLOCKS = (1, 2, 3, 8)
 
@@ -56,6 +56,24 @@ def test_analysis(pixels: torch.Tensor, blocks: int) -> None:
         part = prepared(pixels[:, rows, columns], window.margin)
         same = whole[:, window.top :, window.left :][:, : window.height, : window.width]
         torch.testing.assert_close(part, same, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_an_analysis_that_explodes_is_bounded_and_learns_from_it(pixels: torch.Tensor) -> None:
+    network = Analysis(TINY)
+    loud(network)
+    with torch.no_grad():
+        network.down.weight.mul_(1000)
+    x = pixels.permute(0, 3, 1, 2) / 255
+    latent = network(x)
+    length = latent.norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, LATENT_MAX))
+    with torch.no_grad():
+        prepared = InferenceAnalysis(network, torch.float32)(pixels)
+    torch.testing.assert_close(prepared, latent.permute(0, 2, 3, 1), rtol=1e-3, atol=1e-3)
+    latent[:, 0].sum().backward()
+    assert network.unfold.weight.grad is not None
+    assert network.unfold.weight.grad.isfinite().all()
+    assert network.unfold.weight.grad.abs().max() > 0
 
 
 @torch.inference_mode()

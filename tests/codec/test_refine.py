@@ -16,7 +16,7 @@ from ugicm.codec.refine import draw
 
 Image = NDArray[np.uint8]
 QUALITY = 60.0
-STEPS = 40
+STEPS = 70
 
 
 def cost(codec: Codec, image: Image, data: bytes) -> float:

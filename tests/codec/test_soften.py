@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from tests.conftest import write_tiny_model
 from ugicm.codec.codec import Codec
-from ugicm.codec.soften import bounded, size_of, soften, worse_than_blurred
+from ugicm.codec.networks import bounded
+from ugicm.codec.soften import size_of, soften, worse_than_blurred
 from ugicm.codec.store import load_codec, read_model
 
 
@@ -89,8 +90,9 @@ def test_noise_is_worse_than_blur_and_a_good_picture_is_not() -> None:
 @pytest.mark.parametrize("limit", [0.5, 2.0])
 def test_bounded_latents_keep_their_direction(limit: float) -> None:
     y = torch.randn(1, 4, 4, 8) * torch.rand(1, 4, 4, 1) * 5
-    out = bounded(y, limit)
+    out = bounded(y, limit, -1)
     assert float(size_of(out).max()) <= limit * 1.001
     small = size_of(y) <= limit
     torch.testing.assert_close(out[small], y[small])
     torch.testing.assert_close(torch.cosine_similarity(out, y, -1), torch.ones(1, 4, 4))
+    torch.testing.assert_close(bounded(y.movedim(-1, 1), limit, 1).movedim(1, -1), out)

@@ -30,9 +30,9 @@ from ugicm.codec.inference import (
     InferenceSynthesis,
     Sides,
 )
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved
+from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, bounded, moved
 from ugicm.codec.refine import MAX_STEPS, Frame, Refiner
-from ugicm.codec.soften import TAKEN, bounded, size_of, soften, worse_than_blurred
+from ugicm.codec.soften import TAKEN, size_of, soften, worse_than_blurred
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
@@ -538,7 +538,7 @@ class Codec:
             beyond = oversized & worse_than_blurred(decoded, original)
             more = beyond & (times < len(TAKEN) - 1)
             if not more.any():
-                return torch.where(beyond[..., None], bounded(y, limit), y)
+                return torch.where(beyond[..., None], bounded(y, limit, -1), y)
             times += more
             y = self._analysis_for(tilt)(soften(pixels, pad(times, frame)), margin)
         return y

@@ -19,7 +19,7 @@ from torch.nn import Module
 from ugicm.codec.config import PATCH
 from ugicm.codec.dense import dense
 from ugicm.codec.grain import add_grain
-from ugicm.codec.networks import Analysis, Block, HyperAnalysis, Pointwise, Synthesis
+from ugicm.codec.networks import Analysis, Block, HyperAnalysis, Pointwise, Synthesis, bounded
 
 GREY = 127.5
 """Middle of the pixels' range. A pixel minus this is exact in bfloat16."""
@@ -134,7 +134,7 @@ class InferenceAnalysis:
     """Pixels to latent: uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
 
     def __init__(self, analysis: Analysis, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self._dtype, self._bound = dtype, analysis.bound
         self._unfold = _after_unshuffle(analysis.unfold, PATCH, dtype, scale=1 / 255)
         self._blocks = _stack(analysis.blocks, dtype)
         self._down = _after_unshuffle(analysis.down, 2, dtype)
@@ -150,7 +150,8 @@ class InferenceAnalysis:
         for block in self._blocks:
             margin, needed = margin.within(needed), needed - 1
             x = block(x, margin.over(needed))
-        return self._last(self._down(unshuffle(x, 2)), margin.within(needed).scaled(1 / 2)).float()
+        y = self._last(self._down(unshuffle(x, 2)), margin.within(needed).scaled(1 / 2))
+        return bounded(y.float(), self._bound, -1)
 
 
 class InferenceHyperAnalysis:

@@ -25,6 +25,10 @@ ACTIVATION_MAX = 16.0
 """Bound of the hidden layers of both transforms. Photos stay within; without it every block multiplies what
 it does not know, and a picture unlike any photo (1-pixel stripes) comes out at 10^5 times its range."""
 
+LATENT_MAX = 64.0
+"""Bound of the latent's length (root of the sum of squares over its channels) at every position. Photos stay
+within. Stripes one or two pixels wide reached nine times as much, and came out as what no training step can
+learn from."""
 
 Layer = tuple[Tensor, Tensor]
 """Weight and bias."""
@@ -82,6 +86,12 @@ def gated_block(
     x = x + pointwise(depthwise(hidden, *spatial), *project)
     value, gates = F.hardtanh(pointwise(x, *gate), -bound, bound).chunk(2, 1)
     return x + pointwise(value * F.silu(gates), *merge)
+
+
+def bounded(y: Tensor, limit: float, dim: int) -> Tensor:
+    """``y``, at no position larger than `limit`: root mean square over the channels, dimension `dim`."""
+    square = y.float().square().mean(dim, keepdim=True)
+    return y * (limit**2 / square.clamp_min(limit**2)).sqrt().to(y.dtype)
 
 
 class Pointwise(nn.Module):
@@ -142,6 +152,8 @@ class Analysis(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         channels, latent = config.channels, config.latent_channels
+        self.bound = LATENT_MAX / math.sqrt(latent)
+        """Largest size (`bounded`)."""
         self.unfold = Pointwise(3 * PATCH**2, channels)
         self.blocks = nn.ModuleList(Block(channels) for _ in range(config.encoder_blocks))
         self.down = Pointwise(4 * channels, latent)
@@ -151,7 +163,7 @@ class Analysis(nn.Module):
         x = self.unfold(F.pixel_unshuffle(x - 0.5, PATCH))
         for block in self.blocks:
             x = block(x)
-        return self.last(self.down(F.pixel_unshuffle(x, 2)))
+        return bounded(self.last(self.down(F.pixel_unshuffle(x, 2))), self.bound, 1)
 
 
 class HyperAnalysis(nn.Module):

@@ -53,8 +53,3 @@ def worse_than_blurred(decoded: Tensor, original: Tensor) -> Tensor:
 def average(x: Tensor, side: int) -> Tensor:
     """Mean of side x side pixels."""
     return F.avg_pool2d(F.pad(x, [side // 2] * 4, mode="replicate"), side, stride=1)
-
-
-def bounded(y: Tensor, limit: float) -> Tensor:
-    """(B, h, w, M), no position of which is larger than `limit`."""
-    return y * (limit / size_of(y).clamp_min(limit))[..., None]
