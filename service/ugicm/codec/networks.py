@@ -27,8 +27,8 @@ it does not know, and a picture unlike any photo (1-pixel stripes) comes out at 
 
 LATENT_MAX = 64.0
 """Bound of the latent's length (root of the sum of squares over its channels) at every position. Photos stay
-within. Stripes one or two pixels wide reached nine times as much, and came out as what no training step can
-learn from."""
+within. Stripes one or two pixels wide reached nine times as much, and came out as noise that few training
+steps can learn from."""
 
 Layer = tuple[Tensor, Tensor]
 """Weight and bias."""
