@@ -446,7 +446,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strengths", type=float, nargs="+", default=(0.0, 1.0), help="0 and 1 are always decoded"
     )
     parser.add_argument(
-        "--peers", nargs="*", default=[*PEERS, "jxl"], choices=[*PEERS, "jxl"], help="jxl: where installed"
+        "--peers",
+        nargs="*",
+        default=[*PEERS, "jxl"],
+        choices=[*PEERS, "jxl"],
+        help="none named: none coded; jxl: where installed",
     )
     parser.add_argument("--limit", type=int, help="use only so many pictures of each task")
     parser.add_argument("--sheet-quality", type=float, default=25.0, help="quality of the contact sheet")
