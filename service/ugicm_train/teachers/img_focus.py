@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions, require
+from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions
+from ugicm_train.teachers.weights import read_onnx
 
 SIDES, SIDE_MULTIPLE = (140,), 14
 """Default sides and what a side must be a multiple of, in pixels."""
@@ -80,12 +81,9 @@ def model_path() -> Path:
 
 def read_weights(depth: int) -> dict[str, Tensor]:
     """State of `ImgFocus` with the first `depth` blocks, float32."""
-    path = model_path()
-    onnx = require("onnx", "onnx")
-    graph = onnx.load(path).graph
-    named = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    nodes, named = read_onnx(model_path())
     # The exporter transposed the weights of linear layers and dropped their names; the nodes keep them.
-    for node in graph.node:
+    for node in nodes:
         if node.op_type == "MatMul" and node.input[1] in named:
             layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".")
             named[f"{layer}.weight"] = named[node.input[1]].T

