@@ -535,6 +535,19 @@ def test_command_line(
         assert sheet.width > 3 * 300 > 2 * sheet.height
 
 
+def test_a_model_for_people_alone_is_a_peer(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
+    network = tmp_path / "mine.py"
+    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+    model = str(tiny_store / "tiny")
+    command = ["evaluate", model, "--plain", model, "--device", "cpu", "--qualities", "1", "50", "--peers"]
+    command += ["--agree", "classes", f"{network}:colours", str(colours), "--out", str(tmp_path)]
+    assert main(command) == 0
+    (task,) = json.loads((tmp_path / "machine.json").read_text())["tasks"].values()
+    assert set(task["bd_rate_percent"]) == {"tiny human", "plain tiny"}
+    human = [point for point in task["curves"]["tiny"] if point["strength"] == 0]
+    assert task["curves"]["plain tiny"] == human
+
+
 def test_jobs_judge_the_same(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
     network = tmp_path / "mine.py"
     network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")

@@ -11,7 +11,8 @@ task's score over all of them. One folder holds everything:
     sheet.png           original, human view and machine view side by side
 
 BD-rates at equal task score compare the two views of the same bitstreams: how many bits the machine view
-saves.
+saves. UG-ICM (Yin et al., AAAI 2025) compares it with another codec instead, the same one trained for people
+alone (`--plain`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import PIL.Image
 
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels
-from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.coders import HUMAN_ONLY, PEERS, Coder, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine_report import (
     MAX_BPP,
@@ -452,6 +453,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*PEERS, "jxl"],
         help="none named: none coded; jxl: where installed",
     )
+    parser.add_argument(
+        "--plain", metavar="MODEL", help="trained for people alone: its human view is a peer as well"
+    )
     parser.add_argument("--limit", type=int, help="use only so many pictures of each task")
     parser.add_argument("--sheet-quality", type=float, default=25.0, help="quality of the contact sheet")
     parser.add_argument(
@@ -466,18 +470,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the results and print the tables."""
     from ugicm.codec.store import load_codec, model_path
 
-    path = model_path(arguments.model)
+    paths = [model_path(name) for name in (arguments.model, arguments.plain) if name]
     part: Part | None = arguments.part
     if part is None:
         take_parts(arguments.out, measure_parts(arguments.argv, arguments.jobs))
     tasks = tasks_of(arguments)
-    codec = load_codec(path, device=arguments.device, precision=arguments.precision)
     strengths = sorted({0.0, 1.0, *arguments.strengths})
-    ours = dataclasses.replace(
-        ugicm_coder(codec, path, tuple(sorted(set(arguments.qualities)))),
-        views={f"strength {strength:g}": strength for strength in strengths},
+    qualities = tuple(sorted(set(arguments.qualities)))
+    ours, *plain = (
+        ugicm_coder(load_codec(path, device=arguments.device, precision=arguments.precision), path, qualities)
+        for path in paths
     )
-    peers = [
+    ours = dataclasses.replace(ours, views={f"strength {strength:g}": strength for strength in strengths})
+    peers = [dataclasses.replace(coder, name=f"plain {coder.name}", views=HUMAN_ONLY) for coder in plain]
+    peers += [
         dataclasses.replace(pillow_coder(name), qualities=PEER_QUALITIES[name])
         for name in arguments.peers
         if name != "jxl"
