@@ -39,8 +39,6 @@ class FactorizedPrior(nn.Module):
 
 PREFERENCE = ("preference", "preference_low", "preference_high")
 """Parts that make up the machine view."""
-ENTROPY = ("hyper_analysis", "prior", "entropy")
-"""Parts that predict the latent."""
 DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high", *PREFERENCE)
 """Parts of the model that others are moved by (`ugicm.codec.networks.moved_weights`)."""
 
@@ -87,9 +85,6 @@ def stacked_weights(
 
 class TrainableCodec(nn.Module):
     """One encode, two decodes of the same latent."""
-
-    decodes_human = True
-    """Whether a human view is decoded; `CodecOutput.human` has no samples otherwise."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -194,6 +189,6 @@ class TrainableCodec(nn.Module):
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
         y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        human = self.human_view(latent, level, rates) if self.decodes_human else x[:0]
+        human = self.human_view(latent, level, rates)
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)
         return CodecOutput(human, machine, (z_bits + y_bits) / (height * width))

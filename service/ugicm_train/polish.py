@@ -43,6 +43,8 @@ LEVEL_POWER = 1.2
 class PolishedCodec(TrainableCodec):
     """Encodes without gradients, on the integers that a decoder sees."""
 
+    human_learns = False
+
     def forward(
         self,
         x: Tensor,
@@ -60,7 +62,8 @@ class PolishedCodec(TrainableCodec):
             y = self.latent_of(x, level, rates).float() * gain
             y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
-        human = self.human_view(latent, level, rates) if self.decodes_human else x[:0]
+        # No samples where nothing learns from them.
+        human = self.human_view(latent, level, rates) if self.human_learns else x[:0]
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)
         return CodecOutput(human, machine, bits / (x.shape[2] * x.shape[3]))
 
@@ -71,7 +74,7 @@ class Polisher(Trainer):
     def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str) -> None:
         polished = PolishedCodec(model.config).requires_grad_(False)
         polished.load_state_dict(model.state_dict())
-        polished.decodes_human = view == "both"
+        polished.human_learns = view == "both"
         for name in VIEWS[view]:
             getattr(polished, name).requires_grad_(True)
         super().__init__(polished, options, out)

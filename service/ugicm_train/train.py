@@ -27,7 +27,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
-from ugicm_train.model import ENTROPY, PREFERENCE, TrainableCodec
+from ugicm_train.model import PREFERENCE, TrainableCodec
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -68,9 +68,6 @@ class TrainOptions:
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
     """Part of the batch, at least, that also decodes the machine view."""
-    entropy_only: bool = False
-    """Train what predicts the latent, and nothing else: the transforms and their latents stay as they are.
-    Needs a machine share of 0, as nothing is decoded."""
     matrix_lr: float = 0.005
     """Muon, for the dense weights."""
     other_lr: float = 1e-3
@@ -97,10 +94,6 @@ class TrainOptions:
             raise ValueError(f"crop must be a multiple of 64 pixels, got {self.crop}")
         if not 0 <= self.machine_share <= 1:
             raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
-        if self.entropy_only and self.machine_share:
-            raise ValueError(
-                f"entropy_only decodes nothing: machine_share must be 0, got {self.machine_share}"
-            )
         if self.batch_levels < 1:
             raise ValueError(f"batch_levels must be at least 1, got {self.batch_levels}")
 
@@ -146,11 +139,6 @@ class Trainer:
         if not options.machine_share:
             for part in PREFERENCE:
                 getattr(self.model, part).requires_grad_(False)
-        if options.entropy_only:
-            self.model.decodes_human = False
-            self.model.requires_grad_(False)
-            for part in ENTROPY:
-                getattr(self.model, part).requires_grad_(True)
         self.average = TrainableCodec(self.config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
         self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)

@@ -23,7 +23,7 @@ from ugicm.codec.store import load_codec
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
 from ugicm_train.losses import Judge, level_of, rate_distortion_loss
-from ugicm_train.model import ENTROPY, PREFERENCE, CodecOutput
+from ugicm_train.model import PREFERENCE, CodecOutput
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.train import (
@@ -160,16 +160,6 @@ def test_without_a_machine_view_its_difference_stays(photos: Path, tmp_path: Pat
     # With one, from the same checkpoint: the optimisers' states still fit.
     train(TINY, dataclasses.replace(OPTIONS, steps=2), [photos], tmp_path, resume="checkpoint.pt")
     assert load_checkpoint(tmp_path)["model"]["preference.up.weight"].any()
-
-
-def test_the_entropy_model_learns_alone(photos: Path, tmp_path: Path) -> None:
-    train(TINY, dataclasses.replace(OPTIONS, steps=1), [photos], tmp_path)
-    before = load_checkpoint(tmp_path)["model"]
-    options = dataclasses.replace(OPTIONS, steps=2, entropy_only=True, machine_share=0.0)
-    train(TINY, options, [photos], tmp_path, resume="checkpoint.pt")
-    after = load_checkpoint(tmp_path)["model"]
-    moved = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == set(ENTROPY)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -318,8 +308,6 @@ def test_options_are_checked() -> None:
         TrainOptions(steps=1, crop=100)
     with pytest.raises(ValueError, match="machine_share"):
         TrainOptions(steps=1, machine_share=2)
-    with pytest.raises(ValueError, match="machine_share must be 0"):
-        TrainOptions(steps=1, entropy_only=True)
     with pytest.raises(ValueError, match="batch_levels"):
         TrainOptions(steps=1, batch_levels=0)
 
