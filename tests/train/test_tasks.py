@@ -63,6 +63,14 @@ def colours(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def colour_network(tmp_path: Path) -> str:
+    """A classifier of `colours` as the command line names it."""
+    file = tmp_path / "mine.py"
+    file.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+    return f"{file}:colours"
+
+
 class TestTop1:
     def test_counts_hits(self, colours: Path) -> None:
         labels = read_labels(colours / "labels.csv")
@@ -510,17 +518,15 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
 
 
 def test_command_line(
-    tmp_path: Path, colours: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, colours: Path, colour_network: str, tiny_store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = tmp_path / "mine.py"
-    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     common = [str(tiny_store / "tiny"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     with pytest.raises(ValueError, match="--top1, --map, --mask-map, --miou"):
         run(parser.parse_args(common))
     options = ["--qualities", "1", "50", "--peers", "jpeg", "--limit", "2"]
-    arguments = parser.parse_args([*common, *options, "--top1", f"{network}:colours", str(colours)])
+    arguments = parser.parse_args([*common, *options, "--top1", colour_network, str(colours)])
     assert run(arguments) == 0
     assert "BD-rate of tiny (machine view)" in capsys.readouterr().out
     assert not (tmp_path / "out" / "strength.png").exists()
@@ -529,18 +535,18 @@ def test_command_line(
 
     (tmp_path / "wide").mkdir()
     PIL.Image.new("RGB", (300, 70)).save(tmp_path / "wide" / "wide.png")
-    again = [*common, *options, "--top1", f"{network}:colours", str(colours)]
+    again = [*common, *options, "--top1", colour_network, str(colours)]
     assert run(parser.parse_args([*again, "--sheet-images", str(tmp_path / "wide")])) == 0
     with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 3 * 300 > 2 * sheet.height
 
 
-def test_a_model_for_people_alone_is_a_peer(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
-    network = tmp_path / "mine.py"
-    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+def test_a_model_for_people_alone_is_a_peer(
+    tmp_path: Path, colours: Path, colour_network: str, tiny_store: Path
+) -> None:
     model = str(tiny_store / "tiny")
     command = ["evaluate", model, "--plain", model, "--device", "cpu", "--qualities", "1", "50", "--peers"]
-    command += ["--agree", "classes", f"{network}:colours", str(colours), "--out", str(tmp_path)]
+    command += ["--agree", "classes", colour_network, str(colours), "--out", str(tmp_path)]
     assert main(command) == 0
     (task,) = json.loads((tmp_path / "machine.json").read_text())["tasks"].values()
     assert set(task["bd_rate_percent"]) == {"tiny human", "plain tiny"}
@@ -548,12 +554,10 @@ def test_a_model_for_people_alone_is_a_peer(tmp_path: Path, colours: Path, tiny_
     assert task["curves"]["plain tiny"] == human
 
 
-def test_jobs_judge_the_same(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
-    network = tmp_path / "mine.py"
-    network.write_text("def colours():\n    return lambda image: image.mean((0, 1))\n")
+def test_jobs_judge_the_same(tmp_path: Path, colours: Path, colour_network: str, tiny_store: Path) -> None:
     command = ["evaluate", str(tiny_store / "tiny"), "--device", "cpu", "--qualities", "1", "50"]
-    command += ["--peers", "jpeg", "--top1", f"{network}:colours", str(colours)]
-    command += ["--agree", "classes", f"{network}:colours", str(colours), "--out"]
+    command += ["--peers", "jpeg", "--top1", colour_network, str(colours)]
+    command += ["--agree", "classes", colour_network, str(colours), "--out"]
     assert main([*command, str(tmp_path / "one")]) == 0
     assert main([*command, str(tmp_path / "two"), "--jobs", "2"]) == 0
     one, two = (json.loads((tmp_path / name / "machine.json").read_text()) for name in ("one", "two"))
