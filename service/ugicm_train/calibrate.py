@@ -55,8 +55,7 @@ def largest(model: TrainableCodec, sampler: CropSampler) -> Tensor:
     for level in range(model.config.levels):
         sizes = []
         for crops in x.split(BATCH):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = model.latent_of(crops, torch.full((len(crops),), float(level))).float()
+            y = model.latent_of(crops, torch.full((len(crops),), float(level)))
             sizes.append(size_of(y.permute(0, 2, 3, 1)).amax((1, 2)))
         medians.append(torch.cat(sizes).median())
     return LARGEST * torch.stack(medians)

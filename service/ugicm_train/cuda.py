@@ -45,6 +45,7 @@ class GraphStep:
         rates: int,
         machine_rates: int = 0,
         teacher_weight: float = 1.0,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """A step that is captured when called.
 
@@ -55,8 +56,9 @@ class GraphStep:
             rates: equal parts of a batch, each of one rate.
             machine_rates: how many of these, from the first, have a machine view as well.
             teacher_weight: of the judge's distance.
+            dtype: precision of the transforms.
         """
-        self.model, self.optimizer, self.rates = model, optimizer, rates
+        self.model, self.optimizer, self.rates, self.dtype = model, optimizer, rates, dtype
         self.machine_count, self.teacher_weight = shape[0] // rates * machine_rates, teacher_weight
         device = next(model.parameters()).device
         self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -69,7 +71,9 @@ class GraphStep:
         levels, (strength, *optimizing) = self.inputs[: self.rates], self.inputs[self.rates :]
         level = levels.repeat_interleave(len(self.x) // self.rates)
         self.model.zero_grad(set_to_none=True)
-        with torch.autocast(self.x.device.type, dtype=torch.bfloat16, cache_enabled=False):
+        with torch.autocast(
+            self.x.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
+        ):
             output = self.model(
                 self.x, level, machine_count=self.machine_count, strength=strength, rates=self.rates
             )

@@ -16,11 +16,11 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
-    """(K, m, n) -> about the nearest semi-orthogonal matrices, by Newton-Schulz iteration in bfloat16."""
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """(K, m, n) -> about the nearest semi-orthogonal matrices, by Newton-Schulz iteration in `dtype`."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    x = (matrices.mT if tall else matrices).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
@@ -31,8 +31,10 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 class StackedMuon:
     """Moves matrices by the orthogonalised momentum of their gradients; 0.2 sqrt(max(m, n)) lr per step."""
 
-    def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95) -> None:
-        self.momentum = momentum
+    def __init__(
+        self, matrices: Sequence[nn.Parameter], momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.momentum, self.dtype = momentum, dtype
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
@@ -50,6 +52,6 @@ class StackedMuon:
             )
             gradients = torch.where(scale > 0, gradients * scale, 0.0)
             average.lerp_(gradients, 1 - self.momentum)
-            update = orthogonalized(gradients.lerp(average, self.momentum)).float()
+            update = orthogonalized(gradients.lerp(average, self.momentum), self.dtype).float()
             update *= -0.2 * math.sqrt(max(update.shape[1:])) * lr
             torch._foreach_add_(list(matrices), list(update.unbind()))

@@ -22,15 +22,31 @@ outlier into a step of full size."""
 class Optimizer:
     """Both optimisers of a model, and its moving average."""
 
-    def __init__(self, model: nn.Module, average: nn.Module, processes: Processes, *, clip: float) -> None:
-        """Parameters that need no gradient stay as they are; `clip` is the largest norm of a gradient."""
+    def __init__(
+        self,
+        model: nn.Module,
+        average: nn.Module,
+        processes: Processes,
+        *,
+        clip: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Optimise `model`; parameters that need no gradient stay as they are.
+
+        Args:
+            model: what is trained.
+            average: of the same shape, follows.
+            processes: that train together.
+            clip: largest norm of a gradient.
+            dtype: precision of Muon's products.
+        """
         self._processes, self._clip = processes, clip
         self._parameters: list[Tensor] = list(model.parameters())
         self._means: list[Tensor] = list(average.parameters())
         dense = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
         ids = {id(parameter) for parameter in dense}
         self._hands = processes.deal([matrix for matrix in dense if matrix.requires_grad])
-        self.muon = StackedMuon(self._hands[processes.rank % len(self._hands)])
+        self.muon = StackedMuon(self._hands[processes.rank % len(self._hands)], dtype=dtype)
         device = self._parameters[0].device
         self.adam = torch.optim.AdamW(
             # Frozen ones too, so that the state fits a run that moves them.

@@ -202,6 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other-lr", type=float, default=0.003, help="conditioning, gains, depthwise")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int)
 
 
@@ -228,6 +229,7 @@ def run(arguments: argparse.Namespace) -> int:
         teacher_weight=arguments.teacher_weight,
         seed=arguments.seed,
         device=arguments.device,
+        precision=arguments.precision,
         threads=arguments.threads,
     )
     polish(

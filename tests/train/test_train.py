@@ -152,6 +152,23 @@ def test_optimisers_share_out_all_parameters() -> None:
     assert all(p.ndim == 2 for p in dense)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_transforms_and_muon(photos: Path, tmp_path: Path, precision: str) -> None:
+    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, steps=1, precision=precision), tmp_path)
+    seen: set[torch.dtype] = set()
+    trainer.model.analysis.unfold.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    trainer.run(trainer.read([photos]))
+    assert seen == {trainer.optimizer.muon.dtype} == {getattr(torch, precision)}
+
+
+def test_an_unknown_precision_is_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--data", str(photos), "--out", str(tmp_path / "run"), "--steps", "1"]
+    assert main([*command, "--precision", "float16"]) == 1
+    assert "precision must be auto, float32 or bfloat16, got 'float16'" in capsys.readouterr().err
+
+
 def test_without_a_machine_view_its_difference_stays(photos: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, steps=2, machine_share=0.0)
     train(TINY, options, [photos], tmp_path)

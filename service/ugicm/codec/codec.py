@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +19,7 @@ from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
 from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_level, rate_of, tilt_of
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
-from ugicm.codec.dense import dense
+from ugicm.codec.device import pick_device, pick_precision
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
 from ugicm.codec.inference import (
@@ -85,58 +84,6 @@ class Latent(NamedTuple):
     """Dequantised latent (h, w, M) float32 before the inverse gains; only after `Codec.unpack`."""
     picture: Image | None = None
     """The picture itself, for `Codec.pack` to try lossless coding, or where `Codec.unpack` found it."""
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one.
-
-    Raises:
-        CodecError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CodecError(
-            f"device {name!r} cannot be used here ({reason}); UGICM_DEVICE or --device changes it"
-        ) from error
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where that is faster: on a processor this is measured, in some milliseconds.
-
-    float16 is not offered: on CPUs it runs in a naive kernel, a thousand times slower.
-    """
-    if name == "float32":
-        return torch.float32
-    if name == "bfloat16":
-        return torch.bfloat16
-    if name != "auto":
-        raise CodecError(f"precision must be auto, float32 or bfloat16, got {name!r}")
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        # Supported can mean emulated, and then it is slower.
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        fast = bool(supported) and product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
-    return torch.bfloat16 if fast else torch.float32
-
-
-@cache
-@torch.inference_mode()
-def product_seconds(dtype: torch.dtype) -> float:
-    """Time of a matrix product like those of the transforms on this processor, the best of some."""
-    x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2048, 128), (128, 128), (128,)))
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        dense(x, weight, bias)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:

@@ -8,15 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def fused_types() -> frozenset[torch.dtype]:
+    """Types in which this processor has a matrix product with a clamp behind it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return frozenset()
+    half = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
+    return frozenset([torch.float32, *half])
+
+
 # oneDNN's matrix product with a clamp behind it, as torch's own compiler calls it: a pass over memory less,
 # and in float32 about 10 % faster than the one that `F.linear` takes.
-_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FUSED = fused_types()
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     """``x`` (..., inputs) -> (..., outputs), clamped to ``low``..``high``; weight (outputs, inputs)."""
     bounded = low > -math.inf or high < math.inf
-    if _FUSED and x.device.type == "cpu" and x.dtype != torch.float64:
+    if x.dtype in FUSED and x.device.type == "cpu":
         operation = ("hardtanh", [low, high]) if bounded else ("none", [])
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *operation, "")
     out = F.linear(x, weight, bias)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ugicm.codec.device import pick_precision
 from ugicm_train.losses import Judge, Teacher
 from ugicm_train.regions import cut, draw_regions
 
@@ -60,21 +61,26 @@ class FeatureTeacher:
         sides: Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.sides = tuple(sides)
-        # Converted once: autocast would convert frozen weights again at every call.
-        self.network = network.to(dtype).eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
         self._dtype = dtype
+        """None: what is fast where the pictures are."""
+        self._at: tuple[torch.device, torch.dtype] | None = None
+        """Where the network is, and in which precision; None before it is first asked."""
         self.judges = tuple(partial(self.distance, side=side) for side in self.sides)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Features of (B, 3, side, side) in [0, 1]."""
-        if self._mean.device != pictures.device:
-            self._mean, self._std = self._mean.to(pictures.device), self._std.to(pictures.device)
-            self.network.to(pictures.device)
-        x = ((pictures - self._mean) / self._std).to(self._dtype)
+        device = pictures.device
+        if self._at is None or self._at[0] != device:
+            # Converted once: autocast would convert frozen weights again at every call.
+            self._at = device, self._dtype or pick_precision("auto", device)
+            self._mean, self._std = self._mean.to(device), self._std.to(device)
+            self.network.to(*self._at)
+        x = ((pictures - self._mean) / self._std).to(self._at[1])
         return self.network(x.contiguous(memory_format=torch.channels_last))
 
     def draw(self) -> Judge:

@@ -1,0 +1,64 @@
+"""Where networks run, and in which precision."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from ugicm.codec.dense import dense
+from ugicm.codec.errors import CodecError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        CodecError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CodecError(
+            f"device {name!r} cannot be used here ({reason}); UGICM_DEVICE or --device changes it"
+        ) from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where that is faster: on a processor this is measured, in some milliseconds.
+
+    float16 is not offered: on CPUs it runs in a naive kernel, a thousand times slower.
+    """
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16":
+        return torch.bfloat16
+    if name != "auto":
+        raise CodecError(f"precision must be auto, float32 or bfloat16, got {name!r}")
+    if device.type == "cuda":
+        # Before compute capability 8.0 (T4, V100) it is emulated, and cuDNN has no convolutions in it.
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # Supported can mean emulated, and then it is slower.
+        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = bool(supported) and product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@cache
+@torch.inference_mode()
+def product_seconds(dtype: torch.dtype) -> float:
+    """Time of a matrix product like those of the transforms on this processor, the best of some."""
+    x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in ((2048, 128), (128, 128), (128,)))
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        dense(x, weight, bias)
+        times.append(time.perf_counter() - start)
+    return min(times)
