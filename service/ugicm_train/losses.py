@@ -17,6 +17,8 @@ MACHINE_WEIGHT = 0.5
 RATE_BALANCE = 0.45
 """Losses are divided by lambda^0.45: rate and lambda * distortion both grow about like lambda^0.5, so
 every rate pulls about equally, the high ones slightly more (they starve first)."""
+DISTANCE_MIN = 1e-4
+"""Of the mean that a judge's distances are divided by."""
 OUTLIER = 4.0
 """Balanced loss from where on a sample's gradient no longer grows with it. Photos have .1 to 2.6."""
 
@@ -69,7 +71,8 @@ def rate_distortion_loss(
 
     The machine view exists for the first samples only; the others count their human view alone, which
     leaves the balance of rate and distortion the same for all. At a `strength` between human (0) and machine
-    (1) the teacher counts in proportion. Where no human view is decoded, it counts as without error.
+    (1) the teacher counts in proportion. Where no human view is decoded, it counts as without error. Where
+    the rate has no gradient, the teacher's distance is divided by its mean at that rate.
     """
     count = len(output.machine)
     lambdas = lambda_of(config, level)
@@ -84,13 +87,13 @@ def rate_distortion_loss(
     if judge is not None and count:
         distance = judge(output.machine, x[:count])
         judged = distance.mean().detach()
-        # The same at every rate, while the squared error counts in proportion to lambda: where little detail
-        # is lost, little is changed.
-        pull = teacher_weight * strength * distance
-        if output.bpp.requires_grad:
-            # Where bits can be bought, in proportion to the other losses: at low rates these are small, and
-            # all bits would go where the judge looks.
-            pull = pull * loss[:count].detach()
+        if not output.bpp.requires_grad:
+            # No bits can be bought: a percent counts the same with any judge and at any rate.
+            same = (level[:count, None] == level[:count]).to(distance.dtype)
+            distance = distance / ((same @ distance.detach()) / same.sum(1)).clamp_min(DISTANCE_MIN)
+        # In proportion to the other losses: at low rates these are small, and all bits would go where the
+        # judge looks.
+        pull = teacher_weight * strength * distance * loss[:count].detach()
         loss = torch.cat([loss[:count] + pull, loss[count:]])
     weighted = weight * loss
     # By value, too, an outlier is the worse the larger it is.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 from ugicm.codec.conditioning import Gains, tilt_of
 from ugicm.codec.config import LATENT_STRIDE, ModelConfig
 from ugicm.codec.entropy_twin import LIKELIHOOD_MIN, EntropyNetwork, add_noise, round_straight
-from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, moved_weights
+from ugicm.codec.networks import (
+    Analysis,
+    HyperAnalysis,
+    Synthesis,
+    Weights,
+    between_rates,
+    moved_weights,
+    weights_of,
+)
 
 
 class FactorizedPrior(nn.Module):
@@ -60,7 +67,7 @@ class CodecOutput(NamedTuple):
 
 
 def stacked_weights(
-    weights: Mapping[str, Tensor], low: nn.Module, high: nn.Module, level: Tensor, levels: int
+    middle: Weights, low: Weights, high: Weights, level: Tensor, levels: int
 ) -> dict[str, Tensor]:
     """`moved_weights` at each of the levels (R,), stacked: every weight gets a first dimension R.
 
@@ -68,18 +75,15 @@ def stacked_weights(
     """
     tilt = tilt_of(level, levels)
     shares = torch.stack([torch.ones_like(tilt), (-tilt).relu(), tilt.relu()], 1)
-    sources: tuple[Mapping[str, Tensor], ...] = (
-        weights,
-        dict(low.named_parameters()),
-        dict(high.named_parameters()),
+    flat = torch.stack(
+        [torch.cat([source[name].flatten() for name in middle]) for source in (middle, low, high)]
     )
-    flat = torch.stack([torch.cat([source[name].flatten() for name in weights]) for source in sources])
     with torch.autocast(flat.device.type, enabled=False):
         mixed = shares @ flat
-    parts = mixed.split([value.numel() for value in weights.values()], 1)
+    parts = mixed.split([value.numel() for value in middle.values()], 1)
     return {
         name: part.reshape(len(level), *value.shape)
-        for (name, value), part in zip(weights.items(), parts, strict=True)
+        for (name, value), part in zip(middle.items(), parts, strict=True)
     }
 
 
@@ -105,34 +109,33 @@ class TrainableCodec(nn.Module):
         for name in DIFFERENCES:
             make_zero(getattr(self, name))
 
-    def _between_rates(
-        self, middle: nn.Module, low: nn.Module, high: nn.Module, level: Tensor, rates: int | None
-    ) -> dict[str, Tensor]:
-        """Weights of a transform at the level of a batch, or, by part, at those of its `rates` equal parts.
+    def weights_of(self, part: str) -> Weights:
+        """Weights of a part, by name."""
+        return weights_of(getattr(self, part))
+
+    def _between_rates(self, part: str, level: Tensor, rates: int | None) -> dict[str, Tensor]:
+        """Weights of a part at the level of a batch, or, stacked, at those of its `rates` equal parts.
 
         Raises:
             ValueError: no parts, but the levels differ.
         """
-        weights = dict(middle.named_parameters())
+        middle, low, high = (self.weights_of(name) for name in (part, f"{part}_low", f"{part}_high"))
         if rates is not None:
-            return stacked_weights(weights, low, high, level[:: len(level) // rates], self.config.levels)
+            return stacked_weights(middle, low, high, level[:: len(level) // rates], self.config.levels)
         if len(level.unique()) != 1:
             raise ValueError(f"a batch is coded at one level, got {level.tolist()}")
         tilt = tilt_of(float(level[0]), self.config.levels)
-        return moved_weights(weights, *between_rates(low, high, tilt))
+        return moved_weights(middle, *between_rates(low, high, tilt))
 
     def latent_of(self, x: Tensor, level: Tensor, rates: int | None = None) -> Tensor:
         """y before gains, (B, M, H/16, W/16)."""
-        weights = self._between_rates(self.analysis, self.analysis_low, self.analysis_high, level, rates)
+        weights = self._between_rates("analysis", level, rates)
         latent: Tensor = torch.func.functional_call(self.analysis, weights, (x,))
         return latent
 
-    def _human_weights(self, level: Tensor, rates: int | None) -> dict[str, Tensor]:
-        return self._between_rates(self.synthesis, self.synthesis_low, self.synthesis_high, level, rates)
-
     def human_view(self, latent: Tensor, level: Tensor, rates: int | None = None) -> Tensor:
         """Decode (B, M, H/16, W/16) for people."""
-        weights = self._human_weights(level, rates)
+        weights = self._between_rates("synthesis", level, rates)
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view
 
@@ -161,8 +164,8 @@ class TrainableCodec(nn.Module):
             rates = whole
         latent, level = latent[:count], level[:count]
         with torch.no_grad():
-            human = self._human_weights(level, rates)
-        added = self._between_rates(self.preference, self.preference_low, self.preference_high, level, rates)
+            human = self._between_rates("synthesis", level, rates)
+        added = self._between_rates("preference", level, rates)
         weights = {name: value + strength * added[name] for name, value in human.items()}
         view: Tensor = torch.func.functional_call(self.synthesis, weights, (latent,))
         return view

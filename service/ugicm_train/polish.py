@@ -7,6 +7,9 @@ frozen. No bitstream changes by a byte, so what was encoded before is decoded be
                 the last bit
     both        the human's synthesis transform, too, as in the paper
 
+and of that, the weights, or only how much there is of each row and column of them (`Scales`): a sixtieth of
+the parameters, which gradients of few crops tell more about.
+
 At the end the machine view's grain is set (`ugicm.codec.grain`).
 """
 
@@ -17,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ugicm.codec.config import ModelConfig
+from ugicm.codec.networks import Weights
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
@@ -32,6 +36,9 @@ from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
 VIEWS = {"machine": PREFERENCE, "both": ("synthesis", "synthesis_low", "synthesis_high", *PREFERENCE)}
 """Parts of the model that polishing changes, by the view that learns."""
 
+LEARN = ("weights", "scales")
+"""What of these parts polishing changes."""
+
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
 GRAIN_CROPS = 64
@@ -40,10 +47,50 @@ LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
 
 
+class Scales(nn.Module):
+    """How much there is of each row and column of a part's matrices, each filter and each bias.
+
+    A weight (out, in) is multiplied by 1 + row + column, every other parameter by 1 + row, from zero.
+    """
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        named = {_key(name): value for name, value in part.named_parameters()}
+        self.rows = nn.ParameterDict({key: value.new_zeros(len(value)) for key, value in named.items()})
+        self.columns = nn.ParameterDict(
+            {key: value.new_zeros(value.shape[1]) for key, value in named.items() if value.ndim == 2}
+        )
+
+    def forward(self, weights: Weights) -> Weights:
+        return {name: value * self._times(_key(name), value.ndim) for name, value in weights.items()}
+
+    def _times(self, key: str, dimensions: int) -> Tensor:
+        times = 1 + self.rows[key].view(-1, *[1] * (dimensions - 1))
+        return times + self.columns[key] if key in self.columns else times
+
+
+def _key(name: str) -> str:
+    """A parameter's name where names have no dots."""
+    return name.replace(".", "/")
+
+
 class PolishedCodec(TrainableCodec):
     """Encodes without gradients, on the integers that a decoder sees."""
 
     human_learns = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.scales = nn.ModuleDict()
+        """Of parts, by name."""
+
+    def weights_of(self, part: str) -> Weights:
+        """Weights of a part, scaled."""
+        weights = super().weights_of(part)
+        if part not in self.scales:
+            return weights
+        scaled: Weights = self.scales[part](weights)
+        return scaled
 
     def forward(
         self,
@@ -71,13 +118,27 @@ class PolishedCodec(TrainableCodec):
 class Polisher(Trainer):
     """A `Trainer` that starts from a trained model and moves nothing but (parts of) its synthesis."""
 
-    def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str) -> None:
+    def __init__(
+        self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str, learn: str
+    ) -> None:
         polished = PolishedCodec(model.config).requires_grad_(False)
         polished.load_state_dict(model.state_dict())
         polished.human_learns = view == "both"
         for name in VIEWS[view]:
-            getattr(polished, name).requires_grad_(True)
+            part = getattr(polished, name)
+            if learn == "scales":
+                polished.scales[name] = Scales(part)
+            else:
+                part.requires_grad_(True)
         super().__init__(polished, options, out)
+
+    def learned(self, view: str) -> dict[str, Tensor]:
+        """Parameters of the parts that learned, as the moving average has them."""
+        return {
+            f"{part}.{name}": value
+            for part in VIEWS[view]
+            for name, value in self.average.weights_of(part).items()
+        }
 
 
 def polish(
@@ -88,6 +149,7 @@ def polish(
     run: Path,
     *,
     view: str = "machine",
+    learn: str = "weights",
     restart: bool = False,
     teacher: Teacher | None = None,
     teacher_name: str | None = None,
@@ -103,6 +165,7 @@ def polish(
         data: folders of photos or shards.
         run: folder for the checkpoint and the log of this polish.
         view: which view learns, ``machine`` or ``both`` (see the module's text).
+        learn: ``weights`` or ``scales``.
         restart: forget the machine view that the model has learned and begin with the human view.
         teacher: judge of the machine view; None leaves the squared error alone.
         teacher_name: recorded in ``config.json``.
@@ -119,22 +182,23 @@ def polish(
     if restart:
         for part in PREFERENCE:
             make_zero(getattr(model, part))
-    polisher = Polisher(model, options, run, view=view)
+    polisher = Polisher(model, options, run, view=view, learn=learn)
     if resume:
         polisher.load(load_checkpoint(run))
     sampler = polisher.read(data)
     polisher.run(sampler, teacher)
     if polisher.stop_requested or not polisher.processes.first:
         return  # where stopped, the checkpoint waits for --resume
+    learned = polisher.learned(view)
+    tensors |= {name: value.float().cpu().contiguous() for name, value in learned.items()}
     if grain:
-        tensors["grain"] = grain * usual_error(polisher.average, sampler)
+        model.load_state_dict(learned, strict=False)
+        tensors["grain"] = grain * usual_error(model.to(polisher.device), sampler)
     else:
         tensors.pop("grain", None)
-    for part in VIEWS[view]:
-        for name, value in getattr(polisher.average, part).state_dict().items():
-            tensors[f"{part}.{name}"] = value.float().cpu().contiguous()
     record = {
         "view": view,
+        "learned": learn,
         "restarted": restart,
         "teacher": teacher_name,
         "teacher_weight": options.teacher_weight,
@@ -184,9 +248,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--steps", type=int)
     parser.add_argument("--view", choices=tuple(VIEWS), default="machine", help="which view learns")
     parser.add_argument(
+        "--learn", choices=LEARN, default="weights", help="the weights, or how much of each row and column"
+    )
+    parser.add_argument(
         "--restart", action="store_true", help="begin with the human view as the machine view"
     )
-    parser.add_argument("--teacher-weight", type=float, default=1.0)
+    parser.add_argument("--teacher-weight", type=float, default=0.3)
     parser.add_argument(
         "--grain",
         type=float,
@@ -239,6 +306,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.run or folder.with_name(f"{folder.name}.polish"),
         view=arguments.view,
+        learn=arguments.learn,
         restart=arguments.restart,
         teacher=parse_teacher(arguments.teacher),
         teacher_name=arguments.teacher,

@@ -12,7 +12,7 @@ from ugicm.codec.coder import TOTAL
 from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import float_weights
-from ugicm.codec.networks import between_rates, moved_weights
+from ugicm.codec.networks import between_rates, moved_weights, weights_of
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
@@ -101,8 +101,8 @@ def move_rates(
     ends = (math.log(new.lambda_min), math.log(new.lambda_max))
     span = math.log(old.lambda_max / old.lambda_min)
     tilts = [2 * (at - math.log(old.lambda_min)) / span - 1 for at in (*ends, sum(ends) / 2)]
-    weights = dict(middle.named_parameters())
-    moved = [moved_weights(weights, *between_rates(low, high, tilt)) for tilt in tilts]
+    weights, below, above = (weights_of(module) for module in (middle, low, high))
+    moved = [moved_weights(weights, *between_rates(below, above, tilt)) for tilt in tilts]
     for name in weights:
         least, most, centre = (values[name] for values in moved)
         low.get_parameter(name).copy_(least - centre)

@@ -5,6 +5,7 @@ Needs only torch, numpy, Pillow and safetensors; shows a live progress bar where
 
 from __future__ import annotations
 
+import copy
 import csv
 import dataclasses
 import json
@@ -143,8 +144,7 @@ class Trainer:
         if not options.machine_share:
             for part in PREFERENCE:
                 getattr(self.model, part).requires_grad_(False)
-        self.average = TrainableCodec(self.config).to(self.device).requires_grad_(False)
-        self.average.load_state_dict(self.model.state_dict())
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = Optimizer(
             self.model, self.average, self.processes, clip=options.clip, dtype=self.dtype
         )

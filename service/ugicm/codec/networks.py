@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ugicm.codec.config import PATCH, ModelConfig
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 ACTIVATION_MAX = 16.0
 """Bound of the hidden layers of both transforms. Photos stay within; without it every block multiplies what
@@ -32,6 +33,8 @@ few training steps can learn from."""
 
 Layer = tuple[Tensor, Tensor]
 """Weight and bias."""
+Weights = Mapping[str, Tensor]
+"""Those of a module by name."""
 
 
 def _by_sample(x: Tensor, weight: Tensor, bias: Tensor) -> Layer:
@@ -205,10 +208,13 @@ class Synthesis(nn.Module):
         return F.pixel_shuffle(self.fold(x).float(), PATCH) + 0.5
 
 
-def moved_weights(
-    weights: Mapping[str, Tensor], *changes: tuple[nn.Module, float | Tensor]
-) -> dict[str, Tensor]:
-    """Every weight by name plus those of modules of the same shape, each times a share; differentiable.
+def weights_of(module: nn.Module) -> Weights:
+    """By name."""
+    return dict(module.named_parameters())
+
+
+def moved_weights(weights: Weights, *changes: tuple[Weights, float | Tensor]) -> dict[str, Tensor]:
+    """Every weight by name plus others of the same names and shapes, each times a share; differentiable.
 
     This is how one transform serves every rate and every preference. Rates: weights lie on a line from those
     of the lowest quality to those of the middle one and on another to those of the highest (`between_rates`).
@@ -219,14 +225,12 @@ def moved_weights(
     """
     result = dict(weights)
     for change, share in changes:
-        for name, difference in change.named_parameters():
+        for name, difference in change.items():
             result[name] = result[name] + share * difference
     return result
 
 
-def between_rates(
-    low: nn.Module, high: nn.Module, tilt: float
-) -> tuple[tuple[nn.Module, float], tuple[nn.Module, float]]:
+def between_rates(low: T, high: T, tilt: float) -> tuple[tuple[T, float], tuple[T, float]]:
     """How much of what the lowest (tilt -1) and the highest rate (1) add to the weights of the middle one."""
     return (low, max(-tilt, 0.0)), (high, max(tilt, 0.0))
 
@@ -236,6 +240,6 @@ def moved(module: M, *changes: tuple[nn.Module, float]) -> M:
     """A copy of `module` with its `moved_weights`."""
     copied = copy.deepcopy(module)
     # At least one end of every two rates has no share.
-    needed = [(change, share) for change, share in changes if share]
-    copied.load_state_dict(moved_weights(dict(module.named_parameters()), *needed))
+    needed = [(weights_of(change), share) for change, share in changes if share]
+    copied.load_state_dict(moved_weights(weights_of(module), *needed))
     return copied
