@@ -20,7 +20,7 @@ from ugicm_train.data import CropSampler
 from ugicm_train.export import export
 from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, make_zero
-from ugicm_train.polish import VIEWS, PolishedCodec, Scales, add_arguments, polish, run, usual_error
+from ugicm_train.polish import LEARN, VIEWS, PolishedCodec, Scales, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
 from ugicm_train.train import TrainOptions, train
 
@@ -41,10 +41,8 @@ def squared_error(codec: Codec, bitstream: bytes, photo: NDArray[np.uint8], stre
     return float(np.square(codec.decode([bitstream], strength)[0].astype(float) - photo).mean())
 
 
-@pytest.mark.parametrize(
-    ("view", "learn"),
-    [("machine", "weights"), ("both", "weights"), ("machine", "scales"), ("both", "scales")],
-)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("learn", LEARN)
 def test_bitstreams_stay_the_same_and_decode_better(
     tmp_path: Path, data: Path, photo: NDArray[np.uint8], view: str, learn: str
 ) -> None:

@@ -81,7 +81,9 @@ class TestDistance:
         b = torch.tensor([[[3.0, 0.0], [1.0, 0.0]]])
         torch.testing.assert_close(feature_distance(a, b), torch.tensor([0.5]))
 
-    def test_every_layer_counts_alike(self, crop: torch.Tensor) -> None:
+    def test_every_layer_counts_alike(self, crop: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(distance_module, "pick_precision", lambda name, device: torch.float32)
+
         class Layers(nn.Module):
             def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
                 flat = x.flatten(2).transpose(1, 2)
@@ -92,8 +94,7 @@ class TestDistance:
                 return super().forward(x)[:1]
 
         two, one = (
-            FeatureTeacher(net, sides=(32,), mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
-            for net in (Layers(), Shallow())
+            FeatureTeacher(net, sides=(32,), mean=(0, 0, 0), std=(1, 1, 1)) for net in (Layers(), Shallow())
         )
         noisy = crop + 0.1 * torch.randn_like(crop)
         torch.manual_seed(0)

@@ -9,12 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def has_bfloat16() -> bool:
+    """Whether oneDNN takes it on this processor, where it may be emulated all the same."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def fused_types() -> frozenset[torch.dtype]:
     """Types in which this processor has a matrix product with a clamp behind it."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
-    half = [torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
-    return frozenset([torch.float32, *half])
+    return frozenset([torch.float32, torch.bfloat16] if has_bfloat16() else [torch.float32])
 
 
 # oneDNN's matrix product with a clamp behind it, as torch's own compiler calls it: a pass over memory less,

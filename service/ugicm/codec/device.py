@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from ugicm.codec.dense import dense
+from ugicm.codec.dense import dense, has_bfloat16
 from ugicm.codec.errors import CodecError
 
 
@@ -45,9 +45,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         # Before compute capability 8.0 (T4, V100) it is emulated, and cuDNN has no convolutions in it.
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Supported can mean emulated, and then it is slower.
-        supported = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        fast = bool(supported) and product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
+        fast = has_bfloat16() and product_seconds(torch.bfloat16) < 0.8 * product_seconds(torch.float32)
     return torch.bfloat16 if fast else torch.float32
 
 

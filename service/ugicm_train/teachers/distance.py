@@ -61,26 +61,23 @@ class FeatureTeacher:
         sides: Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
-        dtype: torch.dtype | None = None,
     ) -> None:
         self.sides = tuple(sides)
         self.network = network.eval().requires_grad_(False)
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self._dtype = dtype
-        """None: what is fast where the pictures are."""
-        self._at: tuple[torch.device, torch.dtype] | None = None
-        """Where the network is, and in which precision; None before it is first asked."""
+        self._dtype: torch.dtype | None = None
+        """Of the network: what is fast where the pictures are; None before it is first asked."""
         self.judges = tuple(partial(self.distance, side=side) for side in self.sides)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
         """Features of (B, 3, side, side) in [0, 1]."""
         device = pictures.device
-        if self._at is None or self._at[0] != device:
+        if self._dtype is None or self._mean.device != device:
             # Converted once: autocast would convert frozen weights again at every call.
-            self._at = device, self._dtype or pick_precision("auto", device)
+            self._dtype = pick_precision("auto", device)
             self._mean, self._std = self._mean.to(device), self._std.to(device)
-            self.network.to(*self._at)
-        x = ((pictures - self._mean) / self._std).to(self._at[1])
+            self.network.to(device, self._dtype)
+        x = ((pictures - self._mean) / self._std).to(self._dtype)
         return self.network(x.contiguous(memory_format=torch.channels_last))
 
     def draw(self) -> Judge:
