@@ -191,7 +191,9 @@ def run_record(state: dict[str, Any]) -> dict[str, Any]:
 def load_average(state: dict[str, Any]) -> TrainableCodec:
     """The moving average of a checkpoint, as a float32 model for evaluation."""
     model = TrainableCodec(ModelConfig.from_dict(state["config"]))
+    model.learn_scales({name.split(".")[1] for name in state["average"] if name.startswith("scales.")})
     model.load_state_dict(state["average"])
+    model.settle_scales()
     return model.eval().requires_grad_(False)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from ugicm.codec.networks import (
     moved_weights,
     weights_of,
 )
+from ugicm_train.scales import Scales
 
 
 class FactorizedPrior(nn.Module):
@@ -48,6 +50,10 @@ PREFERENCE = ("preference", "preference_low", "preference_high")
 """Parts that make up the machine view."""
 DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high", *PREFERENCE)
 """Parts of the model that others are moved by (`ugicm.codec.networks.moved_weights`)."""
+SCALED = ("analysis", "hyper_analysis", "entropy", "synthesis", *DIFFERENCES)
+"""Parts that may learn `Scales` in place of weights: all but gains and prior, which are small."""
+DIFFERENCE_PACE = 8.0
+"""Of scales of `DIFFERENCES`: these are small, and so are shares of them."""
 
 
 @torch.no_grad()
@@ -108,10 +114,33 @@ class TrainableCodec(nn.Module):
         """What the lowest and the highest rate add to that."""
         for name in DIFFERENCES:
             make_zero(getattr(self, name))
+        self.scales = nn.ModuleDict()
+        """What learns in place of parts' weights, by these parts' names."""
+
+    def learn_scales(self, parts: Iterable[str]) -> None:
+        """From now on, weights of these parts (of `SCALED`) learn nothing but `Scales`."""
+        for name in parts:
+            part = getattr(self, name).requires_grad_(False)
+            self.scales[name] = Scales(part, DIFFERENCE_PACE if name in DIFFERENCES else 1.0)
+
+    @torch.no_grad()
+    def settle_scales(self) -> None:
+        """Put what scales have learned into the weights."""
+        for name in self.scales:
+            getattr(self, name).load_state_dict(self.weights_of(name))
+        self.scales.clear()
 
     def weights_of(self, part: str) -> Weights:
-        """Weights of a part, by name."""
-        return weights_of(getattr(self, part))
+        """Weights of a part, by name, scaled."""
+        weights = weights_of(getattr(self, part))
+        if part not in self.scales:
+            return weights
+        scaled: Weights = self.scales[part](weights)
+        return scaled
+
+    def _call(self, part: str, *inputs: Tensor, **options: bool) -> Any:
+        """What a part makes of `inputs` with its `weights_of`."""
+        return torch.func.functional_call(getattr(self, part), dict(self.weights_of(part)), inputs, options)
 
     def _between_rates(self, part: str, level: Tensor, rates: int | None) -> dict[str, Tensor]:
         """Weights of a part at the level of a batch, or, stacked, at those of its `rates` equal parts.
@@ -188,9 +217,9 @@ class TrainableCodec(nn.Module):
         height, width = x.shape[2:]
         gain, inverse = self.gains(level)
         y = self.latent_of(x, level, rates).float() * gain
-        z = self.hyper_analysis(y).float()
+        z = self._call("hyper_analysis", y).float()
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
-        y_hat, y_bits = self.entropy(round_straight(z), y, noise=noise)
+        y_hat, y_bits = self._call("entropy", round_straight(z), y, noise=noise)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         human = self.human_view(latent, level, rates)
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)

@@ -7,8 +7,7 @@ frozen. No bitstream changes by a byte, so what was encoded before is decoded be
                 the last bit
     both        the human's synthesis transform, too, as in the paper
 
-and of that, the weights, or only how much there is of each row and column of them (`Scales`): a sixtieth of
-the parameters, which gradients of few crops tell more about.
+and of that, the weights or `ugicm_train.scales`.
 
 At the end the machine view's grain is set (`ugicm.codec.grain`).
 """
@@ -20,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.networks import Weights
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
@@ -31,13 +29,10 @@ from ugicm_train.export import load_average, model_tensors, read_training, run_r
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
-from ugicm_train.train import CHECKPOINT, Trainer, TrainOptions, load_checkpoint
+from ugicm_train.train import CHECKPOINT, LEARN, Trainer, TrainOptions, load_checkpoint
 
 VIEWS = {"machine": PREFERENCE, "both": ("synthesis", "synthesis_low", "synthesis_high", *PREFERENCE)}
 """Parts of the model that polishing changes, by the view that learns."""
-
-LEARN = ("weights", "scales")
-"""What of these parts polishing changes."""
 
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
@@ -47,50 +42,10 @@ LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
 
 
-class Scales(nn.Module):
-    """How much there is of each row and column of a part's matrices, each filter and each bias.
-
-    A weight (out, in) is multiplied by 1 + row + column, every other parameter by 1 + row, from zero.
-    """
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        named = {_key(name): value for name, value in part.named_parameters()}
-        self.rows = nn.ParameterDict({key: value.new_zeros(len(value)) for key, value in named.items()})
-        self.columns = nn.ParameterDict(
-            {key: value.new_zeros(value.shape[1]) for key, value in named.items() if value.ndim == 2}
-        )
-
-    def forward(self, weights: Weights) -> Weights:
-        return {name: value * self._times(_key(name), value.ndim) for name, value in weights.items()}
-
-    def _times(self, key: str, dimensions: int) -> Tensor:
-        times = 1 + self.rows[key].view(-1, *[1] * (dimensions - 1))
-        return times + self.columns[key] if key in self.columns else times
-
-
-def _key(name: str) -> str:
-    """A parameter's name where names have no dots."""
-    return name.replace(".", "/")
-
-
 class PolishedCodec(TrainableCodec):
     """Encodes without gradients, on the integers that a decoder sees."""
 
     human_learns = False
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.scales = nn.ModuleDict()
-        """Of parts, by name."""
-
-    def weights_of(self, part: str) -> Weights:
-        """Weights of a part, scaled."""
-        weights = super().weights_of(part)
-        if part not in self.scales:
-            return weights
-        scaled: Weights = self.scales[part](weights)
-        return scaled
 
     def forward(
         self,
@@ -118,18 +73,15 @@ class PolishedCodec(TrainableCodec):
 class Polisher(Trainer):
     """A `Trainer` that starts from a trained model and moves nothing but (parts of) its synthesis."""
 
-    def __init__(
-        self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str, learn: str
-    ) -> None:
+    def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str) -> None:
         polished = PolishedCodec(model.config).requires_grad_(False)
         polished.load_state_dict(model.state_dict())
         polished.human_learns = view == "both"
-        for name in VIEWS[view]:
-            part = getattr(polished, name)
-            if learn == "scales":
-                polished.scales[name] = Scales(part)
-            else:
-                part.requires_grad_(True)
+        if options.learn == "scales":
+            polished.learn_scales(VIEWS[view])
+        else:
+            for name in VIEWS[view]:
+                getattr(polished, name).requires_grad_(True)
         super().__init__(polished, options, out)
 
     def learned(self, view: str) -> dict[str, Tensor]:
@@ -149,7 +101,6 @@ def polish(
     run: Path,
     *,
     view: str = "machine",
-    learn: str = "weights",
     restart: bool = False,
     teacher: Teacher | None = None,
     teacher_name: str | None = None,
@@ -165,7 +116,6 @@ def polish(
         data: folders of photos or shards.
         run: folder for the checkpoint and the log of this polish.
         view: which view learns, ``machine`` or ``both`` (see the module's text).
-        learn: ``weights`` or ``scales``.
         restart: forget the machine view that the model has learned and begin with the human view.
         teacher: judge of the machine view; None leaves the squared error alone.
         teacher_name: recorded in ``config.json``.
@@ -182,7 +132,7 @@ def polish(
     if restart:
         for part in PREFERENCE:
             make_zero(getattr(model, part))
-    polisher = Polisher(model, options, run, view=view, learn=learn)
+    polisher = Polisher(model, options, run, view=view)
     if resume:
         polisher.load(load_checkpoint(run))
     sampler = polisher.read(data)
@@ -198,7 +148,7 @@ def polish(
         tensors.pop("grain", None)
     record = {
         "view": view,
-        "learned": learn,
+        "learned": options.learn,
         "restarted": restart,
         "teacher": teacher_name,
         "teacher_weight": options.teacher_weight,
@@ -292,6 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
         warmup_steps=20,
         decay=0.5,
         ema=0.99,
+        learn=arguments.learn,
         level_power=LEVEL_POWER,
         teacher_weight=arguments.teacher_weight,
         seed=arguments.seed,
@@ -306,7 +257,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.run or folder.with_name(f"{folder.name}.polish"),
         view=arguments.view,
-        learn=arguments.learn,
         restart=arguments.restart,
         teacher=parse_teacher(arguments.teacher),
         teacher_name=arguments.teacher,

@@ -29,7 +29,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
-from ugicm_train.model import PREFERENCE, TrainableCodec
+from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -38,6 +38,8 @@ from ugicm_train.start import start_from_dct
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
 STABLE_CHECKPOINT = "before-decay.pt"
 """The state just before the learning rate decays: the best place to go on from."""
+LEARN = ("weights", "scales")
+"""What of a model learns: its weights, or `ugicm_train.scales` of those that it has."""
 DIVERGED = 5.0
 """A run whose rate has grown this many times over its least is stopped: no budget brings it back."""
 DRAWN_BEFORE = 1000
@@ -70,6 +72,8 @@ class TrainOptions:
     """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
     machine_share: float = 1.0
     """Part of the batch, at least, that also decodes the machine view."""
+    learn: str = "weights"
+    """weights or scales."""
     matrix_lr: float = 0.005
     """Muon, for the dense weights."""
     other_lr: float = 1e-3
@@ -92,6 +96,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give exactly one of minutes and steps")
+        if self.learn not in LEARN:
+            raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         if not 0 < self.min_scale <= 1:
             raise ValueError(f"min_scale must be in (0, 1], got {self.min_scale}")
         if self.crop % 64:
@@ -189,11 +195,21 @@ class Trainer:
             "step": self.step,
             "minutes": self.minutes,
             "record": self.record,
+            "learn": self.options.learn,
             "config": self.config.to_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; learning rates come from the options, not from the checkpoint."""
+        """Continue from `state`; learning rates come from the options, not from the checkpoint.
+
+        Raises:
+            ValueError: something else learned there than the options say.
+        """
+        learned = state.get("learn", LEARN[0])
+        if learned != self.options.learn:
+            raise ValueError(
+                f"the checkpoint is of a run with --learn {learned}, got --learn {self.options.learn}"
+            )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         # How the optimiser works, and where, is a matter of this run's device, not of the checkpoint's.
@@ -393,6 +409,8 @@ def train(
             "a teacher judges the machine view, and --machine-share 0 decodes none: give a share above 0, "
             "or no --teacher"
         )
+    if options.learn == "scales" and start is None and resume is None:
+        raise ValueError("--learn scales moves weights that are trained already: give --start")
     if resume is None and (out / CHECKPOINT).exists():
         raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
     state = load_checkpoint(out, resume) if resume else None
@@ -411,8 +429,10 @@ def train(
     else:
         model = TrainableCodec(config)
         start_from_dct(model)
+    if options.learn == "scales":
+        model.learn_scales(SCALED)
     trainer = Trainer(model, options, out)
-    trainer.record = record
+    trainer.record = record | {"learned": options.learn}
     if state is not None:
         trainer.load(state)
     if teacher is not None:

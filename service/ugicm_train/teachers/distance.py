@@ -95,17 +95,28 @@ class FeatureTeacher:
 
 
 class TeacherMix:
-    """Several teachers, one drawn at a time: in the mean the weighted sum of all, at the cost of one."""
+    """Several teachers, one drawn at a time: in the mean the weighted sum of all, at the cost of one.
+
+    Weights say how often a teacher is drawn, so that they count where distances are made alike, too.
+    """
 
     def __init__(self, parts: Sequence[tuple[Teacher, float]]) -> None:
-        """``parts``: teachers with their weights."""
+        """Of `parts`: teachers with their weights.
+
+        Raises:
+            TeacherError: all weights are 0.
+        """
         self.parts = tuple(parts)
+        self._weights = torch.tensor([weight for _, weight in self.parts])
+        self._sum = float(self._weights.sum())
+        if self._sum <= 0:
+            raise TeacherError("the weights of all teachers are 0: give one of them a larger one")
         self._times = cache(_times)
 
     def draw(self) -> Judge:
-        """A judge of one of the teachers, times that one's weight and their number."""
-        teacher, weight = self.parts[int(torch.randint(len(self.parts), ()))]
-        return self._times(len(self.parts) * weight, teacher.draw())
+        """A judge of one of the teachers, times the sum of all weights."""
+        teacher, _ = self.parts[int(torch.multinomial(self._weights, 1))]
+        return self._times(self._sum, teacher.draw())
 
 
 def _times(factor: float, judge: Judge) -> Judge:
