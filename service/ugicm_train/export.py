@@ -27,7 +27,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
-from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec
+from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
@@ -191,7 +191,7 @@ def run_record(state: dict[str, Any]) -> dict[str, Any]:
 def load_average(state: dict[str, Any]) -> TrainableCodec:
     """The moving average of a checkpoint, as a float32 model for evaluation."""
     model = TrainableCodec(ModelConfig.from_dict(state["config"]))
-    model.learn_scales({name.split(".")[1] for name in state["average"] if name.startswith("scales.")})
+    model.learn_scales(scaled_parts(state["average"]))
     model.load_state_dict(state["average"])
     model.settle_scales()
     return model.eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,11 @@ def make_zero(change: nn.Module) -> None:
     """Forget what a difference of weights has learned."""
     for parameter in change.parameters():
         parameter.zero_()
+
+
+def scaled_parts(state: Mapping[str, Tensor]) -> set[str]:
+    """Parts that learn `Scales`, of the state of a `TrainableCodec`."""
+    return {name.split(".")[1] for name in state if name.startswith("scales.")}
 
 
 class CodecOutput(NamedTuple):

@@ -1,6 +1,6 @@
 """Learning little about much: how much there is of each row and column of matrices that are trained already.
 
-A hundredth to a sixtieth of the parameters, which gradients of few crops tell more about than about the
+A sixtieth of the parameters, which gradients of few crops tell more about than about the
 weights themselves (measured: docs/training.md).
 """
 

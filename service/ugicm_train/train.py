@@ -29,7 +29,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
-from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec
+from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -195,7 +195,6 @@ class Trainer:
             "step": self.step,
             "minutes": self.minutes,
             "record": self.record,
-            "learn": self.options.learn,
             "config": self.config.to_dict(),
         }
 
@@ -205,7 +204,7 @@ class Trainer:
         Raises:
             ValueError: something else learned there than the options say.
         """
-        learned = state.get("learn", LEARN[0])
+        learned = "scales" if scaled_parts(state["model"]) else "weights"
         if learned != self.options.learn:
             raise ValueError(
                 f"the checkpoint is of a run with --learn {learned}, got --learn {self.options.learn}"
