@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,20 @@ def test_hostile_payload_behind_a_valid_checksum(tiny_codec: Codec, photo: Photo
         else:
             assert picture.shape == photo.shape
     assert refused > len(attempts) // 2
+
+
+@pytest.mark.parametrize("side", [1, 63, 64, 128, 1024, 1 << 20])
+def test_tiles_are_of_the_one_side(tiny_codec: Codec, photo: Photo, side: int) -> None:
+    header, (segment,) = parse(tiny_codec.encode([photo[:64, :100]])[0], max_pixels=1 << 30)
+    tiled = replace(header, tile_side=side)
+    with pytest.raises(MalformedBitstreamError, match=rf"100x64 picture has tiles of 0 .* says {side}"):
+        tiny_codec.decode([serialise(tiled, [segment] * (tiled.tiles_x * tiled.tiles_y))])
+
+
+def test_a_large_picture_is_never_one_tile(tiny_codec: Codec, photo: Photo) -> None:
+    header, segments = parse(tiny_codec.encode([photo])[0], max_pixels=1 << 30)
+    with pytest.raises(MalformedBitstreamError, match=r"10000x9000 picture has tiles of 1024 .* says 0"):
+        tiny_codec.decode([serialise(replace(header, width=10_000, height=9_000), segments)])
 
 
 def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:

@@ -28,7 +28,7 @@ def decode_segment(codec: Codec, bitstream: bytes, segment: bytes, **changes: An
     header, _ = parse(bitstream, max_pixels=codec.max_pixels)
     header = replace(header, **changes)
     try:
-        (picture,) = codec.decode([serialise(header, [segment])])
+        (picture,) = codec.decode([serialise(header, [segment] * header.tiles_x * header.tiles_y)])
     except MalformedBitstreamError:
         return
     assert picture.shape == (header.height, header.width, 3)
@@ -58,6 +58,19 @@ def test_segment_of_another_size(
 ) -> None:
     segment = parse(bitstream, max_pixels=1 << 20).segments[0]
     decode_segment(tiny_codec, bitstream, segment[: len(segment) - 4 * cut], width=width, height=height)
+
+
+SIDES = st.one_of(st.sampled_from([0, 1, 8, 63, 64, 65, 128, 1000, 1024, 1 << 20]), st.integers(0, 1 << 20))
+
+
+@FUZZ
+@given(width=st.integers(1, 1500), height=st.integers(1, 1500), tile_side=SIDES)
+def test_tiles_of_another_size(
+    tiny_codec: Codec, bitstream: bytes, width: int, height: int, tile_side: int
+) -> None:
+    segment = parse(bitstream, max_pixels=1 << 20).segments[0]
+    tile_side = tile_side and max(tile_side, max(width, height) // 16)  # not too many tiles to serialise
+    decode_segment(tiny_codec, bitstream, segment, width=width, height=height, tile_side=tile_side)
 
 
 @FUZZ

@@ -21,7 +21,13 @@ from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_
 from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.device import pick_device, pick_precision
 from ugicm.codec.entropy import EntropyModel, TileSymbols
-from ugicm.codec.errors import CodecError, LimitExceededError, ModelMismatchError, ModelStoreError
+from ugicm.codec.errors import (
+    CodecError,
+    LimitExceededError,
+    MalformedBitstreamError,
+    ModelMismatchError,
+    ModelStoreError,
+)
 from ugicm.codec.inference import (
     NOTHING,
     InferenceAnalysis,
@@ -197,7 +203,8 @@ class Codec:
         for image in images:
             self._check_image(image)
         _check_refine(refine)
-        small = [i for i, image in enumerate(images) if not refine and not _tiled(image)]
+        headers = [self._header(*each) for each in zip(images, qualities, strict=True)]
+        small = [i for i, header in enumerate(headers) if not refine and not header.tile_side]
         out: list[bytes | None] = [None] * len(images)
         for index, latent in zip(
             small,
@@ -208,7 +215,7 @@ class Codec:
         for index, image in enumerate(images):
             if out[index] is None:
                 # Tile by tile, so that a large picture's integers are never all in memory.
-                header = self._header(image, qualities[index])
+                header = headers[index]
                 data = self._serialise(header, self._analyse_image(image, header, refine))
                 out[index] = self._smaller(data, header, image)
         return [data for data in out if data is not None]
@@ -325,12 +332,18 @@ class Codec:
         return self._smaller(self._serialise(latent.header, latent.tiles), latent.header, latent.picture)
 
     def unpack(self, data: bytes) -> Latent:
-        """CPU work of `decode`: entropy decoding, exact on every machine."""
+        """CPU work of `decode`: entropy decoding, exact on every machine. Raises as `decode` does."""
         header, segments = container.parse(data, max_pixels=self.max_pixels)
         if header.model_digest != self._digest:
             raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
         if header.lossless:
             return Latent(header, (), picture=lossless.decompress(segments[0], header.width, header.height))
+        # Tiles of a sender's choice could be odd, or as large as the picture and need gigabytes.
+        if header.tile_side != (side := _tile_side(header.width, header.height)):
+            raise MalformedBitstreamError(
+                f"a {header.width}x{header.height} picture has tiles of {side} pixels a side (0: it is one "
+                f"tile), the bitstream says {header.tile_side}"
+            )
         y_hat = torch.empty(*latent_size(header.width, header.height), self.config.latent_channels)
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
@@ -433,7 +446,7 @@ class Codec:
             height=image.shape[0],
             quality=quality,
             model_digest=self._digest,
-            tile_side=TILE_SIDE if _tiled(image) else 0,
+            tile_side=_tile_side(image.shape[1], image.shape[0]),
         )
 
     def _levels(self, qualities: Sequence[float]) -> Tensor:
@@ -581,8 +594,9 @@ def _shape(header: Header) -> tuple[int, int, int]:
     return header.width, header.height, header.tile_side
 
 
-def _tiled(image: Image) -> bool:
-    return max(image.shape[:2]) > TILE_SIDE and image.shape[0] * image.shape[1] > TILE_SIDE**2
+def _tile_side(width: int, height: int) -> int:
+    """Pixels per side of the tiles of such a picture, 0 where it is one tile."""
+    return TILE_SIDE if max(width, height) > TILE_SIDE and width * height > TILE_SIDE**2 else 0
 
 
 def _spread(value: float | Sequence[float], count: int, what: str) -> list[float]:
