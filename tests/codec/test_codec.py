@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 import ugicm.codec.codec as codec_module
-from ugicm.codec.bitstream import parse, peek, serialise
+from ugicm.codec.bitstream import MAX_SIDE, parse, peek, serialise
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import (
     CodecError,
@@ -193,6 +193,15 @@ def test_too_many_pixels(tiny_codec: Codec, photo: Photo, monkeypatch: pytest.Mo
         tiny_codec.encode([photo])
     with pytest.raises(LimitExceededError, match="UGICM_MAX_PIXELS"):
         tiny_codec.decode([data])
+
+
+@pytest.mark.parametrize("shape", [(1, MAX_SIDE + 1, 3), (MAX_SIDE + 1, 1, 3)])
+def test_too_long_a_side(tiny_codec: Codec, shape: tuple[int, ...]) -> None:
+    image = np.zeros(shape, np.uint8)
+    with pytest.raises(LimitExceededError, match=r"1048577 is over the limit of 1048576; scaling it down"):
+        tiny_codec.analyse([image])
+    with pytest.raises(LimitExceededError):
+        tiny_codec.encode([image])
 
 
 def test_foreign_model_is_refused_by_name(tiny_codec: Codec, photo: Photo) -> None:

@@ -436,6 +436,13 @@ class Codec:
                 actual=image.shape[0] * image.shape[1],
                 setting=MAX_PIXELS_SETTING,
             )
+        if (side := max(image.shape[:2])) > container.MAX_SIDE:
+            raise LimitExceededError(
+                f"pixels per side of a {image.shape[1]}x{image.shape[0]} image",
+                limit=container.MAX_SIDE,
+                actual=side,
+                setting="scaling it down",
+            )
 
     def _header(self, image: Image, quality: float) -> Header:
         if not QUALITY_MIN <= quality <= QUALITY_MAX:
