@@ -96,6 +96,11 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give exactly one of minutes and steps")
+        for name in ("minutes", "steps"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.learn not in LEARN:
             raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         if not 0 < self.min_scale <= 1:
@@ -114,7 +119,7 @@ class DivergedError(ValueError):
 
 def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float:
     """Linear warm-up, then constant, then linear decay to zero; `done` is the run's finished part."""
-    warm = min(1.0, (step + 1) / options.warmup_steps)
+    warm = min(1.0, (step + 1) / max(1, options.warmup_steps))
     cool = min(1.0, (1.0 - done) / options.decay) if options.decay > 0 else 1.0
     return warm * max(cool, 0.0)
 
@@ -370,7 +375,9 @@ class Trainer:
                     log.writerow(row)
                     log_file.flush()
                     self._check(row)
-                    progress.update(row, done=done, remaining_s=elapsed * 60 * (1 / done - 1))
+                    # Nothing is known yet where the first step of a resumed run is logged.
+                    remaining_s = elapsed * 60 * (1 / done - 1) if done else math.inf
+                    progress.update(row, done=done, remaining_s=remaining_s)
                     logged, sums, count = now, {}, 0
                 if now - saved > options.checkpoint_minutes * 60:
                     _save(self.out / CHECKPOINT, self.state())

@@ -76,6 +76,16 @@ def test_training_learns_resumes_and_exports(photos: Path, tmp_path: Path) -> No
     assert 10 * np.log10(255**2 / np.mean((decoded.astype(float) - picture) ** 2)) > 22
 
 
+def test_a_run_resumes_just_before_a_row_of_the_log(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=1, batch=1)
+    train(TINY, options, [photos], tmp_path)
+    state = load_checkpoint(tmp_path)
+    torch.save(state | {"step": 49}, tmp_path / "checkpoint.pt")
+    train(TINY, dataclasses.replace(options, steps=2), [photos], tmp_path, resume="checkpoint.pt")
+    assert load_checkpoint(tmp_path)["step"] == 51
+    assert [row["step"] for row in rows(tmp_path)] == [50]
+
+
 def test_a_checkpoint_of_another_device_resumes(photos: Path, tmp_path: Path) -> None:
     options = dataclasses.replace(OPTIONS, steps=1)
     train(TINY, options, [photos], tmp_path)
@@ -186,6 +196,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert factors[10:51] == [1.0] * 41
     assert factors[75] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.02)
+    assert learning_rate_factor(0, 0.0, dataclasses.replace(options, warmup_steps=0)) == 1
 
 
 def far_from_green(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -336,6 +347,10 @@ def test_estimated_rate_is_the_real_rate(tmp_path: Path, photos: Path) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="exactly one of minutes and steps"):
         TrainOptions()
+    with pytest.raises(ValueError, match="minutes must be above 0, got 0"):
+        TrainOptions(minutes=0.0)
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
+        TrainOptions(steps=1, warmup_steps=-1)
     with pytest.raises(ValueError, match="multiple of 64"):
         TrainOptions(steps=1, crop=100)
     with pytest.raises(ValueError, match="machine_share"):
