@@ -126,14 +126,15 @@ def test_requirements_are_those_of_the_project() -> None:
     import tomllib
 
     done = subprocess.run(
-        [sys.executable, "docker/requirements.py", "pyproject.toml", "otel"],
+        [sys.executable, "docker/requirements.py", "pyproject.toml", "otel", "cluster"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,
     )
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    expected = project["dependencies"] + project["optional-dependencies"]["otel"]
+    extras = project["optional-dependencies"]
+    expected = [*project["dependencies"], *extras["otel"], *extras["cluster"]]
     assert done.stdout.splitlines() == expected
 
 
