@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import SSLConnection
 
 from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache
 from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
@@ -141,6 +142,23 @@ def test_the_url_decides(url: str, kind: type[object]) -> None:
 def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
     with pytest.raises(ValueError, match="UGICM_CACHE_URL"):
         open_cache(Settings.model_construct(cache_url=url))
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "password", "encrypted"),
+    [
+        ("redis://valkey:6379/0", "valkey", None, False),
+        ("redis://:valkey-pw@h", "h", "valkey-pw", False),
+        ("valkey://:valkey-pw@valkey", "valkey", "valkey-pw", False),
+        ("valkeys://valkey", "valkey", None, True),
+        ("rediss://h", "h", None, True),
+    ],
+)
+def test_only_the_scheme_is_translated(url: str, host: str, password: str | None, encrypted: bool) -> None:
+    pool = RedisCache(url, ttl_s=1)._redis.connection_pool
+    assert pool.connection_kwargs["host"] == host
+    assert pool.connection_kwargs.get("password") == password
+    assert issubclass(pool.connection_class, SSLConnection) is encrypted
 
 
 # Files

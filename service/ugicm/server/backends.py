@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
 import threading
 import time
@@ -137,7 +138,8 @@ class RedisCache:
     def __init__(self, url: str, *, ttl_s: int) -> None:
         from redis.asyncio import Redis
 
-        self._redis: Any = Redis.from_url(url.replace("valkey", "redis", 1))
+        # The scheme only: "valkey" may as well be part of a host's name or of a password.
+        self._redis: Any = Redis.from_url(re.sub("^valkey", "redis", url))
         self._ttl_s = ttl_s
 
     async def get(self, id: str) -> bytes | None:
