@@ -73,8 +73,6 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
         table = torch.tensor(reach, dtype=torch.float32)
         if len(table) != stored.config.levels or not ((table >= 0) & (table <= 1)).all():
             raise ValueError(f"reach needs {stored.config.levels} numbers in 0..1, got {list(reach)}")
-        if GRAIN in mixed:
-            mixed[GRAIN] = mixed[GRAIN] * table
     else:
         table = tables[0]
         if any(not torch.equal(other, table) for other in tables):

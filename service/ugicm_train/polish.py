@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ugicm.codec.conditioning import at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
@@ -43,9 +44,24 @@ LEVEL_POWER = 1.2
 
 
 class PolishedCodec(TrainableCodec):
-    """Encodes without gradients, on the integers that a decoder sees."""
+    """Encodes without gradients, on the integers that a decoder sees, and shows what of the machine view it
+    shows."""
 
     human_learns = False
+
+    def __init__(self, config: ModelConfig, reach: Tensor | None = None) -> None:
+        """``reach``: how much of the machine view there is at each level, (levels,); None for all."""
+        super().__init__(config)
+        self.reach: Tensor
+        # No part of checkpoints: it does not learn.
+        self.register_buffer("reach", torch.ones(config.levels) if reach is None else reach, persistent=False)
+
+    def _between_rates(self, part: str, level: Tensor, rates: int | None) -> dict[str, Tensor]:
+        weights = super()._between_rates(part, level, rates)
+        if part != "preference":
+            return weights
+        reach = at_level(self.reach, level[:: len(level) // (rates or 1)])
+        return {name: value * reach.view(-1, *[1] * (value.ndim - 1)) for name, value in weights.items()}
 
     def forward(
         self,
@@ -73,8 +89,16 @@ class PolishedCodec(TrainableCodec):
 class Polisher(Trainer):
     """A `Trainer` that starts from a trained model and moves nothing but (parts of) its synthesis."""
 
-    def __init__(self, model: TrainableCodec, options: TrainOptions, out: Path, *, view: str) -> None:
-        polished = PolishedCodec(model.config).requires_grad_(False)
+    def __init__(
+        self,
+        model: TrainableCodec,
+        options: TrainOptions,
+        out: Path,
+        *,
+        view: str,
+        reach: Tensor | None = None,
+    ) -> None:
+        polished = PolishedCodec(model.config, reach).requires_grad_(False)
         polished.load_state_dict(model.state_dict())
         polished.human_learns = view == "both"
         if options.learn == "scales":
@@ -116,7 +140,8 @@ def polish(
         data: folders of photos or shards.
         run: folder for the checkpoint and the log of this polish.
         view: which view learns, ``machine`` or ``both`` (see the module's text).
-        restart: forget the machine view that the model has learned and begin with the human view.
+        restart: forget the machine view that the model has learned, and its reach, and begin with the human
+            view.
         teacher: judge of the machine view; None leaves the squared error alone.
         teacher_name: recorded in ``config.json``.
         grain: deviation of the machine view's grain, as a share of the human view's error; 0 for none.
@@ -132,7 +157,9 @@ def polish(
     if restart:
         for part in PREFERENCE:
             make_zero(getattr(model, part))
-    polisher = Polisher(model, options, run, view=view)
+        for known in (tensors, training):
+            known.pop("reach", None)
+    polisher = Polisher(model, options, run, view=view, reach=tensors.get("reach"))
     if resume:
         polisher.load(load_checkpoint(run))
     sampler = polisher.read(data)

@@ -430,6 +430,14 @@ def train(
         from ugicm_train.restore import restore, start_from
 
         stored = read_model(model_path(start))
+        if (reach := stored.tensors.get("reach")) is not None and not bool((reach == 1).all()):
+            # What is decoded there would be trained, and exported, as if nothing were held back.
+            shares = " ".join(f"{value:.4g}" for value in reach.tolist())
+            raise ValueError(
+                f"{start} shows only a part of its machine view at each level (reach {shares}), and a run "
+                f"trains all of it: start from a copy with `ugicm-train mix COPY {start} {start} --reach"
+                f"{' 1' * len(reach)}`"
+            )
         record["start"] = {"weights": stored.weights_sha256} | read_training(model_path(start))
         model = start_from(restore(stored.config, stored.tensors), config)
     else:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
-from ugicm.codec.store import load_codec, read_model
+from ugicm.codec.store import StoredModel, load_codec, read_model
 from ugicm_train.data import CropSampler
-from ugicm_train.export import export
+from ugicm_train.export import export, model_tensors, read_training, write_model
 from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, make_zero
-from ugicm_train.polish import VIEWS, add_arguments, polish, run, usual_error
+from ugicm_train.polish import VIEWS, PolishedCodec, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
 from ugicm_train.train import LEARN, TrainOptions, train
 
@@ -94,6 +94,47 @@ def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo:
     error = (y_hat.permute(1, 2, 0) - exact).abs()
     assert float(error.median()) < 3 / 64
     assert float((error > 0.5).float().mean()) < 0.02
+
+
+def with_reach(folder: Path, reach: list[float]) -> StoredModel:
+    """The tiny model, of which there is so much of the machine view at each level, in `folder`."""
+    model = tiny_trainable()
+    tensors = model_tensors(model) | {"reach": torch.tensor(reach)}
+    write_model(folder, model.config, tensors, {"reach": reach})
+    return read_model(folder)
+
+
+def test_polishes_what_the_decoder_shows(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    stored = with_reach(tmp_path, [1.0, 0.5, 0.25])
+    model = PolishedCodec(stored.config, stored.tensors["reach"])
+    model.load_state_dict(restore(stored.config, stored.tensors).state_dict())
+    codec = load_codec(tmp_path, device="cpu", precision="float32")
+    latents, levels, shown = [], [], []
+    for quality in (1.0, 25.75, 50.5, 100.0):
+        bitstream = codec.encode([photo[:128, :192]], quality)[0]
+        y_hat = codec.unpack(bitstream).y_hat
+        assert y_hat is not None
+        levels.append((quality - 1) / 99 * (stored.config.levels - 1))
+        latents.append(y_hat.permute(2, 0, 1) * model.gains(torch.tensor([levels[-1]]))[1][0])
+        shown.append(codec.decode([bitstream], 0.5)[0])
+    with torch.no_grad():
+        y, level = torch.stack(latents), torch.tensor(levels)
+        alone = [model.machine_view(y[i : i + 1], level[i : i + 1], 0.5)[0] for i in range(4)]
+        views = {"alone": alone, "together": [*model.machine_view(y, level, 0.5, rates=4)]}
+    for pictures in views.values():
+        for picture, expected in zip(pictures, shown, strict=True):
+            pixels = (picture.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+            np.testing.assert_allclose(pixels, expected, atol=1)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_reach_outlives_all_but_the_view_it_belongs_to(tmp_path: Path, data: Path, restart: bool) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    with_reach(before, [1.0, 0.5, 0.0])
+    options = dataclasses.replace(OPTIONS, steps=2)
+    polish(before, after, options, [data], tmp_path / "run", restart=restart)
+    assert ("reach" in read_model(after).tensors) is not restart
+    assert ("reach" in read_training(after)) is not restart
 
 
 def test_polishes_the_checkpoint_of_a_run(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.store import load_codec, read_model
-from ugicm_train.export import export, model_tensors, read_training
+from ugicm_train.export import export, model_tensors, read_training, write_model
 from ugicm_train.losses import Judge
 from ugicm_train.restore import fit_prior, hyper_tables, move_levels, move_rates, restore, start_from
 from ugicm_train.train import TrainOptions, load_checkpoint, train
@@ -112,6 +112,9 @@ def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray
     assert record["teachers"] == [{"teacher": "blind", "weight": options.teacher_weight}]
     assert record["steps"] == 2
 
+    write_model(tmp_path / "held", TINY, stored.tensors | {"reach": torch.tensor([1.0, 0.5, 0.25])}, {})
+    with pytest.raises(ValueError, match=r"reach 1 0\.5 0\.25.*--reach 1 1 1"):
+        train(TINY, options, [data], tmp_path / "run2", start=str(tmp_path / "held"))
     other = dataclasses.replace(TINY, decoder_blocks=1)
     with pytest.raises(ValueError, match=rf"decoder_blocks {TINY.decoder_blocks} \(wanted 1\)"):
         train(other, options, [data], tmp_path / "run2", start=str(tmp_path / "model"))

@@ -378,13 +378,14 @@ class Codec:
         header = latents[0].header
         if header.lossless:
             return [latent.picture for latent in latents if latent.picture is not None]
-        synthesis = self._synthesis_for(self._tilt(header), self._share(header, strength))
+        share = self._share(header, strength)
+        synthesis = self._synthesis_for(self._tilt(header), share)
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
         level = self._levels([latent.header.quality for latent in latents])
         inverse = self._gains(level)[1].permute(0, 2, 3, 1)
         grain = None
-        if strength and self._grain is not None:
-            grain = 255 * strength * at_level(self._grain, level)
+        if share and self._grain is not None:
+            grain = 255 * share * at_level(self._grain, level)
         for window in tile_windows(header, synthesis.margin):
             parts = []
             for latent in latents:
@@ -401,7 +402,7 @@ class Codec:
         return images
 
     def _share(self, header: Header, strength: float) -> float:
-        """Part of the machine's weight differences at this quality and preference."""
+        """Part of the machine's weight differences and grain at this quality and preference."""
         if self._reach is None or not strength:
             return strength
         level = quality_to_level(header.quality, self.config.levels)
