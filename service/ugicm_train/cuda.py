@@ -21,9 +21,16 @@ from ugicm_train.optimizer import Optimizer
 WARM_UP_STEPS = 3
 """Before the capture: libraries choose their kernels, the compiler compiles."""
 
+RECOMPILE_LIMIT = 32
+"""Variants of a function (sizes, precisions, what needs gradients) that are compiled."""
+
 
 def compile_blocks(model: nn.Module) -> None:
     """Have the parts of which most of a step consists compiled; equal ones share what is compiled."""
+    from torch._dynamo import config  # slow to import, and needed here only
+
+    # A step with a machine view has some nine kinds of blocks; beyond torch's 8, they would not be compiled.
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     compiled: dict[object, Callable[..., Tensor]] = {}
     for module in model.modules():
         if isinstance(module, (Block, EntropyBlock, EntropyNetwork)):

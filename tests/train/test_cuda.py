@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import TINY, tiny_trainable
 from ugicm.codec.networks import depthwise
-from ugicm_train.cuda import GraphStep, compile_blocks
+from ugicm_train.cuda import RECOMPILE_LIMIT, GraphStep, compile_blocks
 from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec
 from ugicm_train.muon import StackedMuon
@@ -196,8 +197,14 @@ def test_blocks_that_are_equal_share_what_is_compiled(monkeypatch: pytest.Monkey
         return function
 
     monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(config, "recompile_limit", 8)
     compile_blocks(tiny_trainable())
     assert len(seen) == len(set(seen)) == 3
+    # More kinds of blocks than torch compiles unless told to; what allows more already stays.
+    assert config.recompile_limit == RECOMPILE_LIMIT
+    monkeypatch.setattr(config, "recompile_limit", 100)
+    compile_blocks(tiny_trainable())
+    assert config.recompile_limit == 100
 
 
 def test_stacked_muon_is_torchs() -> None:
