@@ -6,7 +6,9 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from ugicm.server.batching import MicroBatcher, OverloadedError
 
@@ -35,6 +37,9 @@ class Device:
     def negate(self, items: Sequence[int]) -> list[int]:
         self._note(items)
         return [-item for item in items]
+
+    def count_pixels(self, pictures: Sequence[tuple[NDArray[np.uint8]]]) -> list[int]:
+        return [pixels.size for (pixels,) in pictures]
 
     def _note(self, items: Sequence[int]) -> None:
         self.threads.add(threading.get_ident())
@@ -122,6 +127,21 @@ async def test_a_departed_caller_is_dropped_and_its_neighbours_are_served(
     assert isinstance(results[1], asyncio.CancelledError)
     assert (results[0], results[2]) == (0, 4)
     assert device.batches == [[0], [2]]
+
+
+async def test_a_departed_caller_leaves_nothing_behind(batcher: MicroBatcher, device: Device) -> None:
+    tasks = await queued(batcher, device)
+    first, second = ((np.zeros((2, 2), np.uint8),) for _ in range(2))  # comparing these would raise
+    waiting = [
+        asyncio.create_task(batcher.run(device.count_pixels, item, weight=3)) for item in (first, second)
+    ]
+    await asyncio.sleep(0)
+    waiting[1].cancel()
+    await asyncio.gather(waiting[1], return_exceptions=True)
+    assert [job.item is first for job in batcher._jobs] == [True]
+    device.gate.set()
+    assert (await waiting[0]).result == 4
+    assert await tasks[0] == 0
 
 
 async def test_departing_while_running_harms_nobody(batcher: MicroBatcher, device: Device) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
@@ -12,6 +14,9 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
+
+from ugicm.server.engine import RateTarget
+from ugicm.server.timings import Timings
 
 pytestmark = pytest.mark.anyio
 
@@ -224,6 +229,24 @@ async def test_a_flight_that_everybody_left_is_dropped(
     assert await statuses(blocking) == [200]
     assert codec.count("synthesise") == 0
     assert (await client.post("/decode", json={"id": id})).status_code == 200
+
+
+async def test_a_departed_client_leaves_no_picture_in_the_pool(
+    make_async_client: MakeAsyncClient, image_file: Any
+) -> None:
+    client = await make_async_client(pool_threads=1, warm_up=False)
+    engine, free = client.app.state.services.engine, threading.Event()
+    engine._pool.submit(free.wait, 10)
+    data = image_file()
+    before = sys.getrefcount(data)
+    leaving = asyncio.create_task(engine.encode(data, RateTarget(), Timings()))
+    await until(lambda: engine._pool._work_queue.qsize() == 1)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    del leaving
+    gc.collect()
+    assert sys.getrefcount(data) == before
+    free.set()
 
 
 async def test_a_flight_that_fails_is_not_remembered(

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -41,7 +42,8 @@ class Ran(NamedTuple, Generic[Result]):
     """Of the whole batch."""
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Job:
     run: Callable[[Sequence[Any]], Sequence[Any]]
     item: Any
     weight: int
@@ -132,10 +134,17 @@ class MicroBatcher:
         raises, its items are tried one by one, so that each caller gets its own result or error.
         """
         done: asyncio.Future[Ran[Result]] = asyncio.get_running_loop().create_future()
-        self._jobs.append(_Job(function, item, weight, time.monotonic(), done))
+        job = _Job(function, item, weight, time.monotonic(), done)
+        self._jobs.append(job)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
-        return await done
+        try:
+            return await done
+        except asyncio.CancelledError:
+            # What `admit` no longer counts must not wait here, picture and all, until the device is free.
+            if job in self._jobs:
+                self._jobs.remove(job)
+            raise
 
     async def close(self) -> None:
         """Finish what is queued, then stop the thread."""

@@ -113,8 +113,7 @@ class Engine:
         async with self._deadline():
             # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
             # that a refusal does not wait.
-            loop = asyncio.get_running_loop()
-            weight = self._weight(await loop.run_in_executor(self._headers, _pixels_of_image, data))
+            weight = self._weight(await _run_in(self._headers, lambda: _pixels_of_image(data)))
             with self.batcher.admit(weight):
                 image = await self._pooled(
                     "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
@@ -196,7 +195,7 @@ class Engine:
             started = time.perf_counter()
             return work(), time.perf_counter() - started
 
-        result, seconds = await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+        result, seconds = await _run_in(self._pool, timed)
         self._record(stage, seconds, timings)
         return result
 
@@ -243,6 +242,19 @@ class Engine:
             self.codec.encode_to_size(image, max_bytes=target.max_bytes, target_bpp=target.target_bpp)
             for image, target in items
         ]
+
+
+async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+    """Result of `work` in a thread of the pool.
+
+    A pool keeps cancelled work until its turn comes; what is kept of it here has let go of its picture.
+    """
+    waiting = [work]
+    del work
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, lambda: waiting.pop()())
+    finally:
+        waiting.clear()
 
 
 def _pixels_of_image(data: bytes) -> int:
