@@ -71,6 +71,16 @@ def test_table_and_drawn_picture(arguments: list[str]) -> None:
     assert "Pillow" not in text
 
 
+def test_a_picture_that_is_kept_lossless(arguments: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), "teal").save(tmp_path / "photo.png")
+    report = json.loads(bench(*arguments, "--no-peers", "--json"))
+    own = [row for row in report["results"] if row["codec"] == "ugicm tiny"]
+    assert {row["op"]: "transform_gflops" in row for row in own} == {"encode": True, "decode": False}
+    assert all(list(row["stages_ms"]) == ["other"] for row in own if row["op"] == "decode")
+    lines = bench(*arguments, "--no-peers").splitlines()
+    assert [line for line in lines if " decode " in line and "of peak" not in line]
+
+
 def test_sizes_must_be_numbers(arguments: list[str]) -> None:
     for value in ("1,x", "0"):
         result = CliRunner().invoke(app, [*arguments, "--megapixels", value])

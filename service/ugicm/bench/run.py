@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ugicm.bench.peers import Peer, learned_peers, pillow_peers
 from ugicm.bench.stages import STAGES, TRANSFORMS, StageClock, macs_per_pixel, observed
+from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.dense import dense
@@ -246,8 +247,11 @@ class _Context(NamedTuple):
 
 def _own_rows(context: _Context, images: Sequence[Image]) -> Iterator[dict[str, Any]]:
     codec = context.codec
-    pixels = sum(image.shape[0] * image.shape[1] for image in images)
+    sizes = [image.shape[0] * image.shape[1] for image in images]
+    pixels = sum(sizes)
     coded = codec.encode(images, context.quality)
+    # What is kept lossless is decoded without networks.
+    lossy = sum(size for size, data in zip(sizes, coded, strict=True) if not peek(data).lossless)
     operations: dict[str, Callable[[], Any]] = {
         "encode": lambda: codec.encode(images, context.quality),
         "decode": lambda: codec.decode(coded),
@@ -261,15 +265,18 @@ def _own_rows(context: _Context, images: Sequence[Image]) -> Iterator[dict[str, 
         row["stages_ms"] = {name: round(value, 2) for name, value in timing.stages.items()}
         row["stages_ms"]["other"] = round(timing.median - sum(timing.stages.values()), 2)
 
-        def gflops(stages: dict[str, str], timing: Timing = timing) -> float:
+        computed = pixels if op == "encode" else lossy
+
+        def gflops(stages: dict[str, str], timing: Timing = timing, computed: int = computed) -> float:
             """Rate of stages, given with the names of what was counted for them."""
             macs = sum(context.macs[name] for name in stages.values())
-            return 2 * pixels * macs / sum(timing.stages[name] for name in stages) / 1e6
+            return 2 * computed * macs / sum(timing.stages[name] for name in stages) / 1e6
 
-        rate = gflops({name: name for name in TRANSFORMS if name in timing.stages})
-        row["transform_gflops"] = round(rate, 1)
-        row["share_of_peak"] = round(rate / context.peaks[codec.precision], 6)
-        row["entropy_gflops"] = round(gflops({"entropy model": f"{op}r's entropy model"}), 1)
+        if computed:
+            rate = gflops({name: name for name in TRANSFORMS if name in timing.stages})
+            row["transform_gflops"] = round(rate, 1)
+            row["share_of_peak"] = round(rate / context.peaks[codec.precision], 6)
+            row["entropy_gflops"] = round(gflops({"entropy model": f"{op}r's entropy model"}), 1)
         yield row
     if len(images) == 1:
         photo = write_image(images[0], "jpeg")
@@ -349,6 +356,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         notes = []
         if "stages_ms" in row:
             notes += [f"{name} {value:.0f}" for name, value in row["stages_ms"].items()]
+        if "transform_gflops" in row:
             notes.append(
                 f"transforms {row['transform_gflops']:.0f} GFLOP/s = {row['share_of_peak']:.0%} of peak"
             )
