@@ -5,15 +5,18 @@ Needs only torch, numpy, Pillow and safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,10 +31,30 @@ class DataError(ValueError):
     """The training data cannot be used; the message says why."""
 
 
+def read_image(file: Path | IO[bytes]) -> NDArray[np.uint8]:
+    """An image file as uint8 RGB (H, W, 3), for training and measuring alike.
+
+    Upright by its EXIF orientation; transparent pixels are blended with white; integers of more than 8 bits
+    are scaled from 0..65535, floating point from 0..1.
+    """
+    with Image.open(file) as opened:
+        image: Image.Image = opened
+        image.load()
+        with contextlib.suppress(Exception):  # damaged metadata must not cost the picture
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            top = 1.0 if image.mode == "F" else 65535.0
+            values = np.nan_to_num(np.asarray(image).astype(np.float32)).clip(0, top) * (255 / top)
+            image = Image.fromarray((values + 0.5).astype(np.uint8))
+        if image.has_transparency_data:
+            # Hidden colours are anything.
+            rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+            image.paste(rgba, mask=rgba.getchannel("A"))
+        return np.array(image.convert("RGB"))
+
+
 def _decode(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(read_image(path)).permute(2, 0, 1).contiguous()
 
 
 def _files(source: Path) -> list[Path]:

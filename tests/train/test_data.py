@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
-from ugicm_train.data import CropSampler, DataError, pack, read_photos
+from ugicm.server import images as server_images
+from ugicm_train.data import CropSampler, DataError, pack, read_image, read_photos
 
 
 @pytest.fixture
@@ -36,6 +38,35 @@ def test_shards_hold_the_photos(folder: Path, tmp_path: Path) -> None:
     packed = dict(read_photos([tmp_path / "shards"], min_side=64))
     assert packed.keys() == direct.keys()
     assert all(torch.equal(packed[name], direct[name]) for name in direct)
+
+
+def pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    """Files that a plain conversion to RGB gets wrong, and how to save them."""
+    ramp = np.linspace(0, 255, 6 * 4 * 4).astype(np.uint8).reshape(6, 4, 4)
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return {
+        "hidden colours.png": (Image.fromarray(ramp), {}),
+        "one colour.png": (palette, {"transparency": 1}),
+        "16 bit.png": (Image.fromarray(np.arange(0, 65535, 1000, np.uint16)[None]), {}),
+        "32 bit.tif": (Image.fromarray(np.array([[-5, 0, 32896, 65535, 1 << 20]], np.int32)), {}),
+        "float.tif": (Image.fromarray(np.array([[-1, 0.5, 1, 7, np.nan]], np.float32)), {}),
+        "turned.png": (Image.fromarray(ramp[..., :3]), {"exif": exif}),
+        "damaged.jpg": (Image.fromarray(ramp[..., :3]), {"exif": b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", pictures())
+def test_pictures_are_those_that_the_server_codes(tmp_path: Path, name: str) -> None:
+    picture, options = pictures()[name]
+    picture.save(tmp_path / name, **options)
+    expected = server_images.read_image((tmp_path / name).read_bytes(), max_pixels=1 << 20)
+    np.testing.assert_array_equal(read_image(tmp_path / name), expected)
+    ((_, photo),) = read_photos([tmp_path], min_side=1)
+    np.testing.assert_array_equal(photo.permute(1, 2, 0), expected)
 
 
 def test_crops_are_windows_of_the_photos(folder: Path) -> None:

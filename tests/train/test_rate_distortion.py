@@ -113,6 +113,17 @@ def test_changed_picture_is_measured_again(greys: Path) -> None:
     assert again.rows[0].psnr_db == pytest.approx(20 * np.log10(255 / 18), abs=1e-4)
 
 
+def test_what_is_transparent_is_measured_as_white(tmp_path: Path) -> None:
+    for name, picture in (
+        ("hidden", PIL.Image.new("RGBA", (40, 40), (255, 0, 0, 0))),
+        ("white", PIL.Image.new("RGB", (40, 40), "white")),
+    ):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "a.png")
+    hidden, white = (measure([Shift().coder()], tmp_path / name) for name in ("hidden", "white"))
+    assert hidden.images == white.images
+
+
 def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:
     row = Row("shift", "human", 5.0, "a", 1, 0.1, 30.0, None, None, None, 0.0, 0.0)
     path = tmp_path / "rd.json"

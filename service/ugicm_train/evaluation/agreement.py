@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ugicm_train.evaluation.machine_report import read_image
+from ugicm_train.data import read_image
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image
 from ugicm_train.evaluation.tasks import Detections, Judgement, box_edges, coco_box, coco_map, kept_rows

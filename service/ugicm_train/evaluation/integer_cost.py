@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from PIL import Image as PillowImage
 
 from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import quality_to_level
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.store import read_model
-from ugicm_train.data import DataError
+from ugicm_train.data import DataError, read_image
 from ugicm_train.evaluation.metrics import psnr_db
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.train import CHECKPOINT, load_checkpoint
@@ -48,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = []
         level = torch.tensor([quality_to_level(quality, twin.config.levels)])
         for file in files:
-            with PillowImage.open(file) as picture:
-                image = np.array(picture.convert("RGB"))
+            image = read_image(file)
             # Whole hyper positions, so that neither side pays for padding.
             height, width = (side // HYPER_STRIDE * HYPER_STRIDE for side in image.shape[:2])
             image = np.ascontiguousarray(image[:height, :width])

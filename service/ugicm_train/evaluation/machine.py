@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 
+from ugicm_train.data import read_image
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels
 from ugicm_train.evaluation.coders import HUMAN_ONLY, PEERS, Coder, pillow_coder, ugicm_coder
@@ -45,7 +46,6 @@ from ugicm_train.evaluation.machine_report import (
     contact_sheet,
     plot_scores,
     plot_strengths,
-    read_image,
     table,
 )
 from ugicm_train.evaluation.measurement import read_images
@@ -253,7 +253,7 @@ def jpeg_xl_coder() -> Coder | None:
 
     def decode(data: bytes, strength: float) -> Image:
         del strength
-        return read_image(io.BytesIO(data))  # type: ignore[arg-type]  # Pillow opens files, too
+        return read_image(io.BytesIO(data))
 
     identity = f"pillow-jxl-plugin {version('pillow-jxl-plugin')}"
     return Coder("jxl", identity, PEER_QUALITIES["jxl"], encode, decode)

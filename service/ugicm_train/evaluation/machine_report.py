@@ -15,20 +15,15 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 
+from ugicm_train.data import read_image
 from ugicm_train.evaluation.bdrate import Curve, bd_rate
 from ugicm_train.evaluation.coders import Coder
-from ugicm_train.evaluation.metrics import Image, psnr_db
+from ugicm_train.evaluation.metrics import psnr_db
 
 ORIGINAL = "original"
 """Stands for the uncompressed pictures in place of a codec."""
 MAX_BPP = 1.0
 """Right end of the plots, and about the highest rate that is measured."""
-
-
-def read_image(path: Path) -> Image:
-    """A picture as RGB."""
-    with PIL.Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
 
 
 class Point(NamedTuple):

@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import PIL.Image
-
-from ugicm_train.data import IMAGE_SUFFIXES
+from ugicm_train.data import IMAGE_SUFFIXES, read_image
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import Image
@@ -147,8 +144,7 @@ def measure(
     warm: set[str] = set()
     for path in _track(paths):
         name = path.relative_to(folder).as_posix()
-        with PIL.Image.open(path) as picture:
-            image = np.asarray(picture.convert("RGB"))
+        image = read_image(path)
         result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         seen = known is not None and known.images.get(name) == result.images[name]
         for coder in coders:
