@@ -34,7 +34,8 @@ class FakeLatent(NamedTuple):
 class FakeCodec:
     """Deterministic and obvious: bitstreams are zlib, the machine view is the negative.
 
-    The device works while `gate` is set; `fail` makes it raise; `calls` and `threads` say what it was asked.
+    The device works while `gate` is set; `fail` makes it raise; `calls`, `threads` and `stop` (of the last
+    search) say what it was asked.
     """
 
     name, digest, device, precision = "fake", "00112233aabbccdd", "cpu", "float32"
@@ -46,6 +47,7 @@ class FakeCodec:
         self.fail: Exception | None = None
         self.calls: list[tuple[str, int]] = []
         self.threads: set[int] = set()
+        self.stop: Callable[[], bool] | None = None
 
     def _on_device(self, name: str, items: int) -> None:
         self.calls.append((name, items))
@@ -83,8 +85,14 @@ class FakeCodec:
         ]
 
     def encode_to_size(
-        self, image: Image, *, max_bytes: int | None = None, target_bpp: float | None = None
+        self,
+        image: Image,
+        *,
+        max_bytes: int | None = None,
+        target_bpp: float | None = None,
+        stop: Callable[[], bool],
     ) -> bytes:
+        self.stop = stop
         self._on_device("search", 1)
         if max_bytes is None:
             assert target_bpp is not None

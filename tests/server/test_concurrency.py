@@ -15,6 +15,8 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
+from ugicm.codec.codec import Codec
+from ugicm.codec.errors import CodecError
 from ugicm.server.engine import RateTarget
 from ugicm.server.timings import Timings
 
@@ -247,6 +249,46 @@ async def test_a_departed_client_leaves_no_picture_in_the_pool(
     gc.collect()
     assert sys.getrefcount(data) == before
     free.set()
+
+
+async def test_a_search_is_stopped_when_its_time_is_up(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(request_timeout_s=0.5, warm_up=False)
+    codec.gate.clear()
+    (late,) = start([client.post("/encode?max_bytes=100000", content=image_file())])
+    await until(lambda: codec.stop is not None)
+    assert not codec.stop()
+    assert (await late).status_code == 504
+    assert codec.stop()
+    codec.gate.set()
+
+
+async def test_searches_do_not_wait_for_each_other(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    batcher = client.app.state.services.engine.batcher
+    codec.gate.clear()
+    sizes = ({"max_bytes": limit} for limit in (99_999, 3, 99_999))
+    tasks = start(client.post("/encode", params=size, content=image_file()) for size in sizes)
+    await until(lambda: codec.count("search") == 1 and len(batcher._jobs) == 2)
+    codec.gate.set()
+    assert await statuses(tasks) == [200, 200, 422]
+    assert codec.count("search") == 3  # in a batch with the one that fails, another would have run twice
+    assert sample(client, "ugicm_batch_images_count") == 3
+
+
+def test_the_codec_stops_a_search(tiny_codec: Codec, photo: Any) -> None:
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) == 4)
+        return asked[-1]
+
+    with pytest.raises(CodecError, match="stopped"):
+        tiny_codec.encode_to_size(photo, max_bytes=20_000, stop=stop)
+    assert asked == [False] * 4 + [True]
 
 
 async def test_a_flight_that_fails_is_not_remembered(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -42,6 +42,7 @@ from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=torch.nn.Module)
+Part = TypeVar("Part")
 Image = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
@@ -242,6 +243,7 @@ class Codec:
         max_bytes: int | None = None,
         target_bpp: float | None = None,
         refine: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> bytes:
         """The best quality whose whole bitstream fits a budget, by bisection.
 
@@ -250,9 +252,10 @@ class Codec:
             max_bytes: budget in bytes; or
             target_bpp: budget in bits per pixel.
             refine: as for `encode`; takes twice as long.
+            stop: asked after each tile of each attempt; the search ends once it says true.
 
         Raises:
-            CodecError: even quality 1 is larger than the budget.
+            CodecError: even quality 1 is larger than the budget, or the search was stopped.
         """
         if (max_bytes is None) == (target_bpp is None):
             raise CodecError("give exactly one of max_bytes and target_bpp")
@@ -268,15 +271,21 @@ class Codec:
             if len(exact) <= max_bytes:
                 return exact
 
+        def until_stopped(parts: Iterable[Part]) -> Iterator[Part]:
+            for part in parts:
+                if stop():
+                    raise CodecError("the search for a quality was stopped")
+                yield part
+
         @lru_cache(1)
         def latents(tilt: float) -> list[Tensor]:
             """What neighbouring qualities share, as they share the analysis transform."""
-            return list(self._latents(image, tilt))
+            return list(until_stopped(self._latents(image, tilt)))
 
         def attempt(step: int, refine: int = 0) -> bytes:
             header = self._header(image, step / container.QUALITY_STEPS)
             tiles = self._tiles(latents(self._tilt(header)), image, header, refine)
-            return self._serialise(header, tiles)
+            return self._serialise(header, until_stopped(tiles))
 
         def search(budget: float) -> tuple[int, bytes]:
             """Best quality in steps, and its bitstream; of the lowest, if even that is over the budget."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +68,12 @@ class Codec(Protocol):
     def synthesise(self, latents: Sequence[Any], strength: Sequence[float]) -> Sequence[Image]: ...
 
     def encode_to_size(
-        self, image: Image, *, max_bytes: int | None = None, target_bpp: float | None = None
+        self,
+        image: Image,
+        *,
+        max_bytes: int | None = None,
+        target_bpp: float | None = None,
+        stop: Callable[[], bool],
     ) -> bytes: ...
 
 
@@ -119,9 +125,7 @@ class Engine:
                     "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
                 )
                 if target.by_size:
-                    bitstream: bytes = await self._on_device(
-                        "search", timings, self._search, (image, target), weight
-                    )
+                    bitstream = await self._search(image, target, timings, weight)
                 else:
                     latent = await self._on_device(
                         "analysis", timings, self._analyse, (image, target.quality), weight
@@ -150,6 +154,28 @@ class Engine:
                     "synthesis", timings, self._synthesise, (latent, strength), weight
                 )
                 return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
+
+    async def _search(self, image: Image, target: RateTarget, timings: Timings, weight: int) -> bytes:
+        """Bitstream of the size that `target` sets.
+
+        A search is many times the work of an encode. So it ends when its caller is gone, and it is a function
+        of its own to the batcher: in one batch, searches would wait for the last of them.
+        """
+        gone = threading.Event()
+
+        def search(images: Sequence[Image]) -> list[bytes]:
+            return [
+                self.codec.encode_to_size(
+                    image, max_bytes=target.max_bytes, target_bpp=target.target_bpp, stop=gone.is_set
+                )
+                for image in images
+            ]
+
+        try:
+            bitstream: bytes = await self._on_device("search", timings, search, image, weight)
+        finally:
+            gone.set()
+        return bitstream
 
     async def probe(self, side: int = 64) -> None:
         """One round trip of a noisy picture through the codec; raises what the codec raises."""
@@ -236,12 +262,6 @@ class Engine:
 
     def _synthesise(self, items: Sequence[tuple[Any, float]]) -> Sequence[Image]:
         return self.codec.synthesise([latent for latent, _ in items], [value for _, value in items])
-
-    def _search(self, items: Sequence[tuple[Image, RateTarget]]) -> Sequence[bytes]:
-        return [
-            self.codec.encode_to_size(image, max_bytes=target.max_bytes, target_bpp=target.target_bpp)
-            for image, target in items
-        ]
 
 
 async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
