@@ -105,7 +105,11 @@ def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -
     for name, photo in read_photos(sources, min_side=min_side):
         if pending and size + photo.numel() > max_bytes:
             flush()
-        pending[name] = photo
+        key, number = name, 1
+        while key in pending:  # photos of two sources may have the same name
+            number += 1
+            key = f"{name} ({number})"
+        pending[key] = photo
         size += photo.numel()
     flush()
     if not shards:

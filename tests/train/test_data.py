@@ -40,6 +40,14 @@ def test_shards_hold_the_photos(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(packed[name], direct[name]) for name in direct)
 
 
+def test_photos_of_equal_names_are_all_packed(folder: Path, tmp_path: Path) -> None:
+    shards = pack([folder, folder, folder], tmp_path / "shards", max_bytes=10**9, min_side=64)
+    packed = dict(read_photos(shards, min_side=64))
+    assert len(packed) == 3 * 3
+    for name, photo in read_photos([folder], min_side=64):
+        assert all(torch.equal(packed[key], photo) for key in (name, f"{name} (2)", f"{name} (3)"))
+
+
 def pictures() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
     """Files that a plain conversion to RGB gets wrong, and how to save them."""
     ramp = np.linspace(0, 255, 6 * 4 * 4).astype(np.uint8).reshape(6, 4, 4)
