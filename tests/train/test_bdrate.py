@@ -78,6 +78,12 @@ def test_no_shared_quality() -> None:
     assert bd_rate(REFERENCE, STEEP, bpp_range=(1.0, 1.5)) is None
 
 
+@pytest.mark.parametrize("bpp_range", [(0.01, 0.1), (1.6, 9.0), (2.0, 9.0)])
+def test_a_reference_that_never_spends_so_many_bits(bpp_range: tuple[float, float]) -> None:
+    test = Curve([bpp / 2 for bpp in REFERENCE.bpp], REFERENCE.quality)
+    assert bd_rate(REFERENCE, test, bpp_range=bpp_range) is None
+
+
 @pytest.mark.parametrize(
     "curve",
     [

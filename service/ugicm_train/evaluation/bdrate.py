@@ -35,12 +35,15 @@ def bd_rate(reference: Curve, test: Curve, *, bpp_range: tuple[float, float] | N
             reaches there, clipped to the qualities that both curves cover.
 
     Returns:
-        None where the curves share no quality.
+        None where the curves share no quality, or the reference no rate with `bpp_range`.
     """
     reference_rate, test_rate = _log_rate(reference), _log_rate(test)
     low = max(reference_rate.x[0], test_rate.x[0])
     high = min(reference_rate.x[-1], test_rate.x[-1])
     if bpp_range is not None:
+        spent = reference_rate(reference_rate.x)
+        if spent.max() <= math.log(bpp_range[0]) or spent.min() >= math.log(bpp_range[1]):
+            return None
         low = max(low, _quality_at(reference_rate, bpp_range[0], reference_rate.x[0]))
         high = min(high, _quality_at(reference_rate, bpp_range[1], reference_rate.x[-1]))
     if low >= high:
