@@ -94,6 +94,23 @@ async def test_a_client_that_leaves_after_its_answer_is_no_matter(metrics: Metri
     assert metrics.registry.get_sample_value("ugicm_client_disconnects_total") == 0
 
 
+@pytest.mark.parametrize("kind", ["application/octet-stream", "multipart/form-data; boundary=b"])
+async def test_a_client_that_leaves_during_its_upload_is_no_failure(
+    make_app: Any, log: list[Any], kind: str
+) -> None:
+    app = make_app(warm_up=False)
+    async with app.router.lifespan_context(app):
+        client = Client(chunk(b"--b\r\n", more=True))
+        client.gone.set()
+        upload = {**scope(content_type=kind), "path": "/encode", "query_string": b""}
+        await app(upload, client.receive, client.send)
+        registry = app.state.services.metrics.registry
+    assert client.received == []
+    assert [(line["event"], line["status"]) for line in log if "status" in line] == [("request", 499)]
+    assert not [line for line in log if line["log_level"] == "error"]
+    assert registry.get_sample_value("ugicm_client_disconnects_total") == 1
+
+
 async def test_a_cancelled_server_task_stays_cancelled(metrics: Metrics) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(60)

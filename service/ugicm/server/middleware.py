@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
@@ -150,7 +151,7 @@ class BodyLimit:
 
 
 class CancelDeparted:
-    """Cancel the work of a request when its client disconnects after sending it."""
+    """End a request whose client disconnects: while it sends, or by cancelling the work after that."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -170,7 +171,7 @@ class CancelDeparted:
             if body_read.is_set():  # from here on the watcher listens
                 await asyncio.Event().wait()
             message = await receive()
-            if not message.get("more_body", False):
+            if message["type"] == "http.request" and not message.get("more_body", False):
                 body_read.set()
             return message
 
@@ -196,6 +197,8 @@ class CancelDeparted:
             if not departed:
                 raise
             task.uncancel()
+            self.metrics.client_disconnects.inc()
+        except ClientDisconnect:  # raised by what reads the body
             self.metrics.client_disconnects.inc()
         finally:
             watcher.cancel()
