@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,23 @@ def test_compare_knows_sources_and_ranges() -> None:
     assert len(percents) == 2 * 3
 
 
+def test_ours_are_compared_over_the_same_qualities() -> None:
+    def codec(name: str, qualities: range, factor: float) -> dict[str, Any]:
+        points = [
+            {"quality": q, "bpp": factor * 0.1 * 2**q, "psnr_db": 26 + 3 * q, "ms_ssim": None}
+            for q in qualities
+        ]
+        return {"codec": name, "view": "human", "points": points}
+
+    # Against this anchor, ours gain at high rates only, where the refined codec was not measured.
+    anchors = {"vtm": [Point(0.1 * 2**q * (2 if q > 2 else 1), 26 + 3 * q) for q in range(5)]}
+    curves = [codec("ours", range(5), 1.0), codec("refined", range(2), 0.9)]
+    percents = {e["codec"]: e["percent"] for e in compare(curves, ["ours", "refined"], anchors)[::3]}
+    assert percents == {"ours": pytest.approx(0, abs=0.01), "refined": pytest.approx(-10, abs=0.01)}
+    (alone, *_) = compare(curves[:1], ["ours"], anchors)
+    assert alone["percent"] < -10
+
+
 def test_check_counts_what_must_not_happen() -> None:
     def row(quality: float, psnr: float, view: str = "human") -> Row:
         return Row("ours", view, quality, "a", 100, 1.01, psnr, None, None, 1.0, 0.0, 0.0)
@@ -287,6 +305,7 @@ def test_command_writes_json_table_and_plot(
     assert table.strip() in capsys.readouterr().out
     assert "| VTM (VVC), published |" in table
     assert "| JPEG, measured |" in table
+    assert re.search(r"; transforms in b?float\d\d \(tiny\); times .*, \d+ threads?\.", table)
     with PIL.Image.open(out.with_suffix(".png")) as plot:
         assert plot.width > plot.height > 500
 

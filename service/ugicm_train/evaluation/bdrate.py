@@ -25,7 +25,13 @@ class Curve(NamedTuple):
     """dB, higher is better: PSNR, or -10 log10(1 - MS-SSIM)."""
 
 
-def bd_rate(reference: Curve, test: Curve, *, bpp_range: tuple[float, float] | None = None) -> float | None:
+def bd_rate(
+    reference: Curve,
+    test: Curve,
+    *,
+    bpp_range: tuple[float, float] | None = None,
+    beside: Sequence[Curve] = (),
+) -> float | None:
     """Average difference in rate of `test` against `reference` in percent; negative = `test` is smaller.
 
     Args:
@@ -33,13 +39,15 @@ def bd_rate(reference: Curve, test: Curve, *, bpp_range: tuple[float, float] | N
         test: at least two points.
         bpp_range: compare only where the *reference* spends between these bits per pixel: the qualities it
             reaches there, clipped to the qualities that both curves cover.
+        beside: compare only where these have qualities, too: numbers of several tests against a reference
+            can be compared only if all are over the same range.
 
     Returns:
         None where the curves share no quality, or the reference no rate with `bpp_range`.
     """
     reference_rate, test_rate = _log_rate(reference), _log_rate(test)
-    low = max(reference_rate.x[0], test_rate.x[0])
-    high = min(reference_rate.x[-1], test_rate.x[-1])
+    low = max(reference_rate.x[0], test_rate.x[0], *(min(curve.quality) for curve in beside))
+    high = min(reference_rate.x[-1], test_rate.x[-1], *(max(curve.quality) for curve in beside))
     if bpp_range is not None:
         spent = reference_rate(reference_rate.x)
         if spent.max() <= math.log(bpp_range[0]) or spent.min() >= math.log(bpp_range[1]):

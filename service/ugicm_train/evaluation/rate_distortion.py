@@ -74,7 +74,10 @@ def mean_curves(rows: Iterable[Row]) -> list[dict[str, Any]]:
 def compare(
     curves: Sequence[Mapping[str, Any]], ours: Sequence[str], anchors: Mapping[str, Sequence[Point]]
 ) -> list[dict[str, Any]]:
-    """BD-rates in percent of both views of the codecs `ours` against peers in `curves` and anchors."""
+    """BD-rates in percent of both views of the codecs `ours` against peers in `curves` and anchors.
+
+    Of a view, those of all of `ours` are over the same qualities.
+    """
     references = [
         ("measured", c["codec"], points_of(c))
         for c in curves
@@ -86,8 +89,10 @@ def compare(
             test, reference = curve(points_of(mine), metric), curve(points, metric)
             if test is None or reference is None:
                 continue
+            same_view = [c for c in curves if c["codec"] in ours and c["view"] == mine["view"]]
+            beside = [line for c in same_view if (line := curve(points_of(c), metric))]
             for bpp_range in (None, *BPP_RANGES):
-                percent = bd_rate(reference, test, bpp_range=bpp_range)
+                percent = bd_rate(reference, test, bpp_range=bpp_range, beside=beside)
                 results.append(
                     {
                         "codec": mine["codec"],

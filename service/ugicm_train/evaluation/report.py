@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
+from ugicm_train.evaluation.rate_distortion import compare
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
@@ -20,14 +21,20 @@ MAX_BPP = 1.6
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: BD-rates of the human view, then our operating points, then how it was measured."""
     machine, checks = report["machine"], report["checks"]
-    lines = [line for codec in report["ours"] for line in (*_bd_rates(report, codec), "")]
+    threads = machine["torch_threads"]
+    anchors = {name: [Point(**point) for point in points] for name, points in report["anchors"].items()}
+    rates = compare(report["curves"], report["ours"], anchors)
+    lines = [line for codec in report["ours"] for line in (*_bd_rates(rates, codec), "")]
     lines += [*_points(report), ""]
     lines.append(
         f"{len(report['images'])} pictures of `{report['data']}`; every byte of the bitstream counts; "
         f"means of the pictures' values. {machine['processor']}, {machine['cores']} cores"
         f"{', ' + machine['gpu'] if machine['gpu'] else ''}, torch {machine['torch']}, "
-        f"Pillow {machine['pillow']}; times are of one picture at a time."
+        f"Pillow {machine['pillow']}; transforms in {' and '.join(_precisions(report))}; times are of one "
+        f"picture at a time, {threads} thread{'s' if threads > 1 else ''}."
     )
+    if len(report["ours"]) > 1:
+        lines.append("BD-rates against a codec are over the qualities that it and all of ours reach.")
     if (above := checks["real_above_estimated_bpp_percent"]) is not None:
         lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
     lower = len(checks["quality_steps_with_lower_psnr"])
@@ -47,11 +54,11 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{report['command']}`", ""])
 
 
-def _bd_rates(report: Mapping[str, Any], codec: str) -> list[str]:
+def _bd_rates(rates: Sequence[Mapping[str, Any]], codec: str) -> list[str]:
     """Rows: references; columns: metric and range of rates."""
     rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     columns: dict[tuple[str, str], None] = {}
-    for entry in report["bd_rates"]:
+    for entry in rates:
         if (entry["codec"], entry["view"]) != (codec, "human"):
             continue
         low_high = entry["bpp_range"]
@@ -70,6 +77,13 @@ def _bd_rates(report: Mapping[str, Any], codec: str) -> list[str]:
             for (source, reference), cells in rows.items()
         ),
     ]
+
+
+def _precisions(report: Mapping[str, Any]) -> Iterator[str]:
+    """What the transforms of our codecs are computed in, as their identities say (`coders.ugicm_coder`)."""
+    for codec in report["ours"]:
+        _, _, precision, *_ = report["codecs"][codec].split()
+        yield f"{precision} ({codec})"
 
 
 def _points(report: Mapping[str, Any]) -> list[str]:
