@@ -31,7 +31,14 @@ from ugicm_train.evaluation.machine import (
     remembered,
     run,
 )
-from ugicm_train.evaluation.machine_report import Point, compare, curve, score_at
+from ugicm_train.evaluation.machine_report import (
+    Point,
+    compare,
+    curve,
+    plot_scores,
+    plot_strengths,
+    score_at,
+)
 from ugicm_train.evaluation.tasks import BoxMap, Detections, MaskMap, MeanIou, Top1, check_images, read_labels
 
 Image = NDArray[np.uint8]
@@ -515,6 +522,23 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
     assert again["tasks"] == report["tasks"]
     evaluate(counting, [], [dataclasses.replace(task, identity="colours 2")], tmp_path / "out", limit=2)
     assert len(calls) == 2 * 2
+
+
+def test_plots_of_many_tasks_fit_a_page(tmp_path: Path) -> None:
+    curves = {
+        "original": [Point(0, 0, 24, 99, 0.9)],
+        "ours": [Point(q, s, q / 50, 30 + q / 10, 0.5 + s / 10) for q in (10, 40) for s in (0.0, 0.5, 1.0)],
+        "webp": [Point(q, 0, q / 40, 30 + q / 10, 0.5) for q in (10, 40)],
+    }
+    task = {"metric": "mAP", "curves": {name: [p._asdict() for p in line] for name, line in curves.items()}}
+    report = {"model": "ours", "tasks": {f"network {index}": task for index in range(6)}}
+    for plot in (plot_scores, plot_strengths):
+        plot(report, tmp_path / "plot.png")
+        with PIL.Image.open(tmp_path / "plot.png") as picture:
+            assert 1000 < picture.width < 2000
+            assert picture.height < picture.width < 2.5 * picture.height
+        plot(report, tmp_path / "plot.svg")
+        assert (tmp_path / "plot.svg").read_text().count('<g id="legend_') == 1
 
 
 def test_command_line(

@@ -16,6 +16,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 from ugicm_train.data import read_image
+from ugicm_train.evaluation.anchors import LABELS
 from ugicm_train.evaluation.bdrate import Curve, bd_rate
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import psnr_db
@@ -24,6 +25,19 @@ ORIGINAL = "original"
 """Stands for the uncompressed pictures in place of a codec."""
 MAX_BPP = 1.0
 """Right end of the plots, and about the highest rate that is measured."""
+
+TITLES = {
+    "top-1": "Classes, by labels",
+    "mAP": "Boxes, by labels",
+    "mask mAP": "Masks, by labels",
+    "mIoU": "Pixels, by labels",
+    "agreement": "Classes, by agreement",
+    "mAP of agreement": "Boxes, by agreement",
+    "IoU of agreement": "Pixels, by agreement",
+}
+"""Of plots: what is asked and who says what is right, by the metric."""
+PANEL = (3.7, 3.3)
+"""Inches of a panel of a plot."""
 
 
 class Point(NamedTuple):
@@ -126,13 +140,41 @@ def _percent(value: float | None, error: float | None) -> str:
     return f"{value:+.1f} %" if error is None else f"{value:+.1f} ± {error:.1f} %"
 
 
-def plot_scores(report: Mapping[str, Any], path: Path) -> None:
-    """One panel per task: score over bpp of every codec and view."""
+def _title(name: str, task: Mapping[str, Any]) -> str:
+    """What a network is asked, who says what is right, and the network."""
+    return f"{TITLES.get(task['metric'], task['metric'])}\n{_network(name)}"
+
+
+def _network(task: str) -> str:
+    """Of the name that the command line gives a task."""
+    return task.partition(" agreement, ")[0].removesuffix(" masks")
+
+
+def _panels(count: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, at most `columns` a row; what is left of the last row is empty."""
     from matplotlib.figure import Figure
 
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes in panels[count:]:
+        axes.remove()
+    for axes in panels[:count]:
+        axes.grid(alpha=0.3)
+    return figure, panels[:count]
+
+
+def _save(figure: Any, legend_of: Any, path: Path) -> None:
+    """With one legend below all panels, that of one of them."""
+    figure.legend(*legend_of.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def plot_scores(report: Mapping[str, Any], path: Path) -> None:
+    """One panel per task: score over bpp of every codec and view."""
     tasks = report["tasks"]
-    figure = Figure(figsize=(5.2 * len(tasks), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    figure, panels = _panels(len(tasks), 3)
     for axes, (name, task) in zip(panels, tasks.items(), strict=True):
         for codec, rows in task["curves"].items():
             points = [Point(**row) for row in rows]
@@ -143,42 +185,44 @@ def plot_scores(report: Mapping[str, Any], path: Path) -> None:
             for strength in views:
                 line = sorted((p.bpp, p.score) for p in points if p.strength == strength)
                 style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2}
-                label = codec
+                label = LABELS.get(codec, codec)
                 if codec == report["model"]:
                     style = {"color": "crimson" if strength else "black", "linewidth": 2.2}
-                    label = f"{codec}, {'machine' if strength else 'human'}"
+                    label = f"{codec}, {'machine' if strength else 'human'} view"
                 axes.plot(*zip(*line, strict=True), marker="o", markersize=3.5, label=label, **style)
-        axes.set(title=name, xlabel="bits per pixel", ylabel=task["metric"], xlim=(0, MAX_BPP))
-        axes.grid(alpha=0.3)
-    panels[-1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+        axes.set_title(_title(name, task), fontsize=10)
+        axes.set(xlabel="bits per pixel", ylabel=task["metric"], xlim=(0, MAX_BPP))
+    _save(figure, panels[0], path)
 
 
 def plot_strengths(report: Mapping[str, Any], path: Path) -> None:
-    """PSNR and task score over strength, one line per quality."""
+    """Task scores over strength, one line per quality; then the PSNR, that of the first task's pictures."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     tasks = report["tasks"]
-    figure = Figure(figsize=(5.2 * len(tasks), 7.2), layout="constrained")
-    panels = figure.subplots(2, len(tasks), squeeze=False)
-    for column, (name, task) in enumerate(tasks.items()):
+    figure, panels = _panels(len(tasks) + 1, 4)
+    shown = [(name, task, "score") for name, task in tasks.items()]
+    shown.append((*next(iter(tasks.items())), "psnr_db"))
+    for axes, (name, task, field) in zip(panels, shown, strict=True):
         points = [Point(**row) for row in task["curves"][report["model"]]]
         qualities = sorted({p.quality for p in points})
         for index, quality in enumerate(qualities):
             line = sorted((p for p in points if p.quality == quality), key=lambda p: p.strength)
-            color = colormaps["viridis"](index / max(1, len(qualities) - 1))
-            strengths = [p.strength for p in line]
-            for row, values in enumerate(([p.score for p in line], [p.psnr_db for p in line])):
-                panels[row][column].plot(
-                    strengths, values, marker="o", markersize=3, color=color, label=f"{line[0].bpp:.2f} bpp"
-                )
-        panels[0][column].set(title=name, ylabel=task["metric"])
-        panels[1][column].set(xlabel="strength", ylabel="PSNR (dB)")
-        for axes in panels[:, column]:
-            axes.grid(alpha=0.3)
-    panels[0][-1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+            axes.plot(
+                [p.strength for p in line],
+                [getattr(p, field) for p in line],
+                marker="o",
+                markersize=3.5,
+                # The rest of the map is too light for white paper.
+                color=colormaps["viridis"](0.75 * index / max(1, len(qualities) - 1)),
+                label=f"quality {quality:g}",
+            )
+        title, label = _title(name, task), task["metric"]
+        if field == "psnr_db":
+            title, label = f"PSNR\npictures of {_network(name)}", "PSNR (dB)"
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="strength", ylabel=label)
+    _save(figure, panels[0], path)
 
 
 def contact_sheet(coder: Coder, quality: float, images: Mapping[str, Path], path: Path) -> None:

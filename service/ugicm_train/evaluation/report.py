@@ -16,6 +16,8 @@ BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
 MAX_BPP = 1.6
 """Right end of the plot."""
+MARKERS = "s^vD<>pPX*hd"
+"""Of published codecs, of which there are more than colours that can be told apart."""
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -118,14 +120,16 @@ def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
     first = reports[0]
     published = {name: [Point(**point) for point in points] for name, points in first["anchors"].items()}
     peers = {c["codec"]: points_of(c) for c in first["curves"] if c["codec"] not in first["ours"]}
     for axes, metric in zip(panels, METRICS, strict=True):
         for index, (name, points) in enumerate(published.items()):
+            style = {"color": colors[index % 10], "linewidth": 1, "marker": MARKERS[index % len(MARKERS)]}
+            style |= {"markersize": 5, "markerfacecolor": "white"}
             label = f"{LABELS.get(name, name)}, published"
-            _draw(axes, curve(points, metric), label=label, color=colors[index % 20], linewidth=1)
+            _draw(axes, curve(points, metric), label=label, **style)
         for index, (name, points) in enumerate(peers.items()):
             label = f"{LABELS.get(name, name)}, measured"
             style = {"color": "0.35", "linestyle": ("--", ":", "-.")[index % 3], "linewidth": 1.2}
@@ -153,7 +157,7 @@ def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_xlabel("bits per pixel")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR (dB)")
-    panels[1].set_ylabel("MS-SSIM, -10 log10(1 - x) (dB)")
+    panels[1].set_ylabel("MS-SSIM in dB, -10 log10(1 - MS-SSIM)")
     figure.suptitle(f"{first['data']}, {len(first['images'])} pictures, real bitstreams")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=120)
