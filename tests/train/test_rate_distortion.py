@@ -185,8 +185,10 @@ def test_ours_are_compared_over_the_same_qualities() -> None:
     curves = [codec("ours", range(5), 1.0), codec("refined", range(2), 0.9)]
     percents = {e["codec"]: e["percent"] for e in compare(curves, ["ours", "refined"], anchors)[::3]}
     assert percents == {"ours": pytest.approx(0, abs=0.01), "refined": pytest.approx(-10, abs=0.01)}
-    (alone, *_) = compare(curves[:1], ["ours"], anchors)
-    assert alone["percent"] < -10
+    alone = compare(curves[:1], ["ours"], anchors)
+    assert alone[0]["percent"] < -10
+    # A range of rates says for itself what is compared.
+    assert alone[1:3] == compare(curves, ["ours", "refined"], anchors)[1:3]
 
 
 def test_check_counts_what_must_not_happen() -> None:

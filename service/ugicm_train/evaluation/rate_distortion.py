@@ -76,7 +76,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """BD-rates in percent of both views of the codecs `ours` against peers in `curves` and anchors.
 
-    Of a view, those of all of `ours` are over the same qualities.
+    Over all rates, those of all of `ours` are over the same qualities of a view.
     """
     references = [
         ("measured", c["codec"], points_of(c))
@@ -92,7 +92,7 @@ def compare(
             same_view = [c for c in curves if c["codec"] in ours and c["view"] == mine["view"]]
             beside = [line for c in same_view if (line := curve(points_of(c), metric))]
             for bpp_range in (None, *BPP_RANGES):
-                percent = bd_rate(reference, test, bpp_range=bpp_range, beside=beside)
+                percent = bd_rate(reference, test, bpp_range=bpp_range, beside=() if bpp_range else beside)
                 results.append(
                     {
                         "codec": mine["codec"],

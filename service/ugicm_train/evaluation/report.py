@@ -36,7 +36,9 @@ def table(report: Mapping[str, Any]) -> str:
         f"picture at a time, {threads} thread{'s' if threads > 1 else ''}."
     )
     if len(report["ours"]) > 1:
-        lines.append("BD-rates against a codec are over the qualities that it and all of ours reach.")
+        lines.append(
+            "BD-rates over all rates are over the qualities that the other codec and all of ours reach."
+        )
     if (above := checks["real_above_estimated_bpp_percent"]) is not None:
         lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
     lower = len(checks["quality_steps_with_lower_psnr"])
