@@ -321,6 +321,12 @@ def test_command_writes_json_table_and_plot(
     assert readme.read_text() == f"before\n{report.BEGIN}\n{table.strip()}\n{report.END}\nafter\n"
     assert "<svg" in (tmp_path / "plot.svg").read_text()[:1000]
 
+    assert report.run(_parse(report.add_arguments, out, "--summary", readme)) == 0
+    short = readme.read_text()
+    assert "| BD-rate, 0.15–0.9 bpp, against | PSNR, tiny | MS-SSIM, tiny |\n" in short  # noqa: RUF001
+    assert "| VTM (VVC), published | " in short
+    assert "quality" not in short
+
 
 def test_jobs_measure_the_same(tiny_store: Path, photo: NDArray[np.uint8], tmp_path: Path) -> None:
     folder = tmp_path / "photos"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
-from ugicm_train.evaluation.rate_distortion import compare
+from ugicm_train.evaluation.rate_distortion import BPP_RANGES, compare
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
+SUMMARY_RANGE = BPP_RANGES[-1]
+"""Bits per pixel that `summary` is about."""
 MAX_BPP = 1.6
 """Right end of the plot."""
 MARKERS = "s^vD<>pPX*hd"
@@ -24,8 +26,7 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: BD-rates of the human view, then our operating points, then how it was measured."""
     machine, checks = report["machine"], report["checks"]
     threads = machine["torch_threads"]
-    anchors = {name: [Point(**point) for point in points] for name, points in report["anchors"].items()}
-    rates = compare(report["curves"], report["ours"], anchors)
+    rates = _rates(report)
     lines = [line for codec in report["ours"] for line in (*_bd_rates(rates, codec), "")]
     lines += [*_points(report), ""]
     lines.append(
@@ -58,26 +59,50 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{report['command']}`", ""])
 
 
+def summary(report: Mapping[str, Any]) -> str:
+    """Markdown: BD-rates of the human views of all of our codecs between `SUMMARY_RANGE` bits per pixel."""
+    low, high = SUMMARY_RANGE
+    chosen = [entry for entry in _rates(report) if entry["bpp_range"] == SUMMARY_RANGE]
+    title = f"BD-rate, {low:g}–{high:g} bpp, against"  # noqa: RUF001
+    return "\n".join(_bd_table(title, chosen, lambda entry: f"{METRICS[entry['metric']]}, {entry['codec']}"))
+
+
+def _rates(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`compare`, from what is stored."""
+    anchors = {name: [Point(**point) for point in points] for name, points in report["anchors"].items()}
+    return compare(report["curves"], report["ours"], anchors)
+
+
 def _bd_rates(rates: Sequence[Mapping[str, Any]], codec: str) -> list[str]:
-    """Rows: references; columns: metric and range of rates."""
-    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    columns: dict[tuple[str, str], None] = {}
-    for entry in rates:
-        if (entry["codec"], entry["view"]) != (codec, "human"):
-            continue
+    """Columns: metric and range of rates."""
+
+    def column(entry: Mapping[str, Any]) -> str:
         low_high = entry["bpp_range"]
         span = f"{low_high[0]:g}–{low_high[1]:g} bpp" if low_high else "all rates"  # noqa: RUF001
-        column = METRICS[entry["metric"]], span
-        columns[column] = None
+        return f"{METRICS[entry['metric']]}, {span}"
+
+    title = f"BD-rate of {codec} (human view) against"
+    return _bd_table(title, [entry for entry in rates if entry["codec"] == codec], column)
+
+
+def _bd_table(
+    title: str, entries: Iterable[Mapping[str, Any]], column: Callable[[Mapping[str, Any]], str]
+) -> list[str]:
+    """Rows: references of the human views among the entries; columns in the order in which they come."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for entry in entries:
+        if entry["view"] != "human":
+            continue
+        columns[column(entry)] = None
         value = "–" if entry["percent"] is None else f"{entry['percent']:+.1f} %"  # noqa: RUF001
-        rows.setdefault((entry["source"], entry["reference"]), {})[column] = value
-    titles = [f"{metric}, {span}" for metric, span in columns]
+        rows.setdefault((entry["source"], entry["reference"]), {})[column(entry)] = value
     return [
-        f"| BD-rate of {codec} (human view) against | {' | '.join(titles)} |",
-        f"|---|{'---:|' * len(titles)}",
+        f"| {title} | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
         *(
             f"| {LABELS.get(reference, reference)}, {source} | "
-            f"{' | '.join(cells.get(column, '') for column in columns)} |"
+            f"{' | '.join(cells.get(name, '') for name in columns)} |"
             for (source, reference), cells in rows.items()
         ),
     ]
@@ -193,6 +218,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--insert", type=Path, nargs="*", default=[], help="Markdown files to write the tables into"
     )
+    parser.add_argument(
+        "--summary", type=Path, nargs="*", default=[], help="Markdown files to write a short one into"
+    )
     parser.add_argument("--plot", type=Path, help="picture to draw the curves into (.png, .svg)")
 
 
@@ -205,7 +233,9 @@ def run(arguments: argparse.Namespace) -> int:
     text = "\n".join(map(table, reports))
     for path in arguments.insert:
         insert(path, text)
-    if not arguments.insert:
+    for path in arguments.summary:
+        insert(path, "\n\n".join(map(summary, reports)))
+    if not (arguments.insert or arguments.summary):
         print(text)
     if arguments.plot:
         plot(reports, arguments.plot)
