@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import uvicorn
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
-from ugicm.server.middleware import BodyLimit, CancelDeparted, Lifecycle, RequestContext
+from ugicm.server.middleware import (
+    PIECE_BYTES,
+    BodyLimit,
+    CancelDeparted,
+    Lifecycle,
+    PacedAnswer,
+    RequestContext,
+    RequestLimit,
+)
 from ugicm.server.problems import ServiceError
 
 pytestmark = pytest.mark.anyio
@@ -167,6 +179,63 @@ async def test_other_protocols_pass_untouched(metrics: Metrics) -> None:
     assert seen == [({"type": "lifespan"}, client.receive, client.send)]
 
 
+@pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES])
+async def test_an_answer_goes_in_pieces(size: int) -> None:
+    body = os.urandom(size)
+    client = Client()
+    await PacedAnswer(Response(body), 60)(scope(), client.receive, client.send)
+    begin, *pieces = client.received
+    assert begin["headers"] == Response(body).raw_headers
+    assert b"".join(piece["body"] for piece in pieces) == body
+    assert [len(piece["body"]) for piece in pieces[:-1]] == [PIECE_BYTES] * (len(pieces) - 1)
+    assert [piece.get("more_body", False) for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+    assert len(pieces) == max(1, -(-size // PIECE_BYTES))
+
+
+@pytest.fixture
+async def small_service(metrics: Metrics) -> AsyncIterator[int]:
+    """Port of a live server that answers 32 MiB, to one request at a time."""
+    answers = RequestLimit(CancelDeparted(PacedAnswer(Response(bytes(32 << 20)), 1), metrics), 1)
+    app = RequestContext(answers, metrics, Lifecycle())
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        assert not serving.done()
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await serving
+
+
+async def test_a_client_that_does_not_read_keeps_its_place_for_a_while_only(
+    small_service: int, metrics: Metrics, log: list[Any]
+) -> None:
+    async def ask() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", small_service, limit=1 << 10)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return reader, writer
+
+    async def status(reader: asyncio.StreamReader) -> int:
+        return int((await reader.readline()).split()[1])
+
+    reading_little, stalled = await ask()
+    assert await status(reading_little) == 200
+    refused, other = await ask()
+    assert await status(refused) == 503
+    async with asyncio.timeout(30):
+        while not metrics.registry.get_sample_value("ugicm_client_disconnects_total"):
+            await asyncio.sleep(0.05)
+    served, third = await ask()
+    assert await status(served) == 200
+    assert len(await served.read()) > 32 << 20  # with the headers; a client that reads gets everything
+    assert len(await reading_little.read()) < 32 << 20
+    for writer in (stalled, other, third):
+        writer.close()
+    (stall,) = (line for line in log if line["event"] == "the client does not read its answer")
+    assert stall["limit"] == "1 s, UGICM_TRANSFER_TIMEOUT_S changes it"
+
+
 async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["more_body"]:
@@ -177,7 +246,7 @@ async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
     silent = Client(chunk(b"x", more=True))
     await limited(scope(), silent.receive, silent.send)
     assert silent.received[0]["status"] == 408
-    assert b'"setting":"UGICM_UPLOAD_TIMEOUT_S"' in silent.received[1]["body"]
+    assert b'"setting":"UGICM_TRANSFER_TIMEOUT_S"' in silent.received[1]["body"]
     assert (b"connection", b"close") in silent.received[0]["headers"]
 
 

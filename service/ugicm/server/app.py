@@ -25,6 +25,7 @@ from ugicm.server.middleware import (
     BodyLimit,
     CancelDeparted,
     Lifecycle,
+    PacedAnswer,
     RequestContext,
     RequestLimit,
 )
@@ -99,7 +100,8 @@ def create_app(
             Middleware(RequestContext, metrics=metrics, lifecycle=lifecycle),
             Middleware(RequestLimit, max_requests=settings.max_requests),
             Middleware(CancelDeparted, metrics=metrics),
-            Middleware(BodyLimit, max_bytes=settings.max_bytes, timeout_s=settings.upload_timeout_s),
+            Middleware(PacedAnswer, timeout_s=settings.transfer_timeout_s),
+            Middleware(BodyLimit, max_bytes=settings.max_bytes, timeout_s=settings.transfer_timeout_s),
         ],
     )
     app.state.lifecycle = lifecycle

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: request context, body limit, departed clients."""
+"""Pure ASGI middleware: request context, limits of bodies and answers, departed clients."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
 from ugicm.server.problems import as_service_error, too_many_bytes, too_many_requests, upload_stalled
+from ugicm.server.settings import setting
 from ugicm.server.timings import Timings
 
 CLIENT_CLOSED_REQUEST = 499
@@ -22,6 +23,8 @@ CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 QUIET_PATHS = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready", "/metrics")
 """Not limited, and logged at debug level only."""
+PIECE_BYTES = 64 << 10
+"""Bytes of an answer that are handed to the server at once."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = structlog.get_logger("ugicm.access")
 
@@ -150,6 +153,42 @@ class BodyLimit:
         await self.app(scope, receive_limited, send)
 
 
+class PacedAnswer:
+    """Hand answers to the server in pieces, at the pace at which the client takes them.
+
+    The server keeps in memory what it was handed, and a request that handed over everything is over: clients
+    that do not read would fill memory beyond any limit. One that does not take a piece within `timeout_s`
+    seconds is treated as having left, or it would hold one of the requests that may be in flight for good.
+    """
+
+    def __init__(self, app: ASGIApp, timeout_s: float) -> None:
+        self.app, self.timeout_s = app, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    await send(message)
+            except TimeoutError:
+                limit = f"{self.timeout_s:g} s, {setting('transfer_timeout_s')} changes it"
+                _log.warning("the client does not read its answer", path=scope["path"], limit=limit)
+                raise ClientDisconnect from None
+
+        async def send_in_pieces(message: Message) -> None:
+            body = message.get("body", b"")
+            last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+            for start in range(0, last, PIECE_BYTES):
+                piece = body[start : start + PIECE_BYTES]
+                await send_in_time({**message, "body": piece, "more_body": True})
+            await send_in_time({**message, "body": body[last:]} if last else message)
+
+        await self.app(scope, receive, send_in_pieces)
+
+
 class CancelDeparted:
     """End a request whose client disconnects: while it sends, or by cancelling the work after that."""
 
@@ -198,7 +237,7 @@ class CancelDeparted:
                 raise
             task.uncancel()
             self.metrics.client_disconnects.inc()
-        except ClientDisconnect:  # raised by what reads the body
+        except ClientDisconnect:  # raised by what reads the body, and by `PacedAnswer`
             self.metrics.client_disconnects.inc()
         finally:
             watcher.cancel()

@@ -174,7 +174,7 @@ def too_many_bytes(actual: int, limit: int) -> ServiceError:
 
 def upload_stalled(limit_s: float) -> ServiceError:
     """No byte of the request body came for `limit_s` seconds."""
-    name = setting("upload_timeout_s")
+    name = setting("transfer_timeout_s")
     return ServiceError(
         Code.UPLOAD_STALLED,
         f"nothing of the request body arrived for {limit_s:g} s, the limit; {name} changes it",

@@ -74,8 +74,9 @@ class Settings(BaseSettings):
     """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most twice
     this many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not
     count."""
-    upload_timeout_s: float = Field(default=30.0, gt=0)
-    """Longest silence while a request body arrives, in seconds; beyond it the answer is 408."""
+    transfer_timeout_s: float = Field(default=30.0, gt=0)
+    """Longest silence while a request body arrives, in seconds, beyond it the answer is 408; and longest time
+    for a client to take 64 KiB of its answer, beyond it the connection is closed."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
