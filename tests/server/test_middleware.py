@@ -250,6 +250,29 @@ async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
     assert (b"connection", b"close") in silent.received[0]["headers"]
 
 
+class Trickle(Client):
+    """Sends a message every 10 ms."""
+
+    async def receive(self) -> Message:
+        await asyncio.sleep(0.01)
+        return await super().receive()
+
+
+@pytest.mark.parametrize(("size", "status"), [(1, 408), (PIECE_BYTES // 4, 200)])
+async def test_a_body_that_trickles_is_given_up(metrics: Metrics, size: int, status: int) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await answer(send)
+
+    limited = RequestContext(BodyLimit(app, 1 << 30, 0.5), metrics, Lifecycle())
+    client = Trickle(*[chunk(bytes(size), more=True)] * 80, chunk(b""))
+    await limited(scope(), client.receive, client.send)
+    assert client.received[0]["status"] == status
+    if status == 408:
+        assert b" bytes of the request body arrived in 0.5 s" in client.received[1]["body"]
+
+
 async def test_waiting_for_a_disconnect_has_no_limit(metrics: Metrics) -> None:
     asked = asyncio.Event()
 

@@ -24,7 +24,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 QUIET_PATHS = ("/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready", "/metrics")
 """Not limited, and logged at debug level only."""
 PIECE_BYTES = 64 << 10
-"""Bytes of an answer that are handed to the server at once."""
+"""Bytes of an answer that are handed to the server at once, and of a body that must arrive in time."""
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = structlog.get_logger("ugicm.access")
 
@@ -120,8 +120,9 @@ class RequestLimit:
 class BodyLimit:
     """Refuse request bodies over `max_bytes`: declared ones at once, others as soon as they pass it.
 
-    A body of which nothing arrives for `timeout_s` seconds is given up, or idle uploads would use up the
-    requests that may be in flight.
+    A body of which neither `PIECE_BYTES` nor the rest arrive in `timeout_s` seconds of waiting is given up:
+    idle uploads would use up the requests that may be in flight, and so would a byte now and then, were
+    silence alone limited.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
@@ -135,17 +136,23 @@ class BodyLimit:
         if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
             await too_many_bytes(int(declared), self.max_bytes).response(scope)(scope, receive, send)
             return
-        received, complete = 0, False
+        received = piece = 0
+        left_s, complete = self.timeout_s, False
 
         async def receive_limited() -> Message:
-            nonlocal received, complete
+            nonlocal received, piece, left_s, complete
+            started = time.monotonic()
             try:
-                async with asyncio.timeout(None if complete else self.timeout_s):
+                async with asyncio.timeout(None if complete else left_s):
                     message = await receive()
             except TimeoutError:
-                raise upload_stalled(self.timeout_s) from None
+                raise upload_stalled(piece, PIECE_BYTES, self.timeout_s) from None
+            left_s -= time.monotonic() - started
             complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
+            piece += len(message.get("body", b""))
+            if piece >= PIECE_BYTES:
+                piece, left_s = 0, self.timeout_s
             if received > self.max_bytes:
                 raise too_many_bytes(received, self.max_bytes)
             return message

@@ -172,12 +172,13 @@ def too_many_bytes(actual: int, limit: int) -> ServiceError:
     )
 
 
-def upload_stalled(limit_s: float) -> ServiceError:
-    """No byte of the request body came for `limit_s` seconds."""
+def upload_stalled(actual: int, least: int, limit_s: float) -> ServiceError:
+    """Of the request body, `actual` bytes came in `limit_s` seconds, neither `least` nor the rest of it."""
     name = setting("transfer_timeout_s")
     return ServiceError(
         Code.UPLOAD_STALLED,
-        f"nothing of the request body arrived for {limit_s:g} s, the limit; {name} changes it",
+        f"{actual} bytes of the request body arrived in {limit_s:g} s, the limit for {least} of them or the "
+        f"rest; {name} changes it",
         headers={"Connection": "close"},
         limit=limit_s,
         setting=name,

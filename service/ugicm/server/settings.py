@@ -75,8 +75,8 @@ class Settings(BaseSettings):
     this many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not
     count."""
     transfer_timeout_s: float = Field(default=30.0, gt=0)
-    """Longest silence while a request body arrives, in seconds, beyond it the answer is 408; and longest time
-    for a client to take 64 KiB of its answer, beyond it the connection is closed."""
+    """Longest time for 64 KiB of a request body, or the rest of it, to arrive, in seconds, beyond it the
+    answer is 408; and for a client to take 64 KiB of its answer, beyond it the connection is closed."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
