@@ -243,6 +243,19 @@ def test_a_large_picture_is_never_one_tile(tiny_codec: Codec, photo: Photo) -> N
         tiny_codec.decode([serialise(replace(header, width=10_000, height=9_000), segments)])
 
 
+def test_a_strip_counts_with_its_padding(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a strip of 2^20 x 1 pixels would go through the networks as 2^20 x 64 at once."""
+    strip = np.concatenate([photo[:1], photo[1:2]], 1)[:, :600]
+    whole = tiny_codec.decode(tiny_codec.encode([strip], 80))[0]
+    monkeypatch.setattr(codec_module, "TILE_SIDE", 128)
+    data = tiny_codec.encode([strip], 80)[0]
+    header, _ = parse(data, max_pixels=1 << 30)
+    assert (header.tile_side, header.tiles_x, header.tiles_y) == (128, 5, 1)
+    assert np.abs(tiny_codec.decode([data])[0].astype(int) - whole).max() <= 1
+
+
 def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

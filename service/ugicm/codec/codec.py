@@ -613,7 +613,11 @@ def _shape(header: Header) -> tuple[int, int, int]:
 
 def _tile_side(width: int, height: int) -> int:
     """Pixels per side of the tiles of such a picture, 0 where it is one tile."""
-    return TILE_SIDE if max(width, height) > TILE_SIDE and width * height > TILE_SIDE**2 else 0
+    rows, columns = latent_size(width, height)
+    # A strip a pixel wide is 64 wide to the networks.
+    padded = rows * columns * LATENT_STRIDE**2
+    large = width * height > TILE_SIDE**2 or padded > 2 * TILE_SIDE**2
+    return TILE_SIDE if large and max(width, height) > TILE_SIDE else 0
 
 
 def _spread(value: float | Sequence[float], count: int, what: str) -> list[float]:
