@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -147,6 +148,30 @@ async def test_a_batch_is_refused_what_others_hold(
     assert [problem["code"] for problem in problems] == ["overloaded"] * 2
     assert all(1 <= problem["retry_after_s"] <= 60 for problem in problems)
     codec.gate.set()
+    assert (await other).status_code == 200
+
+
+async def test_images_that_are_refused_do_not_wait_for_each_other(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await make_async_client(queue_pixels=128 * 128, pool_threads=1)
+    codec.gate.clear()
+    (other,) = start([client.post("/encode", content=image_file())])
+    await until(lambda: sample(client, "ugicm_queue_pixels") == 128 * 128)
+    headers: list[bytes] = []
+
+    def slow(data: bytes) -> int:
+        headers.append(data)
+        time.sleep(0.02)
+        return 48 * 32
+
+    monkeypatch.setattr("ugicm.server.engine._pixels_of_image", slow)
+    (batch,) = start([client.post("/encode/batch", **batch_of(*(image_file(seed=i) for i in range(5))))])
+    await until(lambda: batch.done() or len(headers) > 20)
+    assert len(headers) == 5
+    codec.gate.set()
+    problems = [json.loads(line)["problem"] for line in (await batch).text.splitlines()]
+    assert [problem["code"] for problem in problems] == ["overloaded"] * 5
     assert (await other).status_code == 200
 
 

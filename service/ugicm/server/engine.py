@@ -108,8 +108,21 @@ class Engine:
         metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
         metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)
 
-    async def encode(self, data: bytes, target: RateTarget, timings: Timings) -> bytes:
+    async def encode(
+        self,
+        data: bytes,
+        target: RateTarget,
+        timings: Timings,
+        *,
+        on_admitted: Callable[[], None] = lambda: None,
+    ) -> bytes:
         """Bitstream of an image file.
+
+        Args:
+            data: the file.
+            target: how large the bitstream may become.
+            timings: where to note how long things took.
+            on_admitted: called when the picture has its room in the service.
 
         Raises:
             CodecError: the image cannot be read or is too large, or the target cannot be met.
@@ -121,6 +134,7 @@ class Engine:
             # that a refusal does not wait.
             weight = self._weight(await _run_in(self._headers, lambda: _pixels_of_image(data)))
             with self.batcher.admit(weight):
+                on_admitted()
                 image = await self._pooled(
                     "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
                 )

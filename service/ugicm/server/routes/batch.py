@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import structlog
@@ -93,25 +94,26 @@ async def encode_batch(
     store: StoreParam = True,
 ) -> Response:
     places = asyncio.Semaphore(PARALLEL)
-    inside: set[asyncio.Task[EncodeResult]] = set()
+    inside: set[asyncio.Future[None]] = set()
     request_id: str = request.state.request_id
-
-    async def encoded(part: Part) -> EncodeResult:
-        return (await encode_image(services, part.data, target, Timings(), store=store))[0]
 
     async def encoded_with_room(part: Part) -> EncodeResult:
         """Images of one request wait for each other; only what others hold can refuse them."""
         while True:
-            task = asyncio.create_task(encoded(part))
-            inside.add(task)
+            left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            enter = partial(inside.add, left)
             try:
-                return await task
+                result, _ = await encode_image(
+                    services, part.data, target, Timings(), store=store, on_admitted=enter
+                )
+                return result
             except OverloadedError:
-                if inside == {task}:
+                if not inside:
                     raise
             finally:
-                inside.discard(task)
-            await asyncio.wait(set(inside), return_when=asyncio.FIRST_COMPLETED)
+                inside.discard(left)
+                left.set_result(None)
+            await asyncio.wait(inside, return_when=asyncio.FIRST_COMPLETED)
 
     async def line(index: int, part: Part) -> BatchLine:
         answer = BatchLine(index=index, filename=part.filename)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import urlencode
 
@@ -72,10 +73,16 @@ StoreParam = Annotated[bool, Query(description="Keep the bitstream, to decode it
 
 
 async def encode_image(
-    services: Services, data: bytes, target: RateTarget, timings: Timings, *, store: bool
+    services: Services,
+    data: bytes,
+    target: RateTarget,
+    timings: Timings,
+    *,
+    store: bool,
+    on_admitted: Callable[[], None] = lambda: None,
 ) -> tuple[EncodeResult, bytes]:
     """Encode one image file and keep its bitstream if asked to; a cache that is down does not matter."""
-    bitstream = await services.engine.encode(data, target, timings)
+    bitstream = await services.engine.encode(data, target, timings, on_admitted=on_admitted)
     id = bitstream_id(bitstream)
     cached = stored = False
     if store:
