@@ -191,6 +191,16 @@ async def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
     assert kept == {ids[0], ids[2], ids[3], ids[4]}
 
 
+async def test_an_entry_that_a_sweep_would_delete_is_not_written(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 1000)
+    (id,) = await store(cache, b"x" * 300)
+    for size in (901, 1001):
+        assert await cache.put(bitstream_id(bytes(size)), bytes(size)) is None
+    assert [path.name for path in files(tmp_path)] == [id]
+    assert await cache.put(bitstream_id(bytes(900)), bytes(900)) is False
+    assert [path.name for path in files(tmp_path)] == [bitstream_id(bytes(900))]
+
+
 async def test_the_limit_holds_over_files_of_an_earlier_process(tmp_path: Path) -> None:
     await store(FileCache(tmp_path, 10_000), *(bytes([i]) * 900 for i in range(5)))
     await store(FileCache(tmp_path, 1000), b"new")
@@ -202,6 +212,14 @@ async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
     (id,) = await store(cache, b"whole bitstream")
     (tmp_path / id[:2] / id).write_bytes(b"whole")
     assert await cache.get(id) is None
+    assert await cache.put(id, b"whole bitstream") is False
+    assert await cache.get(id) == b"whole bitstream"
+
+
+async def test_a_torn_file_is_written_anew(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 1000)
+    (id,) = await store(cache, b"whole bitstream")
+    (tmp_path / id[:2] / id).write_bytes(b"whole")
     assert await cache.put(id, b"whole bitstream") is False
     assert await cache.get(id) == b"whole bitstream"
 

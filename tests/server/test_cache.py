@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ class BrokenCache(MemoryCache):
         await self.check()
         return await super().get(id)
 
-    async def put(self, id: str, bitstream: bytes) -> bool:
+    async def put(self, id: str, bitstream: bytes) -> bool | None:
         await self.check()
         return await super().put(id, bitstream)
 
@@ -77,7 +78,7 @@ def test_the_lru_is_bounded_by_bytes() -> None:
     assert lru.size == 3 * (100 + overhead)
     lru.put("e", b"x" * 200)
     assert list(lru) == ["d", "e"]
-    lru.put("too large", b"x" * 10_000)
+    assert lru.put("too large", b"x" * 10_000) is False
     assert lru.get("too large") is None
     lru.put("d", b"")
     assert lru.size == 200 + 2 * overhead
@@ -99,6 +100,22 @@ async def test_memory_cache() -> None:
     assert await cache.put(id, b"bits") is True
     assert await cache.get(id) == b"bits"
     assert (await cache.delete(id), await cache.delete(id)) == (True, False)
+    assert await cache.put("large", bytes(10_000)) is None
+    assert await cache.get("large") is None
+
+
+@pytest.mark.parametrize("url", ["memory:", "file://{}"])
+def test_what_is_not_kept_is_not_called_stored(
+    make_client: Any, image_file: Any, tmp_path: Path, url: str
+) -> None:
+    client = make_client(cache_url=url.format(tmp_path), cache_bytes=2000)
+    small, large = (client.post("/encode", content=image_file(side, 8)) for side in (4, 200))
+    assert large.json()["size"] > 2000
+    assert (large.status_code, large.json()["stored"], large.json()["cached"]) == (200, False, False)
+    assert "location" not in large.headers
+    assert client.get(f"/bitstreams/{large.json()['id']}").status_code == 404
+    assert small.json()["stored"] is True
+    assert client.get(small.headers["location"]).status_code == 200
 
 
 async def test_a_broken_cache_is_named_and_then_left_alone(broken: BrokenCache) -> None:

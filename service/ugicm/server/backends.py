@@ -40,7 +40,7 @@ class FileCache:
     async def get(self, id: str) -> bytes | None:
         return await asyncio.to_thread(self._get, id)
 
-    async def put(self, id: str, bitstream: bytes) -> bool:
+    async def put(self, id: str, bitstream: bytes) -> bool | None:
         return await asyncio.to_thread(self._put, id, bitstream)
 
     async def delete(self, id: str) -> bool:
@@ -68,13 +68,16 @@ class FileCache:
             return None
         return bitstream
 
-    def _put(self, id: str, bitstream: bytes) -> bool:
+    def _put(self, id: str, bitstream: bytes) -> bool | None:
         path = self._path(id)
         try:
-            os.utime(path)
-            return True
+            if path.stat().st_size == len(bitstream):  # else it is torn, and written anew
+                os.utime(path)
+                return True
         except FileNotFoundError:
             pass
+        if len(bitstream) > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
+            return None
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=self._TEMPORARY, dir=path.parent)
         try:

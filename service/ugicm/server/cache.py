@@ -37,8 +37,8 @@ class BitstreamCache(Protocol):
     async def get(self, id: str) -> bytes | None:
         """The bitstream, or None."""
 
-    async def put(self, id: str, bitstream: bytes) -> bool:
-        """Keep it; True if it was there already."""
+    async def put(self, id: str, bitstream: bytes) -> bool | None:
+        """Keep it; True if it was there already, None if it is too large to be kept."""
 
     async def delete(self, id: str) -> bool:
         """Forget it; True if it was there."""
@@ -78,15 +78,23 @@ class ByteLru(Generic[Key]):
         self._entries.move_to_end(key)
         return bytes(value)
 
-    def put(self, key: Key, value: bytes) -> None:
-        """Keep the value and drop the oldest until the sum fits; one over the bound is not kept."""
+    def touch(self, key: Key) -> bool:
+        """Make the value the most recent one; True if it is there."""
+        if key not in self._entries:
+            return False
+        self._entries.move_to_end(key)
+        return True
+
+    def put(self, key: Key, value: bytes) -> bool:
+        """Keep the value and drop the oldest until the sum fits; False if it alone is over the bound."""
         self.delete(key)
         if len(value) + self.OVERHEAD > self.max_bytes:
-            return
+            return False
         self._entries[key] = value if len(value) < self._map_bytes else _mapped(value)
         self.size += len(value) + self.OVERHEAD
         while self.size > self.max_bytes:
             self.delete(next(iter(self._entries)))
+        return True
 
     def delete(self, key: Key) -> bool:
         """Drop the value; True if it was there."""
@@ -120,11 +128,10 @@ class MemoryCache:
     async def get(self, id: str) -> bytes | None:
         return self._entries.get(id)
 
-    async def put(self, id: str, bitstream: bytes) -> bool:
-        found = self._entries.get(id) is not None
-        if not found:
-            self._entries.put(id, bitstream)
-        return found
+    async def put(self, id: str, bitstream: bytes) -> bool | None:
+        if self._entries.touch(id):
+            return True
+        return False if self._entries.put(id, bitstream) else None
 
     async def delete(self, id: str) -> bool:
         return self._entries.delete(id)
@@ -155,7 +162,7 @@ class GuardedCache:
         self._metrics.cache_requests.labels("bitstream", "miss" if found is None else "hit").inc()
         return found
 
-    async def put(self, id: str, bitstream: bytes) -> bool:
+    async def put(self, id: str, bitstream: bytes) -> bool | None:
         return await self._guarded(lambda: self._cache.put(id, bitstream))
 
     async def delete(self, id: str) -> bool:

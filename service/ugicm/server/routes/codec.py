@@ -81,15 +81,15 @@ async def encode_image(
     store: bool,
     on_admitted: Callable[[], None] = lambda: None,
 ) -> tuple[EncodeResult, bytes]:
-    """Encode one image file and keep its bitstream if asked to; a cache that is down does not matter."""
+    """Encode one image file and keep its bitstream, if asked to and if the cache can."""
     bitstream = await services.engine.encode(data, target, timings, on_admitted=on_admitted)
     id = bitstream_id(bitstream)
     cached = stored = False
     if store:
         try:
             with timings.measure("cache"):
-                cached = await services.cache.put(id, bitstream)
-            stored = True
+                found = await services.cache.put(id, bitstream)
+            cached, stored = bool(found), found is not None
         except CacheDownError:
             pass
     result = EncodeResult(
