@@ -58,6 +58,13 @@ def test_every_failure_is_a_problem(document: dict[str, Any]) -> None:
                 ), f"{where} {status}"
 
 
+def test_every_operation_but_health_checks_can_be_refused_or_fail(document: dict[str, Any]) -> None:
+    for where, operation in operations(document):
+        if operation["operationId"] not in ("getLive", "getReady"):
+            for status, code in (("500", "internal"), ("503", "overloaded")):
+                assert f"`{code}`" in operation["responses"][status]["description"], where
+
+
 def test_every_field_has_an_example_or_a_type_of_its_own(document: dict[str, Any]) -> None:
     for name in ("BitstreamInfo", "EncodeResult", "BitstreamRef", "ModelInfo", "Limits"):
         for field, schema in document["components"]["schemas"][name]["properties"].items():

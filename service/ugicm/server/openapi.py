@@ -37,7 +37,11 @@ _TAGS = [
 
 
 def problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
-    """``responses=`` of these problems; each operation adds those of every request by itself."""
+    """``responses=`` of these problems and of those that any request can meet, but health checks."""
+    return _problems(*dict.fromkeys((*kinds, Code.OVERLOADED, Code.INTERNAL)))
+
+
+def _problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     by_status: dict[int | str, dict[str, Any]] = {}
     for kind in sorted(kinds, key=lambda kind: kind.status):
         entry = by_status.setdefault(kind.status, {"description": "", "content": _problem_content()})
@@ -149,7 +153,7 @@ def _complete(
             _drop_null(parameter["schema"])
         invalid = operation["responses"].get("422", {})
         if "application/json" in invalid.get("content", {}):
-            operation["responses"]["422"] = problems(Code.INVALID_PARAMETER)[422]
+            operation["responses"]["422"] = _problems(Code.INVALID_PARAMETER)[422]
     if keyed:
         schema["components"]["securitySchemes"] = {
             "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
@@ -157,7 +161,7 @@ def _complete(
         for operation in _operations(schema):
             if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
                 operation["security"] = [{"apiKey": []}]
-                refusals = problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, Code.BAD_SIGNATURE)
+                refusals = _problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, Code.BAD_SIGNATURE)
                 operation["responses"].update({str(status): one for status, one in refusals.items()})
 
 

@@ -80,7 +80,6 @@ async def get_bitstream_info(id: Id, services: ServicesDep, timings: TimingsDep)
             Code.MODEL_MISMATCH,
             Code.TOO_MANY_PIXELS,
             Code.RANGE_NOT_SATISFIABLE,
-            Code.OVERLOADED,
             Code.TIMEOUT,
             *_COMMON,
         ),

@@ -18,6 +18,7 @@ from ugicm.server.models import (
     ModelInfo,
     Preference,
 )
+from ugicm.server.openapi import problems
 
 info_router = APIRouter(tags=["service"])
 health_router = APIRouter(tags=["service"])
@@ -25,7 +26,7 @@ health_router = APIRouter(tags=["service"])
 NO_STORE = {"Cache-Control": "no-store"}
 
 
-@info_router.get("/info", operation_id="getInfo", summary="Model, device and limits")
+@info_router.get("/info", operation_id="getInfo", summary="Model, device and limits", responses=problems())
 async def get_info(services: ServicesDep) -> Info:
     codec, settings = services.engine.codec, services.settings
     return Info(
