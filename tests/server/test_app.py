@@ -11,6 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ugicm.codec.bitstream import Header, serialise
+from ugicm.codec.errors import LimitExceededError
+from ugicm.server.problems import as_service_error
 
 UNKNOWN = "0" * 64
 
@@ -323,6 +325,22 @@ def test_bitstream_of_a_huge_picture(client: TestClient) -> None:
     huge = serialise(Header(1, 1 << 20, 1 << 20, 50.0, b"\xff" * 8), [b"segment"])
     body = assert_problem(client.post("/decode", content=huge), 413, "too-many-pixels")
     assert body["actual"] == 1 << 40
+
+
+def test_a_side_too_long_for_the_format(client: TestClient, codec: Any, image_file: Any) -> None:
+    id = encode(client, image_file(16_384, 2))["id"]
+    codec.calls.clear()
+    response = client.get(f"/bitstreams/{id}/image", params={"format": "webp"})
+    body = assert_problem(response, 422, "invalid-parameter")
+    assert "format=webp holds at most 16383 pixels per side, the picture has 16384x2" in body["detail"]
+    assert "setting" not in body
+    assert codec.calls == []
+    assert client.get(f"/bitstreams/{id}/image").status_code == 200
+
+
+def test_only_settings_are_called_settings() -> None:
+    error = LimitExceededError("pixels per side", limit=1, actual=2, setting="scaling it down")
+    assert as_service_error(error).members["setting"] is None
 
 
 @pytest.mark.parametrize("json", [{}, {"id": "x"}, {"id": UNKNOWN, "more": 1}, [], "x"])

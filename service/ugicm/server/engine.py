@@ -19,7 +19,7 @@ from PIL import Image as PillowImage
 from ugicm.codec.bitstream import peek
 from ugicm.codec.errors import CodecError
 from ugicm.server.batching import MicroBatcher
-from ugicm.server.images import FORMATS, ImageFormat, read_image, write_image
+from ugicm.server.images import FORMATS, ImageFormat, check_side, read_image, write_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings
@@ -155,11 +155,13 @@ class Engine:
         """Image file of a bitstream, at a preference of 0 (human) to 1 (machine).
 
         Raises:
-            CodecError: the bitstream is damaged, too large, or of another model.
+            CodecError: the bitstream is damaged, too large, or of another model, or the picture has a side
+                that the format does not allow.
             OverloadedError: too many pixels are in the service.
             DeadlineExceededError: the deadline passed.
         """
         header = peek(bitstream)
+        check_side(header.width, header.height, image_format)
         weight = self._weight(header.width * header.height)
         async with self._deadline():
             with self.batcher.admit(weight):

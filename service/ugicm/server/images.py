@@ -14,6 +14,7 @@ What `read_image` makes of an image file:
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -100,21 +101,30 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
     return np.array(image)
 
 
+def check_side(width: int, height: int, format: ImageFormat) -> None:
+    """Refuse a picture that `write_image` could not write, by its size in pixels.
+
+    Raises:
+        CodecError: the picture is wider or higher than the format allows.
+    """
+    if max(width, height) > (limit := MAX_SIDE.get(format, math.inf)):
+        raise CodecError(
+            f"format={format} holds at most {limit} pixels per side, the picture has {width}x{height}; "
+            "format=png holds it"
+        )
+
+
 def write_image(rgb: Pixels, format: ImageFormat) -> bytes:
     """Encode uint8 RGB (H, W, 3) as an image file; all but ``jpeg`` (quality 95, 4:4:4) are lossless.
 
     Raises:
-        LimitExceededError: the picture is wider or higher than the format allows.
+        CodecError: the picture is wider or higher than the format allows.
     """
+    check_side(rgb.shape[1], rgb.shape[0], format)
     out = io.BytesIO()
     if format == "npy":
         np.lib.format.write_array(out, rgb, allow_pickle=False)
         return out.getvalue()
-    side = max(rgb.shape[:2])
-    if side > (limit := MAX_SIDE.get(format, side)):
-        raise LimitExceededError(
-            f"pixels per side of a {format} file", limit=limit, actual=side, setting="format=png"
-        )
     Image.fromarray(rgb).save(out, format, **_SAVE_OPTIONS[format])
     return out.getvalue()
 

@@ -23,7 +23,7 @@ from ugicm.server.batching import OverloadedError
 from ugicm.server.cache import CacheDownError
 from ugicm.server.engine import DeadlineExceededError
 from ugicm.server.images import ACCEPTED_MEDIA_TYPES, MalformedImageError, UnsupportedImageError
-from ugicm.server.settings import setting
+from ugicm.server.settings import PREFIX, setting
 
 MEDIA_TYPE = "application/problem+json"
 CACHE_RETRY_AFTER_S = 10
@@ -209,7 +209,7 @@ def as_service_error(error: Exception) -> ServiceError:
                 str(error),
                 limit=error.limit,
                 actual=error.actual,
-                setting=error.setting,
+                setting=error.setting if error.setting.startswith(PREFIX) else None,
             )
         case ModelMismatchError():
             return ServiceError(Code.MODEL_MISMATCH, str(error), needed=error.needed, loaded=error.loaded)
