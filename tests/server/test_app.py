@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from ugicm.codec.bitstream import Header, serialise
 from ugicm.codec.errors import LimitExceededError
+from ugicm.server.cache import bitstream_id
 from ugicm.server.problems import as_service_error
 
 UNKNOWN = "0" * 64
@@ -435,6 +437,30 @@ def test_image_etag_follows_the_picture(client: TestClient, image_file: Any) -> 
     assert client.get(path, headers={"If-None-Match": human.headers["etag"]}).status_code == 304
     assert client.get(path, headers={"If-None-Match": machine.headers["etag"]}).status_code == 200
     assert client.head(path).headers["content-length"] == str(len(human.content))
+
+
+def test_large_bodies_are_hashed_once_and_not_in_the_event_loop(
+    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_loop: list[bool] = []
+
+    def noted(content: bytes) -> str:
+        in_loop.append(asyncio._get_running_loop() is not None)
+        return bitstream_id(content)
+
+    monkeypatch.setattr("ugicm.server.cache._LONG_BYTES", 0)
+    monkeypatch.setattr("ugicm.server.cache.bitstream_id", noted)
+    path = encode(client, image_file())["links"]["bitstream"]
+    assert in_loop == [False]
+    pictures = [client.get(f"{path}/image") for _ in range(3)]
+    assert client.head(f"{path}/image").headers["etag"] == pictures[0].headers["etag"]
+    assert pictures[0].headers["etag"] == f'"{bitstream_id(pictures[0].content)}"'
+    assert {(picture.content, picture.headers["etag"]) for picture in pictures} == {
+        (pictures[0].content, pictures[0].headers["etag"])
+    }
+    assert in_loop == [False] * 2
+    client.post("/decode", content=client.get(path).content)
+    assert in_loop == [False] * 3
 
 
 # Request context

@@ -52,19 +52,34 @@ def broken() -> BrokenCache:
 def test_large_entries_live_apart_from_the_heap() -> None:
     lru: ByteLru[str] = ByteLru(1 << 20)
     large, small = bytes(range(256)) * 512, b"small"
-    lru.put("large", large)
+    lru.put("large", large, "tag")
     lru.put("small", small)
-    assert lru.get("large") == large
-    assert lru.get("large") is not large
-    assert lru.get("small") is small
+    assert lru.get("large") == (large, "tag")
+    found = lru.get("small")
+    assert found is not None
+    assert found[0] is small
     assert lru.size == len(large) + len(small) + 2 * ByteLru.OVERHEAD
+
+
+def test_a_large_entry_is_not_copied_and_outlives_its_place() -> None:
+    lru: ByteLru[str] = ByteLru(1 << 20)
+    large = bytes(range(256)) * 512
+    lru.put("large", large)
+    (first, _), (second, _) = lru.get("large") or (b"", ""), lru.get("large") or (b"", "")
+    assert first is second is not large
+    assert memoryview(first).readonly
+    lru.delete("large")
+    del second
+    assert first == large
 
 
 def test_a_large_cache_does_not_use_up_the_maps_of_the_process() -> None:
     lru: ByteLru[str] = ByteLru(ByteLru.MAX_MAPS << 20)
     value = bytes(ByteLru.MAP_BYTES)
     lru.put("a", value)
-    assert lru.get("a") is value
+    found = lru.get("a")
+    assert found is not None
+    assert found[0] is value
 
 
 def test_the_lru_is_bounded_by_bytes() -> None:

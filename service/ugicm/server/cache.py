@@ -16,15 +16,26 @@ from ugicm.server.metrics import Metrics
 
 Value = TypeVar("Value")
 Key = TypeVar("Key")
+Content = bytes | memoryview
+"""Of a kept entry; a view keeps its memory for as long as somebody has it."""
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 """What an id looks like; checked before an id comes near a path or a key."""
+_LONG_BYTES = 1 << 20
+"""Bytes that take about a millisecond to hash."""
 _log = structlog.get_logger(__name__)
 
 
 def bitstream_id(bitstream: bytes) -> str:
     """SHA-256 of the bytes, 64 hex digits."""
     return hashlib.sha256(bitstream).hexdigest()
+
+
+async def hash_of(content: bytes) -> str:
+    """`bitstream_id` of any bytes, outside of the event loop where it takes longer than going there."""
+    if len(content) < _LONG_BYTES:
+        return bitstream_id(content)
+    return await asyncio.to_thread(bitstream_id, content)
 
 
 class CacheDownError(Exception):
@@ -53,9 +64,10 @@ class BitstreamCache(Protocol):
 class ByteLru(Generic[Key]):
     """Least recently used bytes, bounded by their sum.
 
-    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too. Large entries live
-    in memory maps of their own: in the heap, which is never trimmed (`ugicm.memory`), long-lived ones would
-    lie scattered among the buffers of the networks, and the process would go on growing with a full cache.
+    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too, and may have a tag, a
+    short text. Large entries live in memory maps of their own: in the heap, which is never trimmed
+    (`ugicm.memory`), long-lived ones would lie scattered among the buffers of the networks, and the process
+    would go on growing with a full cache.
     """
 
     OVERHEAD = 256
@@ -69,14 +81,11 @@ class ByteLru(Generic[Key]):
         self.size = 0
         """Bytes held now."""
         self._map_bytes = max(self.MAP_BYTES, max_bytes // self.MAX_MAPS)
-        self._entries: OrderedDict[Key, bytes | mmap.mmap] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[Content, str]] = OrderedDict()
 
-    def get(self, key: Key) -> bytes | None:
-        """The value, which becomes the most recent one; or None."""
-        if (value := self._entries.get(key)) is None:
-            return None
-        self._entries.move_to_end(key)
-        return bytes(value)
+    def get(self, key: Key) -> tuple[Content, str] | None:
+        """The value, not copied, and its tag; it becomes the most recent one. Or None."""
+        return self._entries[key] if self.touch(key) else None
 
     def touch(self, key: Key) -> bool:
         """Make the value the most recent one; True if it is there."""
@@ -85,12 +94,12 @@ class ByteLru(Generic[Key]):
         self._entries.move_to_end(key)
         return True
 
-    def put(self, key: Key, value: bytes) -> bool:
+    def put(self, key: Key, value: bytes, tag: str = "") -> bool:
         """Keep the value and drop the oldest until the sum fits; False if it alone is over the bound."""
         self.delete(key)
         if len(value) + self.OVERHEAD > self.max_bytes:
             return False
-        self._entries[key] = value if len(value) < self._map_bytes else _mapped(value)
+        self._entries[key] = value if len(value) < self._map_bytes else _mapped(value), tag
         self.size += len(value) + self.OVERHEAD
         while self.size > self.max_bytes:
             self.delete(next(iter(self._entries)))
@@ -98,9 +107,9 @@ class ByteLru(Generic[Key]):
 
     def delete(self, key: Key) -> bool:
         """Drop the value; True if it was there."""
-        if (value := self._entries.pop(key, None)) is None:
+        if (entry := self._entries.pop(key, None)) is None:
             return False
-        self.size -= len(value) + self.OVERHEAD
+        self.size -= len(entry[0]) + self.OVERHEAD
         return True
 
     def __iter__(self) -> Iterator[Key]:
@@ -108,10 +117,10 @@ class ByteLru(Generic[Key]):
         return iter(self._entries)
 
 
-def _mapped(value: bytes) -> mmap.mmap:
+def _mapped(value: bytes) -> memoryview:
     copy = mmap.mmap(-1, len(value), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy[:] = value
-    return copy
+    return memoryview(copy).toreadonly()
 
 
 class MemoryCache:
@@ -126,7 +135,8 @@ class MemoryCache:
         return self._entries.size
 
     async def get(self, id: str) -> bytes | None:
-        return self._entries.get(id)
+        found = self._entries.get(id)
+        return None if found is None else bytes(found[0])
 
     async def put(self, id: str, bitstream: bytes) -> bool | None:
         if self._entries.touch(id):

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ugicm.server.cache import Content
 from ugicm.server.problems import Code, ServiceError
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
 _MAX_DIGITS = 18
 
 
-def etag_of(content: bytes) -> str:
-    """Strong entity tag of these bytes."""
-    return f'"{hashlib.sha256(content).hexdigest()}"'
-
-
 def respond(
-    request: Request, content: bytes, *, etag: str, media_type: str, headers: Mapping[str, str]
+    request: Request, content: Content, *, etag: str, media_type: str, headers: Mapping[str, str]
 ) -> Response:
     """200, 206, 304 or, by exception, 416; without a body for HEAD.
 

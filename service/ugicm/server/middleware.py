@@ -189,9 +189,9 @@ class PacedAnswer:
             body = message.get("body", b"")
             last = max(0, len(body) - 1) // PIECE_BYTES * PIECE_BYTES
             for start in range(0, last, PIECE_BYTES):
-                piece = body[start : start + PIECE_BYTES]
+                piece = bytes(body[start : start + PIECE_BYTES])
                 await send_in_time({**message, "body": piece, "more_body": True})
-            await send_in_time({**message, "body": body[last:]} if last else message)
+            await send_in_time({**message, "body": bytes(body[last:])} if body else message)
 
         await self.app(scope, receive, send_in_pieces)
 

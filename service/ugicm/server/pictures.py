@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from ugicm.server.cache import ByteLru
+from ugicm.server.cache import ByteLru, Content, hash_of
 from ugicm.server.metrics import Metrics
 
 
@@ -18,10 +18,18 @@ class PictureKey(NamedTuple):
     format: str
 
 
+class Picture(NamedTuple):
+    """A decoded picture, as a file."""
+
+    content: Content
+    etag: str
+    """Strong entity tag, quoted."""
+
+
 class _Flight:
     """A picture in the making and how many wait for it."""
 
-    def __init__(self, task: asyncio.Task[bytes]) -> None:
+    def __init__(self, task: asyncio.Task[Picture]) -> None:
         self.task, self.waiting = task, 0
 
 
@@ -34,14 +42,14 @@ class PictureCache:
         self._metrics = metrics
         metrics.cache_bytes.labels("picture").set_function(lambda: self._kept.size)
 
-    async def get(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> tuple[bytes, bool]:
+    async def get(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> tuple[Picture, bool]:
         """The picture, and whether it was kept; else `make` is awaited once for all who ask meanwhile.
 
         The making goes on while anybody waits for it and is cancelled when the last one leaves.
         """
-        if (picture := self._kept.get(key)) is not None:
+        if (kept := self._kept.get(key)) is not None:
             self._metrics.cache_requests.labels("picture", "hit").inc()
-            return picture, True
+            return Picture(*kept), True
         flight = self._flights.get(key)
         if flight is None:
             self._metrics.cache_requests.labels("picture", "miss").inc()
@@ -62,14 +70,16 @@ class PictureCache:
         for key in [key for key in self._kept if key.id == id]:
             self._kept.delete(key)
 
-    async def _make(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> bytes:
+    async def _make(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> Picture:
         flight = self._flights[key]
         try:
-            picture = await make()
+            content = await make()
+            # Once, as whoever asks for a kept picture asks for its tag.
+            etag = f'"{await hash_of(content)}"'
         finally:
             self._land(key, flight)
-        self._kept.put(key, picture)
-        return picture
+        self._kept.put(key, content, etag)
+        return Picture(content, etag)
 
     def _land(self, key: PictureKey, flight: _Flight) -> None:
         if self._flights.get(key) is flight:

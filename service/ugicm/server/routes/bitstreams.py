@@ -11,7 +11,7 @@ from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import SUFFIX
 from ugicm.server.auth import EXPIRY, SIGNATURE
 from ugicm.server.cache import ID_PATTERN
-from ugicm.server.conditional import etag_of, respond
+from ugicm.server.conditional import respond
 from ugicm.server.deps import Services, ServicesDep, TimingsDep, ViewDep
 from ugicm.server.models import BitstreamInfo
 from ugicm.server.openapi import BITSTREAM, IMAGE, problems
@@ -91,7 +91,7 @@ async def get_image(
     picture, hit = await decoded(services, id, await kept(services, id, timings), view, timings)
     cache_control = _cache_control(request, services, PICTURE_AGE_S)
     headers = {**picture_headers(id, view, hit=hit), "Cache-Control": cache_control}
-    return respond(request, picture, etag=etag_of(picture), media_type=media_type(view), headers=headers)
+    return respond(request, picture.content, etag=picture.etag, media_type=media_type(view), headers=headers)
 
 
 @router.delete(

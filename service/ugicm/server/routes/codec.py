@@ -13,13 +13,13 @@ from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.server.auth import sign
-from ugicm.server.cache import CacheDownError, bitstream_id
+from ugicm.server.cache import CacheDownError, hash_of
 from ugicm.server.deps import BitstreamBody, ImageBody, Services, ServicesDep, TimingsDep, View, ViewDep
 from ugicm.server.engine import RateTarget
 from ugicm.server.images import MEDIA_TYPES, ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
 from ugicm.server.openapi import ENCODED, IMAGE, body, problems
-from ugicm.server.pictures import PictureKey
+from ugicm.server.pictures import Picture, PictureKey
 from ugicm.server.problems import Code, ServiceError
 from ugicm.server.settings import Settings, setting
 from ugicm.server.timings import Timings
@@ -82,7 +82,7 @@ async def encode_image(
 ) -> tuple[EncodeResult, bytes]:
     """Encode one image file and keep its bitstream, if asked to and if the cache can."""
     bitstream = await services.engine.encode(data, target, timings, on_admitted=on_admitted)
-    id = bitstream_id(bitstream)
+    id = await hash_of(bitstream)
     cached = stored = False
     if store:
         try:
@@ -191,14 +191,14 @@ async def decode(
     if isinstance(content, BitstreamRef):
         id, bitstream = content.id, await kept(services, content.id, timings)
     else:
-        id, bitstream = bitstream_id(content), content
+        id, bitstream = await hash_of(content), content
     picture, hit = await decoded(services, id, bitstream, view, timings)
     headers = {**picture_headers(id, view, hit=hit), "Cache-Control": "no-store"}
     if isinstance(content, BitstreamRef):
         headers["Content-Location"] = (
             f"/bitstreams/{id}/image?strength={view.strength:g}&format={view.format.value}"
         )
-    return Response(picture, headers=headers, media_type=media_type(view))
+    return Response(picture.content, headers=headers, media_type=media_type(view))
 
 
 async def kept(services: Services, id: str, timings: Timings) -> bytes:
@@ -216,8 +216,8 @@ async def kept(services: Services, id: str, timings: Timings) -> bytes:
 
 async def decoded(
     services: Services, id: str, bitstream: bytes, view: View, timings: Timings
-) -> tuple[bytes, bool]:
-    """The picture file, and whether it was at hand."""
+) -> tuple[Picture, bool]:
+    """The picture, and whether it was at hand."""
     format: ImageFormat = view.format.value
     return await services.pictures.get(
         PictureKey(id, view.strength, format),
