@@ -53,6 +53,10 @@ class Encoded:
     """The bitstream was kept already."""
     stored: bool
     """The bitstream is kept now: `Client.decode` takes its id."""
+    lossless: bool
+    """Both views equal the original."""
+    links: Mapping[str, str]
+    """Paths of ``bitstream``, ``human`` and ``machine``; signed where the service signs links."""
 
 
 class _Call(NamedTuple):

@@ -29,6 +29,8 @@ def test_round_trip(client: Client, image_file: Any, pixels: Any) -> None:
     assert (encoded.width, encoded.height, encoded.quality, encoded.stored) == (48, 32, 40.0, True)
     bitstream = client.bitstream(encoded.id)
     assert len(bitstream) == encoded.size
+    assert not encoded.lossless
+    assert encoded.links["machine"] == f"/bitstreams/{encoded.id}/image?preference=machine"
     by_id = client.decode(encoded.id, preference="machine")
     assert client.decode(bitstream, preference="machine") == by_id
     assert client.decode(encoded.id, strength=1.0) == by_id
