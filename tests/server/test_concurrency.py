@@ -104,17 +104,28 @@ async def test_overload_is_refused_with_a_computed_wait(
     assert sample(client, "ugicm_queue_pixels") == 0
 
 
+async def test_a_strip_counts_as_what_the_networks_see(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client()
+    codec.gate.clear()
+    (work,) = start([client.post("/encode", content=image_file(1000, 1))])
+    await until(lambda: sample(client, "ugicm_queue_pixels") == 1024 * 64)
+    codec.gate.set()
+    assert (await work).status_code == 200
+
+
 async def test_a_header_that_takes_long_holds_up_nobody_else(
     make_async_client: MakeAsyncClient, image_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = await make_async_client()
     answered = threading.Event()
 
-    def slow(data: bytes) -> int:
+    def slow(data: bytes) -> tuple[int, int]:
         assert answered.wait(10)
-        return 1
+        return 1, 1
 
-    monkeypatch.setattr("ugicm.server.engine._pixels_of_image", slow)
+    monkeypatch.setattr("ugicm.server.engine._size_of_image", slow)
     (work,) = start([client.post("/encode", content=image_file())])
     await asyncio.sleep(0)
     assert (await client.get("/livez")).status_code == 200
@@ -160,12 +171,12 @@ async def test_images_that_are_refused_do_not_wait_for_each_other(
     await until(lambda: sample(client, "ugicm_queue_pixels") == 128 * 128)
     headers: list[bytes] = []
 
-    def slow(data: bytes) -> int:
+    def slow(data: bytes) -> tuple[int, int]:
         headers.append(data)
         time.sleep(0.02)
-        return 48 * 32
+        return 48, 32
 
-    monkeypatch.setattr("ugicm.server.engine._pixels_of_image", slow)
+    monkeypatch.setattr("ugicm.server.engine._size_of_image", slow)
     (batch,) = start([client.post("/encode/batch", **batch_of(*(image_file(seed=i) for i in range(5))))])
     await until(lambda: batch.done() or len(headers) > 20)
     assert len(headers) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from ugicm.codec.bitstream import peek
+from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.errors import CodecError
 from ugicm.server.batching import MicroBatcher
 from ugicm.server.images import FORMATS, ImageFormat, check_side, read_image, write_image
@@ -132,7 +134,7 @@ class Engine:
         async with self._deadline():
             # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
             # that a refusal does not wait.
-            weight = self._weight(await _run_in(self._headers, lambda: _pixels_of_image(data)))
+            weight = self._weight(*await _run_in(self._headers, lambda: _size_of_image(data)))
             with self.batcher.admit(weight):
                 on_admitted()
                 image = await self._pooled(
@@ -162,7 +164,7 @@ class Engine:
         """
         header = peek(bitstream)
         check_side(header.width, header.height, image_format)
-        weight = self._weight(header.width * header.height)
+        weight = self._weight(header.width, header.height)
         async with self._deadline():
             with self.batcher.admit(weight):
                 latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
@@ -196,7 +198,7 @@ class Engine:
     async def probe(self, side: int = 64) -> None:
         """One round trip of a noisy picture through the codec; raises what the codec raises."""
         image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-        timings, weight = Timings(), self._weight(side * side)
+        timings, weight = Timings(), self._weight(side, side)
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))
         for strength in (0.0, 1.0):
@@ -226,7 +228,9 @@ class Engine:
         except TimeoutError:
             raise DeadlineExceededError(limit_s=limit_s, actual_s=time.monotonic() - started) from None
 
-    def _weight(self, pixels: int) -> int:
+    def _weight(self, width: int, height: int) -> int:
+        # A strip a pixel wide is 64 wide to the networks.
+        pixels = math.prod(math.ceil(side / HYPER_STRIDE) * HYPER_STRIDE for side in (width, height))
         # Sizes over the limit are refused with their own error later; they must not read as overload.
         return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))
 
@@ -293,10 +297,10 @@ async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Resul
         waiting.clear()
 
 
-def _pixels_of_image(data: bytes) -> int:
-    """Pixels by the image's header; 0 if unreadable, `read_image` then says what is wrong."""
+def _size_of_image(data: bytes) -> tuple[int, int]:
+    """Width and height by the image's header; 0 if unreadable, `read_image` then says what is wrong."""
     try:
         with PillowImage.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.width * image.height
+            return image.width, image.height
     except Exception:
-        return 0
+        return 0, 0
