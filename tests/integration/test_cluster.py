@@ -26,6 +26,9 @@ from PIL import Image
 from ugicm.codec.codec import Codec
 from ugicm.server.settings import Settings
 
+# Of Ray's own classes.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+
 DESCRIPTION = Path(__file__).parents[2] / "docker/serve.yaml"
 
 
