@@ -78,7 +78,7 @@ async function encode() {
     const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body: state.file });
     const result = await response.json();
     if (generation !== state.generation) return;
-    if (!result.stored) throw new Error("the bitstream cache is down, or smaller than it, so the views cannot be fetched by id");
+    if (!result.stored) throw new Error("the server’s cache did not keep the bitstream (it is down, or too small), so the views cannot be fetched by id");
     state.result = { ...result, encode_ms: milliseconds(response) };
     await decode(generation);
   } catch (error) {
