@@ -18,7 +18,7 @@ from ugicm.codec import bitstream as container
 from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
 from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_level, rate_of, tilt_of
-from ugicm.codec.config import HYPER_STRIDE, LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.config import LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN, padded_size
 from ugicm.codec.device import pick_device, pick_precision
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import (
@@ -95,11 +95,8 @@ class Latent(NamedTuple):
 
 def latent_size(width: int, height: int) -> tuple[int, int]:
     """Height and width of y, padded to whole positions of z."""
-    per_hyper = HYPER_STRIDE // LATENT_STRIDE
-    return (
-        math.ceil(height / HYPER_STRIDE) * per_hyper,
-        math.ceil(width / HYPER_STRIDE) * per_hyper,
-    )
+    across, down = padded_size(width, height)
+    return down // LATENT_STRIDE, across // LATENT_STRIDE
 
 
 def tile_windows(header: Header, margin: int) -> list[Window]:
@@ -613,10 +610,8 @@ def _shape(header: Header) -> tuple[int, int, int]:
 
 def _tile_side(width: int, height: int) -> int:
     """Pixels per side of the tiles of such a picture, 0 where it is one tile."""
-    rows, columns = latent_size(width, height)
     # A strip a pixel wide is 64 wide to the networks.
-    padded = rows * columns * LATENT_STRIDE**2
-    large = width * height > TILE_SIDE**2 or padded > 2 * TILE_SIDE**2
+    large = width * height > TILE_SIDE**2 or math.prod(padded_size(width, height)) > 2 * TILE_SIDE**2
     return TILE_SIDE if large and max(width, height) > TILE_SIDE else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ HYPER_STRIDE = 64
 """Pixels per side of one position of the hyper latent ``z``; images are padded to a multiple of it."""
 STEP_XOR = (0, 3, 2, 1)
 """In coding step k, position p of every 2x2 square of the latent codes channel group p XOR STEP_XOR[k]."""
+
+
+def padded_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height in pixels of what the networks see of a picture: whole positions of z."""
+    across, down = (math.ceil(side / HYPER_STRIDE) * HYPER_STRIDE for side in (width, height))
+    return across, down
 
 
 @dataclass(frozen=True)

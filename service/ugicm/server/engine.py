@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
 from ugicm.codec.bitstream import peek
-from ugicm.codec.config import HYPER_STRIDE
+from ugicm.codec.config import padded_size
 from ugicm.codec.errors import CodecError
 from ugicm.server.batching import MicroBatcher
 from ugicm.server.images import FORMATS, ImageFormat, check_side, read_image, write_image
@@ -230,7 +230,7 @@ class Engine:
 
     def _weight(self, width: int, height: int) -> int:
         # A strip a pixel wide is 64 wide to the networks.
-        pixels = math.prod(math.ceil(side / HYPER_STRIDE) * HYPER_STRIDE for side in (width, height))
+        pixels = math.prod(padded_size(width, height))
         # Sizes over the limit are refused with their own error later; they must not read as overload.
         return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))
 
