@@ -10,7 +10,7 @@ from typing import Any
 
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
-from ugicm_train.evaluation.rate_distortion import BPP_RANGES, compare
+from ugicm_train.evaluation.rate_distortion import BPP_RANGES
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
@@ -26,8 +26,7 @@ def table(report: Mapping[str, Any]) -> str:
     """Markdown: BD-rates of the human view, then our operating points, then how it was measured."""
     machine, checks = report["machine"], report["checks"]
     threads = machine["torch_threads"]
-    rates = _rates(report)
-    lines = [line for codec in report["ours"] for line in (*_bd_rates(rates, codec), "")]
+    lines = [line for codec in report["ours"] for line in (*_bd_rates(report, codec), "")]
     lines += [*_points(report), ""]
     lines.append(
         f"{len(report['images'])} pictures of `{report['data']}`; every byte of the bitstream counts; "
@@ -62,18 +61,12 @@ def table(report: Mapping[str, Any]) -> str:
 def summary(report: Mapping[str, Any]) -> str:
     """Markdown: BD-rates of the human views of all of our codecs between `SUMMARY_RANGE` bits per pixel."""
     low, high = SUMMARY_RANGE
-    chosen = [entry for entry in _rates(report) if entry["bpp_range"] == SUMMARY_RANGE]
+    chosen = [entry for entry in report["bd_rates"] if entry["bpp_range"] == list(SUMMARY_RANGE)]
     title = f"BD-rate, {low:g}–{high:g} bpp, against"  # noqa: RUF001
     return "\n".join(_bd_table(title, chosen, lambda entry: f"{METRICS[entry['metric']]}, {entry['codec']}"))
 
 
-def _rates(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`compare`, from what is stored."""
-    anchors = {name: [Point(**point) for point in points] for name, points in report["anchors"].items()}
-    return compare(report["curves"], report["ours"], anchors)
-
-
-def _bd_rates(rates: Sequence[Mapping[str, Any]], codec: str) -> list[str]:
+def _bd_rates(report: Mapping[str, Any], codec: str) -> list[str]:
     """Columns: metric and range of rates."""
 
     def column(entry: Mapping[str, Any]) -> str:
@@ -82,7 +75,7 @@ def _bd_rates(rates: Sequence[Mapping[str, Any]], codec: str) -> list[str]:
         return f"{METRICS[entry['metric']]}, {span}"
 
     title = f"BD-rate of {codec} (human view) against"
-    return _bd_table(title, [entry for entry in rates if entry["codec"] == codec], column)
+    return _bd_table(title, [entry for entry in report["bd_rates"] if entry["codec"] == codec], column)
 
 
 def _bd_table(
