@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ugicm.pixels import to_8_bit
 from ugicm_train.synthetic import draw_synthetic
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -42,10 +43,7 @@ def read_image(file: Path | IO[bytes]) -> NDArray[np.uint8]:
         image.load()
         with contextlib.suppress(Exception):  # damaged metadata must not cost the picture
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):
-            top = 1.0 if image.mode == "F" else 65535.0
-            values = np.nan_to_num(np.asarray(image).astype(np.float32)).clip(0, top) * (255 / top)
-            image = Image.fromarray((values + 0.5).astype(np.uint8))
+        image = to_8_bit(image)
         if image.has_transparency_data:
             # Hidden colours are anything.
             rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")

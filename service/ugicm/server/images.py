@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from ugicm.codec.errors import CodecError, LimitExceededError
+from ugicm.pixels import to_8_bit
 
 Pixels = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
@@ -80,8 +81,7 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
     """
     image = _open(data, max_pixels)
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bit(image)
+    image = to_8_bit(image)
     alpha = None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -165,14 +165,6 @@ def _orientation(image: Image.Image) -> int:
     except Exception:  # damaged metadata must not cost the picture
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Mode L from 16-bit or 32-bit integers (0..65535) or from floating point (0..1)."""
-    values = np.asarray(image).astype(np.float32)
-    top = 1.0 if image.mode == "F" else 65535.0
-    values = np.nan_to_num(values, copy=False).clip(0, top) * (255 / top)
-    return Image.fromarray((values + 0.5).astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
