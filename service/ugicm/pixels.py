@@ -1,12 +1,61 @@
-"""What reading image files has in common, whoever reads them."""
+"""RGB arrays of pictures that Pillow has opened, the same for the service, for training and for measuring.
+
+- EXIF orientation is applied.
+- Colours are converted to sRGB by the embedded ICC profile; a profile that is damaged or does not fit the
+  pixels is ignored, and so are other colour hints (PNG gamma).
+- 8 bits per channel: 16-bit grey is rounded from 0..65535, 16-bit colour keeps its upper byte, floating
+  point is clipped to 0..1.
+- Grey, palette and CMYK become RGB; transparent pixels are blended with white.
+"""
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageCms
+
+Pixels = NDArray[np.uint8]
+"""RGB picture (H, W, 3)."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what undoes it."""
+_ICC_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 
-def to_8_bit(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Pixels:
+    """uint8 RGB (H, W, 3) of a picture whose pixels are loaded."""
+    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    image = _to_8_bit(image)
+    alpha = None
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = image.convert("L") if image.mode in ("1", "L", "LA") else rgba.convert("RGB")
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in _ICC_SPACES:
+        image = image.convert("RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=alpha)
+        image = canvas
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return np.array(image)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
     """Mode L from 16-bit or 32-bit integers (0..65535) or from floating point (0..1); others as they are."""
     if not image.mode.startswith(("I", "F")):
         return image
@@ -14,3 +63,27 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     top = 1.0 if image.mode == "F" else 65535.0
     values = np.nan_to_num(values, copy=False).clip(0, top) * (255 / top)
     return Image.fromarray((values + 0.5).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; after loading, as TIFF files are turned by Pillow then."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata must not cost the picture
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB from a picture of mode L, RGB or CMYK."""
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]
+            if fits and not ImageCms.getProfileDescription(source).startswith("sRGB"):
+                return ImageCms.profileToProfile(
+                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                ) or image.convert("RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass
+    return image.convert("RGB")

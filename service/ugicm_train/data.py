@@ -5,7 +5,6 @@ Needs only torch, numpy, Pillow and safetensors.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ugicm.pixels import to_8_bit
+from ugicm.pixels import Pixels, to_rgb
 from ugicm_train.synthetic import draw_synthetic
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -32,23 +31,18 @@ class DataError(ValueError):
     """The training data cannot be used; the message says why."""
 
 
-def read_image(file: Path | IO[bytes]) -> NDArray[np.uint8]:
-    """An image file as uint8 RGB (H, W, 3), for training and measuring alike.
+def read_image(file: Path | IO[bytes]) -> Pixels:
+    """An image file as uint8 RGB (H, W, 3), for training and measuring alike, as the service reads it.
 
-    Upright by its EXIF orientation; transparent pixels are blended with white; integers of more than 8 bits
-    are scaled from 0..65535, floating point from 0..1.
+    Raises:
+        DataError: no picture, or a damaged one.
     """
-    with Image.open(file) as opened:
-        image: Image.Image = opened
-        image.load()
-        with contextlib.suppress(Exception):  # damaged metadata must not cost the picture
-            image = ImageOps.exif_transpose(image)
-        image = to_8_bit(image)
-        if image.has_transparency_data:
-            # Hidden colours are anything.
-            rgba, image = image.convert("RGBA"), Image.new("RGB", image.size, "white")
-            image.paste(rgba, mask=rgba.getchannel("A"))
-        return np.array(image.convert("RGB"))
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return to_rgb(image)
+    except Exception as error:  # Pillow's are of many kinds, and most do not name the file
+        raise DataError(f"{file} cannot be read as a picture: {error}") from error
 
 
 def _decode(path: Path) -> Tensor:
@@ -71,12 +65,19 @@ def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str
     """Yield (name, (3, H, W) uint8) of every photo whose shorter side is at least `min_side` pixels.
 
     `sources` are folders of images, folders of shards, or single files.
+
+    Raises:
+        DataError: no such source, or a file in it that is damaged; the message names it.
     """
     for source in sources:
         files = _files(source)
         shards = [path for path in files if path.name.endswith(SHARD_SUFFIX)]
         for shard in shards:
-            for name, photo in load_file(shard).items():
+            try:
+                packed = load_file(shard)
+            except SafetensorError as error:
+                raise DataError(f"{shard} is damaged ({error}): pack the photos again") from error
+            for name, photo in packed.items():
                 if min(photo.shape[1:]) >= min_side:
                     yield name, photo
         images = [path for path in files if path not in set(shards)]
@@ -87,8 +88,14 @@ def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str
 
 
 def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -> list[Path]:
-    """Write the photos as shards of at most about `max_bytes` each; returns the shard paths."""
+    """Write the photos as shards of at most about `max_bytes` each; returns the shard paths.
+
+    Raises:
+        DataError: no photos, or `out` holds shards of before, which would be read with the new ones.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob(f"*{SHARD_SUFFIX}")):
+        raise DataError(f"{out} holds shards already: remove them, or give another --out")
     shards: list[Path] = []
     pending: dict[str, Tensor] = {}
     size = 0
@@ -145,7 +152,9 @@ class CropSampler:
         """
         self.photos = [photo for photo in photos if min(photo.shape[1:]) >= size]
         if not self.photos:
-            raise DataError(f"no photo is at least {size} pixels a side; lower --crop or add photos")
+            raise DataError(
+                f"no photo is at least {size} pixels a side; lower --crop (calibrate: --size) or add photos"
+            )
         self.size = size
         self.synthetic_share = synthetic_share
         self.min_scale = min_scale

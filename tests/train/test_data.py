@@ -114,10 +114,24 @@ def test_photos_are_shrunk_as_far_as_a_crop_fits() -> None:
 def test_errors_name_the_way_out(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor a file"):
         list(read_photos([tmp_path / "nowhere"], min_side=64))
-    with pytest.raises(DataError, match="lower --crop or add photos"):
+    with pytest.raises(DataError, match=r"lower --crop .* or add photos"):
         CropSampler([torch.zeros(3, 64, 64, dtype=torch.uint8)], size=128, seed=0)
     with pytest.raises(DataError, match="no photo of at least 5000 pixels"):
         pack([folder], tmp_path / "shards", max_bytes=1000, min_side=5000)
+
+
+def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
+    (shard,) = pack([folder], tmp_path / "shards", max_bytes=10**9, min_side=64)
+    for file, length in ((folder / "a.png", 3000), (shard, 3000)):
+        file.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(DataError, match=f"{file.name} (cannot be read as a picture|is damaged)"):
+            list(read_photos([file.parent], min_side=64))
+
+
+def test_shards_of_before_are_not_mixed_with_new_ones(folder: Path, tmp_path: Path) -> None:
+    pack([folder], tmp_path / "shards", max_bytes=60_000, min_side=64)
+    with pytest.raises(DataError, match="holds shards already"):
+        pack([folder / "a.png"], tmp_path / "shards", max_bytes=60_000, min_side=64)
 
 
 def test_drawn_crops_may_be_drawn_before(folder: Path) -> None:

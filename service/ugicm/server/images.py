@@ -3,12 +3,7 @@
 What `read_image` makes of an image file:
 
 - PNG, JPEG, WebP, AVIF, BMP, TIFF, GIF; nothing else is opened. Of several frames or pages, the first.
-- EXIF orientation is applied; all metadata is dropped.
-- Colours are converted to sRGB by the embedded ICC profile; a profile that is damaged or does not fit the
-  pixels is ignored, and so are other colour hints (PNG gamma).
-- 8 bits per channel: 16-bit grey is rounded from 0..65535, 16-bit colour keeps its upper byte, floating
-  point is clipped to 0..1.
-- Grey, palette and CMYK become RGB; transparent pixels are blended with white.
+- All metadata is dropped. The rest is `ugicm.pixels`.
 """
 
 from __future__ import annotations
@@ -19,14 +14,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ugicm.codec.errors import CodecError, LimitExceededError
-from ugicm.pixels import to_8_bit
+from ugicm.pixels import Pixels, to_rgb
 
-Pixels = NDArray[np.uint8]
-"""RGB picture (H, W, 3)."""
 ImageFormat = Literal["png", "webp", "jpeg", "npy"]
 
 MEDIA_TYPES: Mapping[ImageFormat, str] = {
@@ -47,18 +39,6 @@ _SAVE_OPTIONS: Mapping[ImageFormat, Mapping[str, object]] = {
     "webp": {"lossless": True, "quality": 0, "method": 0},  # 25 % smaller than the PNG, and faster
     "jpeg": {"quality": 95, "subsampling": "4:4:4"},
 }
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what undoes it."""
-_ICC_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
-
 # Pillow's own limit only warns up to twice its value and is one for the whole process; read_image checks.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -79,26 +59,7 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
         MalformedImageError: damaged or truncated.
         LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
     """
-    image = _open(data, max_pixels)
-    profile, orientation = image.info.get("icc_profile"), _orientation(image)
-    image = to_8_bit(image)
-    alpha = None
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        alpha = rgba.getchannel("A")
-        image = image.convert("L") if image.mode in ("1", "L", "LA") else rgba.convert("RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    elif image.mode not in _ICC_SPACES:
-        image = image.convert("RGB")
-    image = _to_srgb(image, profile)
-    if alpha is not None:
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=alpha)
-        image = canvas
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return np.array(image)
+    return to_rgb(_open(data, max_pixels))
 
 
 def check_side(width: int, height: int, format: ImageFormat) -> None:
@@ -156,27 +117,3 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _starts_like_an_image(data: bytes) -> bool:
     accepts = (Image.OPEN[name][1] for name in FORMATS)
     return any(accept is not None and accept(data[:16]) for accept in accepts)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; after loading, as TIFF files are turned by Pillow then."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata must not cost the picture
-        return 1
-    return value if isinstance(value, int) else 1
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB from a picture of mode L, RGB or CMYK."""
-    if profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]
-            if fits and not ImageCms.getProfileDescription(source).startswith("sRGB"):
-                return ImageCms.profileToProfile(
-                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                ) or image.convert("RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            pass
-    return image.convert("RGB")
