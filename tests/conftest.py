@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,14 @@ from ugicm.codec.store import load_codec
 from ugicm_train.export import model_tensors, write_model
 from ugicm_train.model import TrainableCodec
 from ugicm_train.start import start_from_dct
+
+# Settings of whoever runs the tests do not count, neither here nor in processes that tests start.
+for _name in [name for name in os.environ if name.startswith("UGICM_")]:
+    del os.environ[_name]
+
+# On a busy machine anything can take longer than hypothesis finds natural.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 TINY = ModelConfig(
     name="tiny",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 import schemathesis
-import uvicorn
 from hypothesis import HealthCheck, settings
 from schemathesis import Case
 from schemathesis.checks import not_a_server_error
@@ -18,6 +15,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.live import served
 from ugicm.codec.codec import Codec
 from ugicm.server.app import create_app
 from ugicm.server.settings import Settings
@@ -34,20 +32,12 @@ schema = schemathesis.openapi.from_dict(create_app(Settings()).openapi())
 
 @pytest.fixture(scope="module")
 def url(tiny_codec: Codec) -> Iterator[str]:
-    """A live server with the tiny model, in a thread."""
-    app = create_app(Settings(max_pixels=100_000), tiny_codec)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    """A live server with the tiny model."""
+    with served(create_app(Settings(max_pixels=100_000), tiny_codec)) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @schema.parametrize()
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_generated_requests(case: Case, url: str) -> None:
     case.call_and_validate(base_url=url, checks=CHECKS)

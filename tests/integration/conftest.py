@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,14 @@ from typing import Any
 
 import pytest
 
+from tests.live import free_port
+
 COMMAND = (sys.executable, "-c", "from ugicm.cli import main; main()", "serve")
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@pytest.fixture(name="free_port")
+def _free_port() -> int:
+    return free_port()
 
 
 class Service:
@@ -31,9 +29,8 @@ class Service:
 
     def __init__(self, port: int, store: Path, log: Path, **settings: Any) -> None:
         self.url, self.log = f"http://127.0.0.1:{port}", log
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("UGICM_")}
         values = {"port": port, "model": "tiny", "model_store": store, "device": "cpu", **settings}
-        environment |= {f"UGICM_{name.upper()}": str(value) for name, value in values.items()}
+        environment = os.environ | {f"UGICM_{name.upper()}": str(value) for name, value in values.items()}
         with log.open("wb") as file:
             self.process = subprocess.Popen(COMMAND, env=environment, stdout=file, stderr=file)
 

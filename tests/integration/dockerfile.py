@@ -4,6 +4,8 @@ A folder stands in for the file system of all stages: /opt and /src are taken be
 current user; accounts are not made. Run as a script, it installs everything from the network, and serves:
 
     python tests/integration/dockerfile.py FOLDER
+
+``UGICM_*`` variables that are set count like those of ``docker run --env``, unless the image sets them.
 """
 
 from __future__ import annotations
@@ -58,9 +60,7 @@ class StandIn:
 
     def run_environment(self) -> dict[str, str]:
         """Of the current process, with the image's on top."""
-        mapped = {name: self.mapped(value) for name, value in self.environment.items()}
-        host = {name: value for name, value in os.environ.items() if not name.startswith("UGICM_")}
-        return {**host, **mapped}
+        return os.environ | {name: self.mapped(value) for name, value in self.environment.items()}
 
     def mapped(self, text: str) -> str:
         """Paths of the image as paths of this machine, variables filled in."""

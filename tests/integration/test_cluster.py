@@ -87,8 +87,7 @@ class Cluster:
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         # Paths of sockets must be short.
         self.temporary = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("UGICM_")}
-        environment |= {
+        environment = os.environ | {
             "RAY_TMPDIR": self.temporary.name,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",

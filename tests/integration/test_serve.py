@@ -95,6 +95,36 @@ def test_requests_in_flight_finish_after_the_socket_closed(start: Any, photo: An
     assert service.process.wait(60) == 0
 
 
+def test_connections_without_a_request(start: Any, free_port: int) -> None:
+    service = start(transfer_timeout_s=2)
+    service.wait_until_ready()
+
+    def connect(data: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", free_port), timeout=30)
+        connection.sendall(data)
+        return connection
+
+    def rest(connection: socket.socket) -> bytes:
+        """What arrives until the connection ends; it is ended by the service."""
+        received = b""
+        with connection:
+            try:
+                while data := connection.recv(1 << 16):
+                    received += data
+            except ConnectionResetError:
+                pass
+        return received
+
+    head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+    silent, half, again = connect(b""), connect(head), connect(head + b"\r\n" + head)
+    assert rest(silent) == rest(half) == b""
+    assert rest(again).count(b" 200 OK") == 1
+    endless = connect(head + b"x: ")
+    with endless, pytest.raises(ConnectionError):
+        endless.sendall(b"x" * (64 << 20))
+    assert b" 200 OK" in rest(connect(head + b"x: " + b"x" * 60_000 + b"\r\n\r\n"))
+
+
 def test_interrupt_does_not_wait(start: Any) -> None:
     service = start(drain_delay_s=1000)
     service.wait_until_ready()

@@ -118,6 +118,12 @@ def pixels(data: bytes) -> Image:
     return np.asarray(PillowImage.open(io.BytesIO(data)).convert("RGB"))
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """What asynchronous tests run on."""
+    return "asyncio"
+
+
 @pytest.fixture(name="image_file")
 def _image_file() -> Callable[..., bytes]:
     return image_file

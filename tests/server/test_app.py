@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from ugicm.codec.bitstream import Header, serialise
+from ugicm.codec.bitstream import VERSION, Header, serialise
 from ugicm.codec.errors import LimitExceededError
-from ugicm.server.cache import bitstream_id
+from ugicm.server.cache import MemoryCache, bitstream_id
 from ugicm.server.problems import as_service_error
 
 UNKNOWN = "0" * 64
@@ -106,6 +106,32 @@ def test_accept_makes_encode_answer_with_the_bitstream(client: TestClient, image
     assert response.headers["content-type"] == "application/vnd.ugicm"
     kept = client.get(f"/bitstreams/{response.headers['bitstream-id']}")
     assert response.content == kept.content
+
+
+@pytest.mark.parametrize(
+    ("accept", "media_type"),
+    [
+        ("*/*", "application/json"),
+        ("application/vnd.ugicm;q=0, application/json", "application/json"),
+        ("application/json, application/vnd.ugicm;q=0.5", "application/json"),
+        ("application/vnd.ugicm, application/json;q=0.5", "application/vnd.ugicm"),
+        ("Application/Vnd.Ugicm, */*", "application/vnd.ugicm"),
+        ("application/vnd.ugicm-other", "application/json"),
+    ],
+)
+def test_encode_answers_with_what_is_liked_best(
+    client: TestClient, image_file: Any, accept: str, media_type: str
+) -> None:
+    response = client.post("/encode", content=image_file(), headers={"Accept": accept})
+    assert response.headers["content-type"] == media_type
+
+
+def test_a_header_may_have_several_lines(client: TestClient, image_file: Any) -> None:
+    path = encode(client, image_file())["links"]["bitstream"]
+    image = client.get(f"{path}/image", headers=[("Accept", "text/html"), ("Accept", "image/webp")])
+    assert image.headers["content-type"] == "image/webp"
+    known = [("If-None-Match", '"other"'), ("If-None-Match", client.get(path).headers["etag"])]
+    assert client.get(path, headers=known).status_code == 304
 
 
 def test_strength_overrides_preference(client: TestClient, image_file: Any, pixels: Any) -> None:
@@ -231,6 +257,22 @@ def test_unknown_path_and_method(client: TestClient) -> None:
     assert response.headers["allow"] == "POST"
 
 
+def test_all_methods_of_a_path_are_allowed(client: TestClient) -> None:
+    response = client.put(f"/bitstreams/{64 * 'a'}")
+    assert_problem(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == "GET, HEAD, DELETE"
+    assert client.post("/static/viewer.js").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/livez", "/v2/health/live", "/readyz", "/health", "/metrics", "/info"]
+)
+def test_head_of_what_can_be_got(client: TestClient, path: str) -> None:
+    head, got = client.head(path), client.get(path)
+    assert head.status_code == got.status_code == 200
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
 @pytest.mark.parametrize(
     "params",
     [{"quality": 0}, {"quality": "x"}, {"quality": "nan"}, {"target_bpp": 0}, {"max_bytes": 0}],
@@ -287,6 +329,13 @@ def test_broken_form(client: TestClient) -> None:
     assert_problem(response, 400, "malformed-body")
 
 
+def test_form_whose_charset_decodes_nothing(client: TestClient) -> None:
+    form = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\nx\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
+    for path in ("/encode", "/encode/batch"):
+        assert_problem(client.post(path, content=form, headers=kind), 400, "malformed-body")
+
+
 def test_too_many_pixels(client: TestClient, codec: Any, image_file: Any) -> None:
     codec.calls.clear()
     response = client.post("/encode", content=image_file(1001, 1000))
@@ -323,6 +372,19 @@ def test_bitstream_of_another_model(client: TestClient) -> None:
     assert (body["needed"], body["loaded"]) == ("ff" * 8, "00112233aabbccdd")
 
 
+def test_a_kept_bitstream_of_another_version(make_client: Any) -> None:
+    cache = MemoryCache(1000)
+    future = serialise(Header(VERSION, 8, 8, 50.0, bytes(8)), [b"x"]).replace(b"\x1a\x01", b"\x1a\x63")
+    asyncio.run(cache.put(id := bitstream_id(future), future))
+    client = make_client(cache)
+    paths = client.get("/openapi.json").json()["paths"]
+    for view in ("info", "image"):
+        response = client.get(f"/bitstreams/{id}/{view}")
+        assert "version 99" in assert_problem(response, 400, "malformed-bitstream")["detail"]
+        assert "400" in paths[f"/bitstreams/{{id}}/{view}"]["get"]["responses"]
+    assert client.get(f"/bitstreams/{id}").content == future
+
+
 def test_bitstream_of_a_huge_picture(client: TestClient) -> None:
     huge = serialise(Header(1, 1 << 20, 1 << 20, 50.0, b"\xff" * 8), [b"segment"])
     body = assert_problem(client.post("/decode", content=huge), 413, "too-many-pixels")
@@ -348,6 +410,11 @@ def test_only_settings_are_called_settings() -> None:
 @pytest.mark.parametrize("json", [{}, {"id": "x"}, {"id": UNKNOWN, "more": 1}, [], "x"])
 def test_malformed_reference(client: TestClient, json: Any) -> None:
     assert_problem(client.post("/decode", json=json), 422, "invalid-parameter")
+
+
+def test_a_long_reference_is_not_parsed(client: TestClient) -> None:
+    response = client.post("/decode", json={"id": UNKNOWN, "more": "x" * 1000})
+    assert "bytes" in assert_problem(response, 422, "invalid-parameter")["detail"]
 
 
 def test_json_that_is_none(client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -16,23 +17,12 @@ from typing import Any
 import pytest
 from redis.asyncio import SSLConnection
 
+from tests.live import free_port
 from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache
 from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -79,7 +69,7 @@ def s3_url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     import boto3
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer("127.0.0.1", free_port(), verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     endpoint = "http://{}:{}".format(*server.get_host_and_port())
     for name, value in {
@@ -235,6 +225,14 @@ async def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     assert new.exists()  # another process may be writing it
 
 
+async def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    for folder in ("photos", "ab"):
+        (tmp_path / folder / "more").mkdir(parents=True)
+        (tmp_path / folder / "wedding.jpg").write_bytes(bytes(2000))
+    ids = await store(FileCache(tmp_path, 1000), *(bytes([i]) * 400 for i in range(4)))
+    assert {path.name for path in files(tmp_path)} == {"wedding.jpg", *ids[2:]}
+
+
 async def test_a_kill_while_writing_leaves_whole_files_only(tmp_path: Path) -> None:
     code = f"""
 import asyncio, os, sys
@@ -265,6 +263,12 @@ async def test_a_folder_that_cannot_be_written_fails_the_check(tmp_path: Path) -
 
 
 # Redis and S3
+
+
+async def test_requests_wait_for_a_connection_to_redis(redis_server: RedisServer) -> None:
+    cache = open_cache(Settings(cache_url=redis_server.url))
+    assert await asyncio.gather(*(cache.get("a" * 64) for _ in range(300))) == [None] * 300
+    await cache.close()
 
 
 async def test_redis_entries_expire(redis_server: RedisServer) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 
 def lines(response: Any) -> list[dict[str, Any]]:
     assert response.status_code == 200, response.text
@@ -49,6 +51,17 @@ def test_too_many_images(make_client: Any, image_file: Any) -> None:
     body = client.post("/encode/batch", files=parts(*[image_file()] * 3)).json()
     assert (body["status"], body["code"], body["limit"], body["actual"]) == (413, "too-many-images", 2, 3)
     assert body["setting"] == "UGICM_MAX_BATCH_IMAGES"
+
+
+@pytest.mark.parametrize("charset", ["utf-7", "unicode_escape"])
+def test_a_filename_that_json_cannot_hold(client: Any, image_file: Any, charset: str) -> None:
+    name = {"utf-7": b"+2AA-", "unicode_escape": b"\\ud800"}[charset]
+    head = b'--b\r\nContent-Disposition: form-data; name="images"; filename="%b"\r\n\r\n'
+    body = head % name + image_file() + b"\r\n" + head % b"b.png" + image_file() + b"\r\n--b--\r\n"
+    kind = {"Content-Type": f"multipart/form-data; boundary=b; charset={charset}"}
+    answer = lines(client.post("/encode/batch", content=body, headers=kind))
+    assert [line["filename"] for line in answer] == ["?", "b.png"]
+    assert all("result" in line for line in answer)
 
 
 def test_no_images_and_no_form(client: Any) -> None:

@@ -15,11 +15,6 @@ from ugicm.server.batching import MicroBatcher, OverloadedError
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Device:
     """A function over batches that can be held up; remembers what it saw."""
 

@@ -14,11 +14,6 @@ from ugicm.server.metrics import Metrics
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class BrokenCache(MemoryCache):
     """Raises, or hangs, while `broken`."""
 
@@ -147,6 +142,29 @@ async def test_a_broken_cache_is_named_and_then_left_alone(broken: BrokenCache) 
     assert await guarded.up() is True
     assert await guarded.get("a" * 64) is None
     assert metrics.registry.get_sample_value("ugicm_cache_up") == 1
+
+
+async def test_a_full_store_can_still_be_read() -> None:
+    class Full(MemoryCache):
+        async def put(self, id: str, bitstream: bytes) -> bool | None:
+            raise OSError(28, "No space left on device")
+
+    guarded = GuardedCache(Full(1000), Metrics(), timeout_s=1)
+    for _ in range(2):
+        with pytest.raises(CacheDownError):
+            await guarded.put("a" * 64, b"bits")
+    assert await guarded.get("b" * 64) is None
+
+
+async def test_probes_do_not_wait_for_a_store_that_hangs(broken: BrokenCache) -> None:
+    guarded = GuardedCache(broken, Metrics(), timeout_s=GuardedCache.PROBE_S + 0.2)
+    broken.hang = True
+    async with asyncio.timeout(GuardedCache.PROBE_S + 0.1):
+        assert await asyncio.gather(*(guarded.up() for _ in range(5))) == [True] * 5
+    assert broken.asked == 1
+    assert await guarded.up() is False
+    broken.hang = broken.broken = False
+    assert await guarded.up() is True
 
 
 async def test_a_cache_that_hangs_is_bounded_in_time(broken: BrokenCache) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
+from tests import live
 from ugicm.server.check import check, health
 from ugicm.server.settings import Settings
 
@@ -62,17 +62,10 @@ def test_a_cache_that_cannot_be_reached(tiny_settings: Settings, url: str) -> No
 
 @pytest.fixture
 def served(make_app: Any) -> Iterator[tuple[FastAPI, int]]:
-    """A live server in a thread: the application and its port."""
+    """A live application and its port."""
     app = make_app()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield app, server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with live.served(app) as port:
+        yield app, port
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
@@ -86,6 +79,27 @@ def test_health_follows_readiness(
     finding = health(host, port)
     assert not finding.ok
     assert "draining" in finding.detail
+
+
+def test_health_of_a_service_on_all_interfaces_of_ipv6() -> None:
+    finding = health("::", 1, timeout_s=1)
+    assert "[::1]:1" in finding.detail
+
+
+def test_health_of_what_does_not_speak_http() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        finding = health("127.0.0.1", listener.getsockname()[1])
+        thread.join()
+    assert not finding.ok
+    assert "SSH" in finding.detail
 
 
 def test_health_of_nobody() -> None:

@@ -13,11 +13,6 @@ from ugicm.client import AsyncClient, Client, ProblemError
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def client(make_client: Any) -> Iterator[Client]:
     """Over the transport of the test client, which runs the application."""
     with Client("http://testserver", transport=make_client()._transport) as client:

@@ -27,11 +27,6 @@ MakeAsyncClient = Callable[..., Any]
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 async def make_async_client(make_app: Any) -> AsyncIterator[MakeAsyncClient]:
     """``await make_async_client(**settings)``: a client of the started application."""
     async with AsyncExitStack() as stack:
@@ -102,6 +97,19 @@ async def test_overload_is_refused_with_a_computed_wait(
     assert sample(client, "ugicm_rejected_total", code="overloaded") == 7
     assert (await client.post("/encode", content=image_file())).status_code == 200
     assert sample(client, "ugicm_queue_pixels") == 0
+
+
+async def test_what_is_too_large_for_good_is_not_told_to_come_again(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(queue_pixels=3 * 128 * 128)
+    codec.gate.clear()
+    tasks = start(client.post("/encode", content=image_file(seed=i)) for i in range(3))
+    await until(lambda: sample(client, "ugicm_queue_pixels") == 3 * 128 * 128)
+    too_large = await client.post("/encode", content=image_file(1001, 1000))
+    assert (too_large.status_code, too_large.json()["code"]) == (413, "too-many-pixels")
+    codec.gate.set()
+    assert await statuses(tasks) == [200] * 3
 
 
 async def test_a_strip_counts_as_what_the_networks_see(
@@ -244,6 +252,21 @@ async def test_a_flight_survives_the_client_that_started_it(
     first, second = start(client.post("/decode", json={"id": id}) for _ in range(2))
     await until(lambda: codec.count("synthesise") == 1 and shared(client) == 1)
     first.cancel()
+    codec.gate.set()
+    assert (await second).status_code == 200
+    assert codec.count("synthesise") == 1
+
+
+async def test_who_joins_a_flight_has_a_deadline_of_its_own(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False, request_timeout_s=1)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    codec.gate.clear()
+    (first,) = start([client.post("/decode", json={"id": id})])
+    await asyncio.sleep(0.5)
+    (second,) = start([client.post("/decode", json={"id": id})])
+    assert (await first).status_code == 504
     codec.gate.set()
     assert (await second).status_code == 200
     assert codec.count("synthesise") == 1

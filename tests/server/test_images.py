@@ -287,7 +287,7 @@ def test_no_pixels_at_all(format: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     format=st.sampled_from(FORMATS),
     flips=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 255)), min_size=1, max_size=8),

@@ -66,3 +66,9 @@ def test_requests_make_spans_but_health_checks_do_not(make_client: Any) -> None:
         spans = [span for span in exporter.get_finished_spans() if span.kind is trace.SpanKind.SERVER]
         assert [span.name for span in spans] == ["GET /info"] * tracing
     assert f"{spans[0].context.trace_id:032x}" == parent.split("-")[1]
+
+
+def test_tracing_that_is_not_installed(make_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
+    with pytest.raises(ValueError, match="UGICM_TRACING needs the extra otel"):
+        make_client(tracing=True)

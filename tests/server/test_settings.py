@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -51,7 +52,14 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_described_and_documented(name: str) -> None:
     assert Settings.model_fields[name].description
-    assert f"`{setting(name)}`" in (DOCS / "configuration.md").read_text()
+    (row,) = re.findall(
+        rf"^\| `{setting(name)}` \| (.*?) \|", (DOCS / "configuration.md").read_text(), re.MULTILINE
+    )
+    default = getattr(Settings(), name)
+    if quoted := re.fullmatch(r"`(.*)`", row):
+        assert getattr(Settings(**{name: quoted[1]}), name) == default
+    else:  # in words
+        assert default in (None, ()) or Settings.model_fields[name].default_factory
 
 
 def test_make_serve_leaves_the_address_to_the_settings() -> None:

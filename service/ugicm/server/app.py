@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -34,7 +35,7 @@ from ugicm.server.pictures import PictureCache
 from ugicm.server.problems import Problem
 from ugicm.server.routes import batch, bitstreams, pages, status
 from ugicm.server.routes import codec as codec_routes
-from ugicm.server.settings import Settings
+from ugicm.server.settings import Settings, setting
 
 _FORMS: dict[str, dict[str, Any]] = {
     "EncodeForm": {"image": openapi.BINARY},
@@ -53,7 +54,15 @@ def create_app(
         settings: everything an operator can change.
         codec: instead of the model that the settings name.
         cache: instead of the cache that the settings name.
+
+    Raises:
+        ValueError: the settings want something that is not installed.
     """
+    if settings.tracing:
+        try:
+            importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+        except ImportError as error:
+            raise ValueError(f"{setting('tracing')} needs the extra otel of this package: {error}") from error
     metrics, lifecycle = Metrics(), Lifecycle()
 
     @asynccontextmanager

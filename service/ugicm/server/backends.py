@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
+from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings, setting
 
 
 class FileCache:
     """Files in a folder, written atomically; the least recently used go first when it grows too large.
 
-    Several processes may share the folder; each notices what the others wrote at its next sweep.
+    Several processes may share the folder; each notices what the others wrote at its next sweep. What else
+    lies in the folder is left alone.
     """
 
     KEEP = 0.9
@@ -114,13 +115,15 @@ class FileCache:
     def _sweep(self) -> int:
         """Delete the longest unused files if all together are too large; bytes that are left."""
         files = []
-        for path in self._folder.glob("*/*"):
+        for path in self._folder.glob("[0-9a-f][0-9a-f]/*"):
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue
-            if not path.name.startswith(self._TEMPORARY):
+            if re.fullmatch(ID_PATTERN, path.name):
                 files.append((status.st_mtime_ns, status.st_size, path))
+            elif not path.name.startswith(self._TEMPORARY):
+                continue
             elif time.time() - status.st_mtime > self._STALE_S:  # left behind by a killed process
                 path.unlink(missing_ok=True)
         size = sum(size for _, size, _ in files)
@@ -139,10 +142,12 @@ class RedisCache:
     PREFIX = "ugicm:bitstream:"
 
     def __init__(self, url: str, *, ttl_s: int) -> None:
-        from redis.asyncio import Redis
+        from redis.asyncio import BlockingConnectionPool, Redis
 
         # The scheme only: "valkey" may as well be part of a host's name or of a password.
-        self._redis: Any = Redis.from_url(re.sub("^valkey", "redis", url))
+        url = re.sub("^valkey", "redis", url)
+        # Requests beyond its connections wait for one; other pools fail them, as if Redis were down.
+        self._redis: Any = Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=None))
         self._ttl_s = ttl_s
 
     async def get(self, id: str) -> bytes | None:

@@ -160,50 +160,72 @@ class GuardedCache:
     """
 
     PAUSE_S = 5.0
-    """After a failure, requests do without the store for this long."""
+    """After a failure, requests do without the store for this long; a full one can still be read."""
+    PROBE_S = 0.5
+    """Who asks whether the store is up waits this long: probes of orchestrators give up after a second."""
 
     def __init__(self, cache: BitstreamCache, metrics: Metrics, *, timeout_s: float) -> None:
         self._cache, self._metrics, self._timeout_s = cache, metrics, timeout_s
-        self._down_until = 0.0
+        self._no_reads_until = self._no_writes_until = 0.0
+        self._up = True
+        self._probing: asyncio.Task[None] | None = None
         metrics.cache_up.set(1)
 
     async def get(self, id: str) -> bytes | None:
-        found = await self._guarded(lambda: self._cache.get(id))
+        found = await self._guarded(lambda: self._cache.get(id), writes=False)
         self._metrics.cache_requests.labels("bitstream", "miss" if found is None else "hit").inc()
         return found
 
     async def put(self, id: str, bitstream: bytes) -> bool | None:
-        return await self._guarded(lambda: self._cache.put(id, bitstream))
+        return await self._guarded(lambda: self._cache.put(id, bitstream), writes=True)
 
     async def delete(self, id: str) -> bool:
-        return await self._guarded(lambda: self._cache.delete(id))
+        return await self._guarded(lambda: self._cache.delete(id), writes=True)
 
     async def up(self) -> bool:
-        """Whether the store answers now."""
+        """Whether the store answers now, or did at last if that takes long; one check serves all who ask."""
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+        await asyncio.wait({self._probing}, timeout=self.PROBE_S)
+        return self._up
+
+    async def close(self) -> None:
+        if self._probing is not None:
+            self._probing.cancel()
+        await self._cache.close()
+
+    async def _probe(self) -> None:
         try:
             await self._bounded(self._cache.check)
         except CacheDownError:
-            return False
-        self._down_until = 0.0
-        return True
+            self._pause(writes_only=False)
+        else:
+            self._no_reads_until = self._no_writes_until = 0.0
 
-    async def close(self) -> None:
-        await self._cache.close()
-
-    async def _guarded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
-        if time.monotonic() < self._down_until:
+    async def _guarded(self, operation: Callable[[], Awaitable[Value]], *, writes: bool) -> Value:
+        if time.monotonic() < (self._no_writes_until if writes else self._no_reads_until):
             raise CacheDownError("the bitstream cache failed a moment ago")
-        return await self._bounded(operation)
+        try:
+            return await self._bounded(operation)
+        except CacheDownError:
+            self._pause(writes_only=writes)
+            raise
+
+    def _pause(self, *, writes_only: bool) -> None:
+        self._no_writes_until = time.monotonic() + self.PAUSE_S
+        if not writes_only:
+            self._no_reads_until = self._no_writes_until
 
     async def _bounded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()
         except Exception as error:
-            self._down_until = time.monotonic() + self.PAUSE_S
+            self._up = False
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(0)
             _log.warning("bitstream cache failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
             raise CacheDownError("the bitstream cache does not answer") from error
+        self._up = True
         self._metrics.cache_up.set(1)
         return result

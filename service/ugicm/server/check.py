@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -27,8 +28,8 @@ class Finding(NamedTuple):
 
 def health(host: str = "127.0.0.1", port: int = 8000, *, timeout_s: float = 5.0) -> Finding:
     """Ask the service at this address whether it is ready; standard library only, so it starts at once."""
-    if host in ("0.0.0.0", "::", ""):  # noqa: S104  that is where it listens; we are on the same host
-        host = "127.0.0.1"
+    # Where it listens on all interfaces; we are on the same host.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/readyz"
     # A proxy from the environment has no business between a container and itself.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -37,7 +38,7 @@ def health(host: str = "127.0.0.1", port: int = 8000, *, timeout_s: float = 5.0)
             return Finding("health", True, answer.read().decode())
     except urllib.error.HTTPError as error:
         return Finding("health", False, error.read().decode(errors="replace"))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # no answer, or not one of HTTP
         return Finding("health", False, f"{url}: {error}")
 
 

@@ -28,7 +28,7 @@ def respond(
         headers: further response headers.
     """
     common = {"ETag": etag, "Accept-Ranges": "bytes", **headers}
-    if _matches(request.headers.get("if-none-match", ""), etag):
+    if _matches(", ".join(request.headers.getlist("if-none-match")), etag):
         return Response(status_code=304, headers=common)
     if request.method == "HEAD":
         return Response(headers={**common, "Content-Length": str(len(content))}, media_type=media_type)

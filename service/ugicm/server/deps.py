@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
@@ -25,6 +27,8 @@ from ugicm.server.timings import Timings
 
 CURL_DEFAULT = "application/x-www-form-urlencoded"
 """What ``curl --data-binary`` says of any file; taken as raw bytes."""
+MAX_REFERENCE_BYTES = 1 << 10
+"""Of a JSON body with an id; parsing millions of values would hold up the event loop for seconds."""
 STRENGTH_DIGITS = 2
 """Strengths are rounded to this many decimals, so that a slider's pictures can be cached."""
 
@@ -97,7 +101,7 @@ def get_view(
         strength = 1.0 if preference is Preference.machine else 0.0
     return View(
         round(strength, STRENGTH_DIGITS),
-        format or _acceptable_format(request.headers.get("accept", "")),
+        format or _acceptable_format(_accept(request)),
         format is None,
     )
 
@@ -121,8 +125,13 @@ async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
     if kind == "multipart/form-data":
         return await _file_part(request, "bitstream")
     if kind == "application/json":
+        reference = await request.body()
+        if len(reference) > MAX_REFERENCE_BYTES:
+            raise ServiceError(
+                Code.INVALID_PARAMETER, f'the JSON body must be {{"id": ...}}, got {len(reference)} bytes'
+            )
         try:
-            return BitstreamRef.model_validate_json(await request.body())
+            return BitstreamRef.model_validate_json(reference)
         except ValidationError as error:
             first = error.errors()[0]
             raise ServiceError(
@@ -150,15 +159,24 @@ async def _raw_body(request: Request) -> bytes:
     return body
 
 
-async def _file_part(request: Request, name: str) -> bytes:
-    """Bytes of the file part of that name, or of the only file part there is."""
+@asynccontextmanager
+async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormData]:
+    """The multipart form that the body is."""
     try:
-        async with request.form(max_files=1, max_fields=8) as form:
-            part = form.get(name)
-            if isinstance(part, UploadFile):
-                return await part.read()
+        async with request.form(max_files=max_files, max_fields=8) as form:
+            yield form
     except HTTPException as error:
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
+    except UnicodeError:  # of codecs that a form may name, and no file has
+        raise ServiceError(Code.MALFORMED_BODY, "a name is not in the charset of the form") from None
+
+
+async def _file_part(request: Request, name: str) -> bytes:
+    """Bytes of the file part of that name."""
+    async with open_form(request, max_files=1) as form:
+        part = form.get(name)
+        if isinstance(part, UploadFile):
+            return await part.read()
     raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}")
 
 
@@ -169,6 +187,18 @@ def unsupported(kind: str, accepted: str) -> ServiceError:
         f"Content-Type {kind!r} is not supported; send one of: {accepted}",
         headers={"Accept": accepted},
     )
+
+
+def accepts_bitstream(request: Request) -> bool:
+    """Whether the Accept header names our media type and likes JSON no better."""
+    accept = _accept(request)
+    weight = _weight(accept, BITSTREAM_MEDIA_TYPE)
+    named = BITSTREAM_MEDIA_TYPE in accept.lower()
+    return named and weight > 0 and weight >= _weight(accept, "application/json")
+
+
+def _accept(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))
 
 
 def _acceptable_format(accept: str) -> ImageFormat:

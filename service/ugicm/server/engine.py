@@ -131,7 +131,7 @@ class Engine:
             OverloadedError: too many pixels are in the service.
             DeadlineExceededError: the deadline passed.
         """
-        async with self._deadline():
+        async with self.deadline():
             # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
             # that a refusal does not wait.
             weight = self._weight(*await _run_in(self._headers, lambda: _size_of_image(data)))
@@ -154,24 +154,20 @@ class Engine:
     async def decode(
         self, bitstream: bytes, strength: float, image_format: ImageFormat, timings: Timings
     ) -> bytes:
-        """Image file of a bitstream, at a preference of 0 (human) to 1 (machine).
+        """Image file of a bitstream, at a preference of 0 (human) to 1 (machine); without a deadline.
 
         Raises:
             CodecError: the bitstream is damaged, too large, or of another model, or the picture has a side
                 that the format does not allow.
             OverloadedError: too many pixels are in the service.
-            DeadlineExceededError: the deadline passed.
         """
         header = peek(bitstream)
         check_side(header.width, header.height, image_format)
         weight = self._weight(header.width, header.height)
-        async with self._deadline():
-            with self.batcher.admit(weight):
-                latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
-                image = await self._on_device(
-                    "synthesis", timings, self._synthesise, (latent, strength), weight
-                )
-                return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
+        with self.batcher.admit(weight):
+            latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
+            image = await self._on_device("synthesis", timings, self._synthesise, (latent, strength), weight)
+            return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
 
     async def _search(self, image: Image, target: RateTarget, timings: Timings, weight: int) -> bytes:
         """Bitstream of the size that `target` sets.
@@ -220,7 +216,8 @@ class Engine:
         self._headers.shutdown(cancel_futures=True)
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
+    async def deadline(self) -> AsyncIterator[None]:
+        """Cancel the block, and raise `DeadlineExceededError`, where it takes longer than a request may."""
         limit_s, started = self._settings.request_timeout_s, time.monotonic()
         try:
             async with asyncio.timeout(limit_s):
@@ -229,9 +226,11 @@ class Engine:
             raise DeadlineExceededError(limit_s=limit_s, actual_s=time.monotonic() - started) from None
 
     def _weight(self, width: int, height: int) -> int:
+        # Sizes over the limit are refused with their own error later; they must not read as overload.
+        if width * height > self.codec.max_pixels:
+            return 0
         # A strip a pixel wide is 64 wide to the networks.
         pixels = math.prod(padded_size(width, height))
-        # Sizes over the limit are refused with their own error later; they must not read as overload.
         return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))
 
     async def _pooled(self, stage: str, timings: Timings, work: Callable[[], Result]) -> Result:

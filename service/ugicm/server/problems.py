@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 
 from ugicm.codec.errors import (
     CodecError,
@@ -265,6 +266,9 @@ def install(app: FastAPI) -> None:
     """
 
     async def answer(request: Request, error: Exception) -> Response:
+        refused = isinstance(error, HTTPException) and error.status_code == HTTPStatus.METHOD_NOT_ALLOWED
+        if refused and (methods := _methods(request)):
+            error = HTTPException(HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": ", ".join(methods)})
         return as_service_error(error).response(request.scope)
 
     for kind in (
@@ -277,6 +281,16 @@ def install(app: FastAPI) -> None:
         RequestValidationError,
     ):
         app.add_exception_handler(kind, answer)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path takes; the framework names the methods of the first of its routes only."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _invalid(error: RequestValidationError) -> ServiceError:

@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ugicm.server import logs
 from ugicm.server.app import create_app, load_model
 from ugicm.server.backends import open_cache
 from ugicm.server.settings import Settings
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request's line and headers, but for what arrives at once."""
+
+
+def _bounded_connection(idle_s: float) -> type[asyncio.Protocol]:
+    """Connections that cost little until there is a request, which the application's own limits are for.
+
+    The parser collects a head of any size. A connection may be without a request in progress for `idle_s`
+    seconds: before the first one, between two, and where the rest of a refused body goes on arriving.
+    """
+
+    class Connection(HttpToolsProtocol):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._head_bytes = 0
+            self._idle: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._go_on()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            self._head_bytes += len(data)
+            super().data_received(data)
+            if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The request's head is too large.")
+
+        def on_headers_complete(self) -> None:
+            self._head_bytes = 0
+            self._go_on()
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._head_bytes = 0
+            super().on_body(body)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.cycle.response_complete:  # else the next request was here already
+                self._wait()
+
+        def _wait(self) -> None:
+            self._go_on()
+            self._idle = self.loop.call_later(idle_s, self.transport.abort)
+
+        def _go_on(self) -> None:
+            if self._idle is not None:
+                self._idle.cancel()
+
+    return Connection
 
 
 class _DrainingServer(uvicorn.Server):
@@ -42,7 +100,8 @@ def serve(settings: Settings) -> None:
     One process with one model: throughput comes from batching, not from more workers.
 
     Raises:
-        SystemExit: the model cannot be loaded, the cache's URL is wrong, or the port is taken.
+        SystemExit: the model cannot be loaded, the cache's URL is wrong, tracing is not installed, or the
+            port is taken.
     """
     logs.configure(settings)
     try:
@@ -51,6 +110,7 @@ def serve(settings: Settings) -> None:
         raise SystemExit(f"ugicm serve: {error}") from error
     config = uvicorn.Config(
         app,
+        http=_bounded_connection(settings.transfer_timeout_s),
         host=settings.host,
         port=settings.port,
         log_config=None,

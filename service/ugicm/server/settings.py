@@ -76,7 +76,8 @@ class Settings(BaseSettings):
     count."""
     transfer_timeout_s: float = Field(default=30.0, gt=0)
     """Longest time for 64 KiB of a request body, or the rest of it, to arrive, in seconds, beyond it the
-    answer is 408; and for a client to take 64 KiB of its answer, beyond it the connection is closed."""
+    answer is 408; and for a client to take 64 KiB of its answer, or to send the head of a request, beyond
+    it the connection is closed."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
@@ -89,7 +90,7 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(default=7 * 86400, ge=1)
     """How long Redis keeps a bitstream after it was stored, in seconds."""
     cache_timeout_s: float = Field(default=2.0, gt=0)
-    """Longest time to wait for a Redis or S3 cache before going on without it, in seconds."""
+    """Longest time to wait for the bitstream cache before going on without it, in seconds."""
     picture_cache_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=0)
     """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
 
@@ -98,7 +99,7 @@ class Settings(BaseSettings):
     Unset: no key is asked for."""
     url_keys: Secrets = ()
     """Secrets that sign GET links (``exp`` and ``sig`` parameters), so that they work without an API key.
-    The first one signs; all are accepted, which allows rotation."""
+    The first one signs; all are accepted, which allows rotation. At least 8 characters each."""
     url_ttl_s: int = Field(default=86400, ge=1)
     """How long a signed link works, in seconds."""
 

@@ -11,10 +11,9 @@ import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 
 from ugicm.server.batching import OverloadedError
-from ugicm.server.deps import ServicesDep, media_type_of, unsupported
+from ugicm.server.deps import ServicesDep, media_type_of, open_form, unsupported
 from ugicm.server.models import BatchLine, EncodeResult
 from ugicm.server.openapi import binary_answer, multipart, problems
 from ugicm.server.problems import Code, ServiceError, as_service_error
@@ -45,11 +44,11 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
         raise unsupported(kind, FORM)
     most, name = services.settings.max_batch_images, setting("max_batch_images")
     try:
-        async with request.form(max_files=most, max_fields=8) as form:
+        async with open_form(request, max_files=most) as form:
             files = [item for item in form.getlist("images") if isinstance(item, UploadFile)]
-            parts = [Part(file.filename, await file.read()) for file in files]
-    except HTTPException as error:
-        if str(error.detail).startswith("Too many files"):
+            parts = [Part(_encodable(file.filename), await file.read()) for file in files]
+    except ServiceError as error:
+        if error.detail.startswith("Too many files"):
             raise ServiceError(
                 Code.TOO_MANY_IMAGES,
                 f"{most + 1} images or more; the limit is {most}, {name} changes it",
@@ -57,10 +56,15 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
                 actual=most + 1,
                 setting=name,
             ) from None
-        raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
+        raise
     if not parts:
         raise ServiceError(Code.INVALID_PARAMETER, "the form needs file parts named 'images'")
     return parts
+
+
+def _encodable(filename: str | None) -> str | None:
+    """Without lone surrogates, which some charsets of forms decode to and no JSON can hold."""
+    return None if filename is None else filename.encode(errors="replace").decode()
 
 
 PartsDep = Annotated[list[Part], Depends(read_parts)]

@@ -27,6 +27,8 @@ PICTURE_AGE_S = 3600
 
 Id = Annotated[str, Path(pattern=ID_PATTERN, description="As `POST /encode` answered.")]
 _COMMON = (Code.UNKNOWN_BITSTREAM, Code.INVALID_PARAMETER, Code.UNAVAILABLE)
+_READING = (Code.MALFORMED_BITSTREAM, *_COMMON)
+"""Another release, of another version of the container, may have stored it in a shared cache."""
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Not modified."}}
 
 
@@ -54,12 +56,13 @@ async def get_bitstream(request: Request, id: Id, services: ServicesDep, timings
     return respond(request, bitstream, etag=f'"{id}"', media_type=BITSTREAM_MEDIA_TYPE, headers=headers)
 
 
+@router.head("/info", include_in_schema=False)
 @router.get(
     "/info",
     operation_id="getBitstreamInfo",
     summary="Describe a bitstream",
     description="Read from the bitstream's header; no network runs.",
-    responses=problems(*_COMMON),
+    responses=problems(*_READING),
 )
 async def get_bitstream_info(id: Id, services: ServicesDep, timings: TimingsDep) -> BitstreamInfo:
     return describe(id, await kept(services, id, timings))
@@ -81,7 +84,7 @@ async def get_bitstream_info(id: Id, services: ServicesDep, timings: TimingsDep)
             Code.TOO_MANY_PIXELS,
             Code.RANGE_NOT_SATISFIABLE,
             Code.TIMEOUT,
-            *_COMMON,
+            *_READING,
         ),
     },
 )

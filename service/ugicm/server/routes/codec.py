@@ -14,7 +14,16 @@ from ugicm.codec.bitstream import peek
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.server.auth import sign
 from ugicm.server.cache import CacheDownError, hash_of
-from ugicm.server.deps import BitstreamBody, ImageBody, Services, ServicesDep, TimingsDep, View, ViewDep
+from ugicm.server.deps import (
+    BitstreamBody,
+    ImageBody,
+    Services,
+    ServicesDep,
+    TimingsDep,
+    View,
+    ViewDep,
+    accepts_bitstream,
+)
 from ugicm.server.engine import RateTarget
 from ugicm.server.images import MEDIA_TYPES, ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
@@ -161,7 +170,7 @@ async def encode(
     }
     if result.stored:
         headers["Location"] = f"/bitstreams/{result.id}"
-    if BITSTREAM_MEDIA_TYPE in request.headers.get("accept", ""):
+    if accepts_bitstream(request):
         return Response(bitstream, headers=headers, media_type=BITSTREAM_MEDIA_TYPE)
     return Response(result.model_dump_json(), headers=headers, media_type="application/json")
 
@@ -219,10 +228,11 @@ async def decoded(
 ) -> tuple[Picture, bool]:
     """The picture, and whether it was at hand."""
     format: ImageFormat = view.format.value
-    return await services.pictures.get(
-        PictureKey(id, view.strength, format),
-        lambda: services.engine.decode(bitstream, view.strength, format, timings),
-    )
+    async with services.engine.deadline():  # of each who waits: the picture may be in the making already
+        return await services.pictures.get(
+            PictureKey(id, view.strength, format),
+            lambda: services.engine.decode(bitstream, view.strength, format, timings),
+        )
 
 
 def media_type(view: View) -> str:

@@ -18,11 +18,13 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)
 
 
+@router.head("/")
 @router.get("/")
 async def get_viewer() -> FileResponse:
     return FileResponse(STATIC / "viewer.html", headers=HEADERS)
 
 
+@router.head("/docs")
 @router.get("/docs")
 async def get_docs() -> FileResponse:
     return FileResponse(STATIC / "docs.html", headers=HEADERS)

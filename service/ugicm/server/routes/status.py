@@ -24,8 +24,10 @@ info_router = APIRouter(tags=["service"])
 health_router = APIRouter(tags=["service"])
 
 NO_STORE = {"Cache-Control": "no-store"}
+_READ = ["GET", "HEAD"]
 
 
+@info_router.head("/info", include_in_schema=False)
 @info_router.get("/info", operation_id="getInfo", summary="Model, device and limits", responses=problems())
 async def get_info(services: ServicesDep) -> Info:
     codec, settings = services.engine.codec, services.settings
@@ -47,14 +49,16 @@ async def get_info(services: ServicesDep) -> Info:
     )
 
 
-@health_router.get("/v2/health/live", include_in_schema=False)
+@health_router.api_route("/v2/health/live", methods=_READ, include_in_schema=False)
+@health_router.head("/livez", include_in_schema=False)
 @health_router.get("/livez", operation_id="getLive", summary="Whether the process answers")
 async def get_live() -> Live:
     return Live(status="live")
 
 
-@health_router.get("/v2/health/ready", include_in_schema=False)
-@health_router.get("/health", include_in_schema=False)
+@health_router.api_route("/v2/health/ready", methods=_READ, include_in_schema=False)
+@health_router.api_route("/health", methods=_READ, include_in_schema=False)
+@health_router.head("/readyz", include_in_schema=False)
 @health_router.get(
     "/readyz",
     operation_id="getReady",
@@ -80,6 +84,6 @@ async def get_ready(services: ServicesDep) -> Response:
     )
 
 
-@health_router.get("/metrics", include_in_schema=False)
+@health_router.api_route("/metrics", methods=_READ, include_in_schema=False)
 async def get_metrics(services: ServicesDep) -> Response:
     return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
