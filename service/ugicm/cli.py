@@ -5,11 +5,14 @@ Everything heavy is imported inside the command that needs it, so help and `info
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -82,6 +85,8 @@ MaxPixels = Annotated[
 
 def main() -> None:
     """Entry point of the ``ugicm`` script."""
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     app()
 
 
@@ -103,7 +108,7 @@ def _common(
 @app.command()
 def encode(
     photos: Annotated[
-        list[Path], typer.Argument(metavar="PHOTO", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
+        list[Path], typer.Argument(metavar="PHOTO...", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
     ],
     output: Output,
     quality: Annotated[
@@ -149,7 +154,7 @@ def encode(
 
 @app.command()
 def decode(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic", help="Bitstreams.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
     output: Output,
     preference: Annotated[
         Preference, typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters.")
@@ -286,8 +291,8 @@ def bench(
         counts = [int(part) for part in batches.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"sizes and batches are comma-separated numbers: {error}") from None
-    if min(*sizes, *counts) <= 0:
-        raise typer.BadParameter("sizes and batches are above zero")
+    if not all(0 < number < math.inf for number in (*sizes, *counts)):
+        raise typer.BadParameter("sizes and batches are above zero and finite")
     codec = _load(model, model_store, device, precision, DEFAULT_MAX_PIXELS)
     from ugicm.bench.peers import LEARNED
     from ugicm.bench.run import Options, run, table
@@ -328,11 +333,14 @@ class _Job(NamedTuple):
 
 
 def _is_folder(sources: Sequence[Path], output: str) -> bool:
-    return len(sources) > 1 or output.endswith(os.sep) or Path(output).is_dir()
+    return len(sources) > 1 or output.endswith(os.sep) or os.path.isdir(output)
 
 
 def _plan(sources: Sequence[Path], output: str, suffix: str) -> list[_Job]:
-    """Where each input's result goes; two inputs never share a file, and no input is overwritten."""
+    """Where each input's result goes; two inputs never share a file, and no input is overwritten.
+
+    Links are followed, as they are when writing.
+    """
     target = Path(output)
     if _is_folder(sources, output):
         try:
@@ -341,14 +349,18 @@ def _plan(sources: Sequence[Path], output: str, suffix: str) -> list[_Job]:
             raise _failed(target, error) from None
         jobs = [_Job(source, target / f"{source.stem}{suffix}") for source in sources]
     else:
+        if not os.path.isdir(target.parent):  # said before the work, not after it
+            raise typer.BadParameter(f"there is no folder {target.parent} for {target.name}")
         jobs = [_Job(sources[0], target)]
-    taken: dict[Path, Path] = {}
+    inputs = {os.path.realpath(source): source for source in sources}
+    taken: dict[str, Path] = {}
     for source, file in jobs:
-        if file in taken:
-            raise typer.BadParameter(f"{taken[file]} and {source} would both be written to {file}")
-        taken[file] = source
-        if file.exists() and source.exists() and file.samefile(source):
-            raise typer.BadParameter(f"{source} would be overwritten by its own result")
+        place = os.path.realpath(file)
+        if place in taken:
+            raise typer.BadParameter(f"{taken[place]} and {source} would both be written to {file}")
+        taken[place] = source
+        if place in inputs:
+            raise typer.BadParameter(f"{inputs[place]} would be overwritten by the result of {source}")
     return jobs
 
 
@@ -388,13 +400,24 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write all or nothing: an existing file is replaced only by a whole one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write all or nothing: an existing file is replaced only by a whole one.
+
+    Links are followed; pipes and devices are written to, not replaced. Raises ``OSError`` that names `path`.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    file = Path(os.path.realpath(path))
+    # Short, as a file's name may be as long as the system allows.
+    temporary = file.with_name(f".ugicm.{os.urandom(8).hex()}.tmp")
     try:
         temporary.write_bytes(data)
-        temporary.replace(path)
+        temporary.replace(file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _failed(what: object, error: Exception) -> typer.Exit:

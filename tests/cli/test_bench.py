@@ -82,10 +82,18 @@ def test_a_picture_that_is_kept_lossless(arguments: list[str], tmp_path: Path) -
 
 
 def test_sizes_must_be_numbers(arguments: list[str]) -> None:
-    for value in ("1,x", "0"):
+    for value in ("1,x", "0", "nan", "1,inf"):
         result = CliRunner().invoke(app, [*arguments, "--megapixels", value])
         assert result.exit_code == 2
         assert "sizes and batches" in result.stderr
+
+
+def test_a_bad_photo_is_named(arguments: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    result = CliRunner().invoke(app, [*arguments, str(broken)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"ugicm: bench: {broken}: not an image")
 
 
 def test_networks_have_names(arguments: list[str]) -> None:

@@ -161,6 +161,13 @@ def test_budgets(photos: list[Path], tmp_path: Path, tiny_codec: Codec, option: 
     assert bitstream.peek(out.read_bytes()).quality == pytest.approx(quality, abs=7)
 
 
+@pytest.mark.parametrize("bpp", ["inf", "1e308"])
+def test_a_budget_without_a_bound(photos: list[Path], tmp_path: Path, bpp: str) -> None:
+    out = tmp_path / "out.ugic"
+    assert ugicm_("encode", photos[0], "-o", out, "--bpp", bpp).exit_code == 0
+    assert bitstream.peek(out.read_bytes()).quality > 99.9
+
+
 def test_impossible_budget(photos: list[Path], tmp_path: Path) -> None:
     result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--max-bytes", 10)
     assert result.exit_code == 1
@@ -257,6 +264,8 @@ def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
         (("decode", "a.ugic", "-o", "out.tif"), "'.tif' is none of"),
         (("decode", "a.ugic", "-o", "out", "--format", "tif"), "Invalid value for '--format'"),
         (("encode", "x/a.png", "y/a.jpg", "-o", "out"), "would both be written to"),
+        (("encode", "a.png", "-o", "none/out.ugic"), "there is no folder none for out.ugic"),
+        (("encode", "a.png", "-o", f"{'long' * 100}/out.ugic"), "there is no folder long"),
         (("transcode",), "No such command"),
     ],
 )
@@ -273,8 +282,75 @@ def test_an_input_is_never_overwritten(photos: list[Path]) -> None:
     before = photos[0].read_bytes()
     result = ugicm_("encode", photos[0], "-o", photos[0])
     assert result.exit_code == 2
-    assert "overwritten by its own result" in result.stderr
+    assert "overwritten by the result of" in " ".join(result.stderr.split())
     assert photos[0].read_bytes() == before
+
+
+def test_no_input_is_overwritten_through_a_link(photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.ugic").symlink_to(photos[1])
+    before = photos[1].read_bytes()
+    result = ugicm_("encode", *photos, "-o", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "would be overwritten by the result of" in " ".join(result.stderr.split())
+    assert photos[1].read_bytes() == before
+
+
+def test_a_link_is_written_through(photos: list[Path], tmp_path: Path) -> None:
+    link, file = tmp_path / "link.ugic", tmp_path / "elsewhere.ugic"
+    link.symlink_to(file)
+    assert ugicm_("encode", photos[0], "-o", link).exit_code == 0
+    assert link.is_symlink()
+    assert bitstream.peek(file.read_bytes()).width == 90
+
+
+def test_a_pipe_is_written_to_and_stays(photos: list[Path], tmp_path: Path, bitstream_50: bytes) -> None:
+    """As a device is: run by root, ``-o /dev/null`` would make a file of it for the whole system."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert ugicm_("encode", photos[0], "-o", pipe).exit_code == 0
+        assert pipe.is_fifo()
+        assert os.read(reader, 1 << 16) == bitstream_50
+    finally:
+        os.close(reader)
+
+
+def test_the_longest_name(photos: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / f"{'a' * 250}.ugic"
+    assert ugicm_("encode", photos[0], "-o", out).exit_code == 0
+    assert out.is_file()
+
+
+def test_a_failed_write_names_the_output(photos: list[Path], tmp_path: Path) -> None:
+    taken, out = tmp_path / "out" / "a.ugic", tmp_path / "out"
+    taken.mkdir(parents=True)
+    too_long = tmp_path / f"{'a' * 300}.ugic"
+    for arguments, name, message in (
+        ((*photos[:2], "-o", out), taken, "Is a directory"),
+        ((photos[0], "-o", too_long), too_long, "File name too long"),
+    ):
+        result = ugicm_("encode", *arguments)
+        assert result.exit_code == 1
+        assert result.stderr == f"ugicm: {name}: {message}\n"
+    assert names(out) == ["a.ugic", "b.ugic"]
+
+
+def test_names_that_are_not_text(photos: list[Path], tmp_path: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    odd.write_bytes(photos[0].read_bytes())
+    process = subprocess.run(
+        [sys.executable, "-m", "ugicm", "encode", odd, photos[1], "-o", tmp_path / "out"],
+        capture_output=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONIOENCODING": "utf-8:strict",  # as in a locale like en_US.UTF-8
+        },
+    )
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert process.stdout.count(b" bpp\n") == 2
 
 
 def test_output_folder_that_is_a_file(photos: list[Path], tmp_path: Path) -> None:

@@ -54,6 +54,23 @@ def test_mixed_batch_equals_single_images(tiny_codec: Codec, photo: Photo) -> No
         assert np.abs(alone_picture - picture).max() <= 1
 
 
+def test_batches_are_bounded_with_their_padding(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips of one pixel's width are 64 wide to the networks."""
+    monkeypatch.setattr(codec_module, "BATCH_PIXELS", 4 * 64 * 128)
+    batches: list[int] = []
+    transform = Codec._transform
+
+    def watched(codec: Codec, pixels: torch.Tensor, tilt: float) -> torch.Tensor:
+        batches.append(len(pixels))
+        return transform(codec, pixels, tilt)
+
+    monkeypatch.setattr(Codec, "_transform", watched)
+    tiny_codec.analyse([photo[row : row + 1, :100] for row in range(10)])
+    assert batches == [4, 4, 2]
+
+
 def test_quality_trades_bytes_for_fidelity(tiny_codec: Codec, photo: Photo) -> None:
     coded = tiny_codec.encode([photo] * 4, [1, 30, 65, 100])
     sizes = [len(data) for data in coded]
@@ -235,6 +252,17 @@ def test_tiles_are_of_the_one_side(tiny_codec: Codec, photo: Photo, side: int) -
     tiled = replace(header, tile_side=side)
     with pytest.raises(MalformedBitstreamError, match=rf"100x64 picture has tiles of 0 .* says {side}"):
         tiny_codec.decode([serialise(tiled, [segment] * (tiled.tiles_x * tiled.tiles_y))])
+
+
+def test_tiles_of_another_side_are_not_read(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tens of millions of tiles, a byte each, would take minutes to be read and refused."""
+    header, _ = parse(tiny_codec.encode([photo[:64, :64]])[0], max_pixels=1 << 30)
+    data = serialise(replace(header, tile_side=1), [b""] * 64 * 64)
+    monkeypatch.setattr(codec_module.container, "parse", None)
+    with pytest.raises(MalformedBitstreamError, match="tiles of 0 pixels a side"):
+        tiny_codec.decode([data])
 
 
 def test_a_large_picture_is_never_one_tile(tiny_codec: Codec, photo: Photo) -> None:

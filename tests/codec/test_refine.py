@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import lambda_of, quality_to_level
 from ugicm.codec.errors import CodecError
 from ugicm.codec.refine import draw
+from ugicm.codec.store import load_codec
 
 Image = NDArray[np.uint8]
 QUALITY = 60.0
@@ -43,6 +46,13 @@ def test_it_is_the_same_every_time(tiny_codec: Codec, crop: Image) -> None:
     first = tiny_codec.encode([crop, crop[:64]], QUALITY, refine=3)
     torch.manual_seed(2)
     assert tiny_codec.encode([crop, crop[:64]], QUALITY, refine=3) == first
+
+
+def test_a_caller_in_inference_mode(tiny_store: Path, crop: Image) -> None:
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+    with torch.inference_mode():
+        first = codec.encode([crop], QUALITY, refine=2)
+    assert codec.encode([crop], QUALITY, refine=2) == first
 
 
 def test_tiles_are_refined_within_their_surroundings(

@@ -49,6 +49,17 @@ def test_pictures_of_a_batch_are_coded_as_they_would_be_alone(photo: NDArray[np.
     assert codec.encode(pictures, 50.0) == [codec.encode([picture], 50.0)[0] for picture in pictures]
 
 
+def test_torch_of_another_default_type() -> None:
+    pixels = torch.arange(64 * 64 * 3).view(1, 64, 64, 3).mul(77).to(torch.uint8)
+    times = torch.ones(1, 4, 4, dtype=torch.int64)
+    expected = soften(pixels, times)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(soften(pixels, times), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_photos_are_not_softened(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
     stored = read_model(write_tiny_model(tmp_path))
     levels = stored.config.levels

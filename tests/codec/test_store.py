@@ -6,10 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from ugicm.codec.codec import Codec
 from ugicm.codec.errors import CodecError, ModelStoreError
 from ugicm.codec.store import available, find_store, load_codec, read_model
 
@@ -63,6 +66,35 @@ def test_missing_weights(folder: Path) -> None:
     (folder / "weights.safetensors").unlink()
     with pytest.raises(ModelStoreError, match="cannot read the model"):
         read_model(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe"])
+def test_damaged_config(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ModelStoreError, match="cannot read the model"):
+        read_model(folder)
+
+
+def test_a_name_that_cannot_be_a_folder(tiny_store: Path) -> None:
+    with pytest.raises(ModelStoreError, match=r"cannot look for the model 'long.*File name too long"):
+        load_codec("long" * 100, store=tiny_store)
+
+
+def test_torch_of_another_default_type(tiny_store: Path, tiny_codec: Codec, photo: NDArray[np.uint8]) -> None:
+    """A program that computes in another type by itself gets the same bytes and pixels."""
+    image = photo[:100, :90]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+            data = codec.encode([image], 40)
+            refined = codec.encode([image], 40, refine=2)
+            views = codec.decode(data * 2, [0.0, 1.0])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert data == tiny_codec.encode([image], 40)
+        assert refined == tiny_codec.encode([image], 40, refine=2)
+        np.testing.assert_array_equal(views, tiny_codec.decode(data * 2, [0.0, 1.0]))
 
 
 def test_newer_format(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ugicm.codec.bitstream import parse, serialise
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import MalformedBitstreamError
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="session")

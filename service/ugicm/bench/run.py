@@ -26,6 +26,7 @@ from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.dense import dense
+from ugicm.codec.errors import CodecError
 from ugicm.server.images import read_image, write_image
 
 Image = NDArray[np.uint8]
@@ -87,7 +88,7 @@ def measure(work: Callable[[], Any], clock: StageClock | None = None) -> tuple[A
 def pictures(paths: Sequence[Path], max_pixels: int) -> list[Image]:
     """The photos given; or one drawn: shapes of all sizes on a smooth ground, with some grain."""
     if paths:
-        return [read_image(path.read_bytes(), max_pixels=max_pixels) for path in paths]
+        return [_photo(path, max_pixels) for path in paths]
     random = np.random.default_rng(0)
     side = 1024
     ground = PIL.Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
@@ -100,6 +101,13 @@ def pictures(paths: Sequence[Path], max_pixels: int) -> list[Image]:
         draw.polygon([tuple(corner) for corner in corners.tolist()], tuple(colour))
     grain = random.normal(0, 4, (side, side, 1))
     return [(np.asarray(canvas) + grain).clip(0, 255).astype(np.uint8)]
+
+
+def _photo(path: Path, max_pixels: int) -> Image:
+    try:
+        return read_image(path.read_bytes(), max_pixels=max_pixels)
+    except CodecError as error:
+        raise CodecError(f"{path}: {error}") from error
 
 
 def resized(photos: Sequence[Image], megapixels: float, number: int) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeVar
@@ -50,7 +51,7 @@ TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
-"""Pixels that go through the networks at once; bounds memory."""
+"""Pixels, padding included, that go through the networks at once; bounds memory."""
 TILT_STEPS = 16
 """Shares of the weight differences between rates are rounded to 1/16, so that qualities share transforms."""
 REACH_STEPS = 32
@@ -145,7 +146,8 @@ class Codec:
             start = f"{prefix}."
             state = {k.removeprefix(start): v for k, v in model.tensors.items() if k.startswith(start)}
             try:
-                module.load_state_dict(state)
+                # Assigned: torch's default dtype, in which modules are made, may be another.
+                module.load_state_dict(state, assign=True)
             except RuntimeError as error:
                 raise ModelStoreError(
                     f"the weights of {config.name} do not fit its config: {error}"
@@ -262,7 +264,7 @@ class Codec:
             assert target_bpp is not None
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
-            max_bytes = int(target_bpp * image.shape[0] * image.shape[1] / 8)
+            max_bytes = int(min(target_bpp * image.shape[0] * image.shape[1] / 8, sys.maxsize))
         if lossless.promising(image):
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
@@ -339,18 +341,21 @@ class Codec:
 
     def unpack(self, data: bytes) -> Latent:
         """CPU work of `decode`: entropy decoding, exact on every machine. Raises as `decode` does."""
-        header, segments = container.parse(data, max_pixels=self.max_pixels)
-        if header.model_digest != self._digest:
-            raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
-        if header.lossless:
-            return Latent(header, (), picture=lossless.decompress(segments[0], header.width, header.height))
-        # Tiles of a sender's choice could be odd, or as large as the picture and need gigabytes.
-        if header.tile_side != (side := _tile_side(header.width, header.height)):
+        header = container.peek(data)
+        # Tiles of a sender's choice could be odd, as large as the picture and need gigabytes, or as many as
+        # the bytes: checked before they are read.
+        side = 0 if header.lossless else _tile_side(header.width, header.height)
+        if header.tile_side != side:
             raise MalformedBitstreamError(
                 f"a {header.width}x{header.height} picture has tiles of {side} pixels a side (0: it is one "
                 f"tile), the bitstream says {header.tile_side}"
             )
-        y_hat = torch.empty(*latent_size(header.width, header.height), self.config.latent_channels)
+        _, segments = container.parse(data, max_pixels=self.max_pixels)
+        if header.model_digest != self._digest:
+            raise ModelMismatchError(header.model_digest.hex(), f"{self.name} ({self.digest})")
+        if header.lossless:
+            return Latent(header, (), picture=lossless.decompress(segments[0], header.width, header.height))
+        y_hat = self._empty_latent(header)
         tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
@@ -412,7 +417,7 @@ class Codec:
         if self._reach is None or not strength:
             return strength
         level = quality_to_level(header.quality, self.config.levels)
-        share = strength * float(at_level(self._reach, torch.tensor([level])))
+        share = strength * float(at_level(self._reach, torch.tensor([level], dtype=torch.float32)))
         # Rounded, so that qualities share transforms; never to the human view's.
         return max(1, round(REACH_STEPS * share)) / REACH_STEPS
 
@@ -425,6 +430,7 @@ class Codec:
         changes = between_rates(self._analysis_low, self._analysis_high, tilt)
         return InferenceAnalysis(moved(self._analysis, *changes), self._dtype)
 
+    @torch.inference_mode(False)  # refinement needs its gradient, whatever the caller's mode
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
         rates = between_rates(self._synthesis_low, self._synthesis_high, tilt)
         machine = ((self._preference, 1.0), *between_rates(self._preference_low, self._preference_high, tilt))
@@ -463,6 +469,11 @@ class Codec:
             tile_side=_tile_side(image.shape[1], image.shape[0]),
         )
 
+    def _empty_latent(self, header: Header) -> Tensor:
+        """Room for the latent of a whole picture, (h, w, M) float32."""
+        size = latent_size(header.width, header.height)
+        return torch.empty(*size, self.config.latent_channels, dtype=torch.float32)
+
     def _levels(self, qualities: Sequence[float]) -> Tensor:
         quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)
         return quality_to_level(quality, self.config.levels)
@@ -488,7 +499,7 @@ class Codec:
         y = self._analysis_for(tilt)(pixels, margin)
         if self._largest is None:
             return y
-        level = torch.tensor([level_of_tilt(tilt, self.config.levels)])
+        level = torch.tensor([level_of_tilt(tilt, self.config.levels)], dtype=torch.float32)
         limit = float(at_level(self._largest, level))
         if bool((size_of(y) <= limit).all()):
             return y
@@ -547,6 +558,7 @@ class Codec:
         return self._quantise_each(latents, header)
 
     @cached_property
+    @torch.inference_mode(False)
     def _refiner(self) -> Refiner:
         """Made when first asked for: few callers refine, and none of them is a server."""
         return Refiner(self.config, self._stored_entropy, self._gains, self._device, self._dtype)
@@ -557,7 +569,7 @@ class Codec:
         """Tile by tile, each with what its neighbours are so far around it."""
         level = self._levels([header.quality])
         gain = self._gains(level)[0].permute(0, 2, 3, 1)[0]
-        whole = torch.empty(*latent_size(header.width, header.height), self.config.latent_channels)
+        whole = self._empty_latent(header)
         for window, y in zip(tile_windows(header, 0), latents, strict=True):
             whole[window.rows, window.columns] = y.cpu()
         whole *= gain.cpu()
@@ -630,6 +642,6 @@ def _batches(keys: Sequence[tuple[float, ...]]) -> Iterator[list[int]]:
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     for (width, height, *_), members in groups.items():
-        size = max(1, BATCH_PIXELS // int(width * height))
+        size = max(1, BATCH_PIXELS // math.prod(padded_size(int(width), int(height))))
         for start in range(0, len(members), size):
             yield members[start : start + size]

@@ -55,7 +55,7 @@ class Refiner:
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
         network = EntropyNetwork(config)
-        network.load_state_dict(float_weights(tensors))
+        network.load_state_dict(float_weights(tensors), assign=True)
         self._entropy = network.requires_grad_(False).to(device, dtype)
 
     def __call__(
@@ -112,7 +112,7 @@ def draw(x: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     below = x.floor()
     share = (x - below).clamp(1e-4, 1 - 1e-4)
     logit = (torch.atanh(share) - torch.atanh(1 - share)) / temperature
-    uniform = torch.rand(x.shape, generator=generator, device=x.device).clamp(1e-7, 1 - 1e-7)
+    uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype).clamp(1e-7, 1 - 1e-7)
     return below + torch.sigmoid((logit + torch.logit(uniform)) / temperature)
 
 

@@ -32,7 +32,7 @@ def size_of(y: Tensor) -> Tensor:
 def soften(pixels: Tensor, times: Tensor) -> Tensor:
     """uint8 (B, H, W, 3), with less detail around latent positions where it was too much (B, h, w) times."""
     x = pixels.permute(0, 3, 1, 2).float()
-    share = torch.tensor(TAKEN, device=x.device)[times][:, None]
+    share = torch.tensor(TAKEN, dtype=x.dtype, device=x.device)[times][:, None]
     share = F.max_pool2d(share, 2 * AROUND + 1, stride=1, padding=AROUND)
     share = average(F.interpolate(share, scale_factor=LATENT_STRIDE), 2 * LATENT_STRIDE + 1)
     return x.lerp(average(x, BLUR), share).round().clamp(0, 255).byte().permute(0, 2, 3, 1)

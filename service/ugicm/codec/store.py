@@ -67,12 +67,15 @@ def model_path(name_or_path: str | Path, store: Path | None = None) -> Path:
         ModelStoreError: there is no such model; the message lists those there are.
     """
     path = Path(name_or_path)
-    if (path / CONFIG_FILE).is_file():
-        return path
-    store = store or find_store()
-    if (store / name_or_path / CONFIG_FILE).is_file():
-        return store / name_or_path
-    names = ", ".join(available(store)) or "none"
+    try:
+        if (path / CONFIG_FILE).is_file():
+            return path
+        store = store or find_store()
+        if (store / path / CONFIG_FILE).is_file():
+            return store / path
+        names = ", ".join(available(store)) or "none"
+    except OSError as error:
+        raise ModelStoreError(f"cannot look for the model {str(name_or_path)!r}: {error}") from error
     raise ModelStoreError(f"no model {str(name_or_path)!r} in {store}; there: {names}")
 
 
@@ -88,7 +91,7 @@ def read_model(folder: Path) -> StoredModel:
     try:
         description: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         data = (folder / WEIGHTS_FILE).read_bytes()
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, or not even text
         raise ModelStoreError(f"cannot read the model in {folder}: {error}") from error
     if description.get("format") != FORMAT:
         raise ModelStoreError(
