@@ -33,9 +33,12 @@ def _config(name: str) -> ModelConfig:
     if name in PRESETS:
         return PRESETS[name]
     path = Path(name)
-    if not path.exists():
+    if not path.is_file():
         raise argparse.ArgumentTypeError(f"{name!r} is neither a config.json nor one of {', '.join(PRESETS)}")
-    return ModelConfig.from_json(path)
+    try:
+        return ModelConfig.from_json(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{name} describes no model: {error}") from error
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -172,8 +172,13 @@ def write_model(
         "sha256": hashlib.sha256(data).hexdigest(),
         "training": training,
     }
-    (folder / WEIGHTS_FILE).write_bytes(data)
-    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(description, indent=2) + "\n"
+    files = {folder / WEIGHTS_FILE: data, folder / CONFIG_FILE: text.encode()}
+    # Beside, then renamed: a kill or a full disk must not cost the model that may be there.
+    for path, content in files.items():
+        path.with_suffix(".tmp").write_bytes(content)
+    for path in files:
+        path.with_suffix(".tmp").replace(path)
 
 
 def read_training(folder: Path) -> dict[str, Any]:

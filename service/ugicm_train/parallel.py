@@ -1,4 +1,4 @@
-"""Several processes train one model: ``torchrun --nproc-per-node 2 -m ugicm_train run ...``.
+"""Several processes train one model: ``torchrun --nproc-per-node 2 -m -- ugicm_train run ...``.
 
 Each sees crops of its own. Gradients are averaged after every backward pass. Then each makes Muon's step for
 a part of the matrices (a quarter of the time of a small batch) and AdamW's for all the rest.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.device import pick_precision
+from ugicm.codec.device import pick_device, pick_precision
 from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
@@ -96,9 +96,12 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give exactly one of minutes and steps")
-        for name in ("minutes", "steps"):
+        for name in ("minutes", "steps", "batch", "crop", "batch_levels", "level_power"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("synthetic_share", "machine_share", "decay", "ema"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be in 0..1, got {value}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.learn not in LEARN:
@@ -107,10 +110,6 @@ class TrainOptions:
             raise ValueError(f"min_scale must be in (0, 1], got {self.min_scale}")
         if self.crop % 64:
             raise ValueError(f"crop must be a multiple of 64 pixels, got {self.crop}")
-        if not 0 <= self.machine_share <= 1:
-            raise ValueError(f"machine_share must be in 0..1, got {self.machine_share}")
-        if self.batch_levels < 1:
-            raise ValueError(f"batch_levels must be at least 1, got {self.batch_levels}")
 
 
 class DivergedError(ValueError):
@@ -149,7 +148,7 @@ class Trainer:
         name = options.device
         if name == "auto":
             name = f"cuda:{self.processes.local_rank}" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = pick_device(name)
         self.dtype = pick_precision(options.precision, self.device)
         self.model.to(self.device)
         if not options.machine_share:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import write_tiny_model
+from tests.live import free_port
 from ugicm.codec.store import read_model
 from ugicm_train.model import PREFERENCE
 from ugicm_train.parallel import Processes
@@ -52,10 +52,7 @@ polish(model, out / "polished", options, [data], out / "run", grain=0.1)
 
 def run_twice(program: str, *arguments: Path) -> None:
     """The program in two processes that work together."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],

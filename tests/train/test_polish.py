@@ -179,7 +179,8 @@ def test_grain_follows_the_error(
     tmp_path: Path, data: Path, photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, after = write_tiny_model(tmp_path / "before"), tmp_path / "after"
-    polish(before, after, OPTIONS, [data], tmp_path / "run", grain=0.5)
+    options = dataclasses.replace(OPTIONS, steps=1)
+    polish(before, after, options, [data], tmp_path / "run", grain=0.5)
     table = read_model(after).tensors["grain"]
     codec = load_codec(after, device="cpu", precision="float32")
     # Crops of the size that it was measured on: errors are larger at borders.
@@ -197,5 +198,5 @@ def test_grain_follows_the_error(
     monkeypatch.setattr(sampler, "batch", lambda count: wild)
     torch.testing.assert_close(usual_error(model, sampler), usual, rtol=0.2, atol=0)
     # A model can be polished again, and lose its grain.
-    polish(after, after, OPTIONS, [data], tmp_path / "run")
+    polish(after, after, options, [data], tmp_path / "run")
     assert "grain" not in read_model(after).tensors

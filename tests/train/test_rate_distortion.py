@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +109,21 @@ def test_interrupted_measurement_is_continued(greys: Path) -> None:
     assert shift.encoded == 1 + 3  # warm-up, then only the second picture
     fresh = measure([Shift().coder()], greys)
     assert [row[:10] for row in resumed.rows] == [row[:10] for row in fresh.rows]
+
+
+def test_an_interruption_does_not_cost_what_was_known(greys: Path) -> None:
+    known = measure([Shift().coder()], greys)
+    PIL.Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(greys / "a.png")
+    saved: list[tuple[dict[str, str], set[Any]]] = []
+
+    def save(measured: Measurement) -> None:
+        saved.append((dict(measured.images), {row[:10] for row in measured.rows}))
+
+    again = measure([Shift().coder()], greys, known=known, save=save)
+    assert saved == 2 * [(again.images, {row[:10] for row in again.rows})]
+    # Pictures of other parts are not this one's to tell of.
+    measure([Shift().coder()], greys, known=known, save=save, part=Part(1, 2))
+    assert saved[-1][0].keys() == {"sub/b.png"}
 
 
 def test_changed_picture_is_measured_again(greys: Path) -> None:
@@ -349,10 +368,40 @@ def test_jobs_measure_the_same(tiny_store: Path, photo: NDArray[np.uint8], tmp_p
     assert sorted(path.name for path in tmp_path.glob("two*")) == ["two.json", "two.md", "two.png"]
 
 
+def test_a_stopped_measurement_stops_its_parts(tmp_path: Path) -> None:
+    code = (
+        "import torch\n"  # starts processes of its own
+        "from ugicm_train.evaluation import parts\n"
+        "popen = parts.subprocess.Popen\n"
+        "def start(command, **options):\n"
+        "    process = popen(['sleep', '100'], **options)\n"
+        "    print(process.pid, flush=True)\n"
+        "    return process\n"
+        "parts.subprocess.Popen = start\n"
+        "parts.measure_parts([], 2)\n"
+    )
+    measuring = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert measuring.stdout is not None
+    pids = [int(measuring.stdout.readline()) for _ in range(2)]
+    time.sleep(0.2)  # until it waits for them
+    measuring.terminate()
+    measuring.wait(timeout=60)
+    measuring.stdout.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_a_failed_part_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["rd", "no-such-model", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
     assert main([*command, "--jobs", "2"]) == 1
     assert "2 of 2 parts failed" in capfd.readouterr().err
+
+
+def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["rd", "ugicm-s", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+    assert main([*command, "--refine-qualities", "20", "80"]) == 1
+    assert "--refine-qualities needs --refine STEPS" in capsys.readouterr().err
 
 
 def test_insert_needs_its_marks(tmp_path: Path) -> None:

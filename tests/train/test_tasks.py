@@ -209,6 +209,18 @@ class TestMeanIou:
         with pytest.raises(ValueError, match=r"a\.jpg.*\(4, 2\).*\(2, 4\)"):
             task.judge("a.jpg", np.zeros((2, 4, 3), np.uint8))
 
+    def test_classes_that_the_masks_lack_are_an_error(self, tmp_path: Path) -> None:
+        save(tmp_path / "masks" / "a.png", np.array([[0, 255]], np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((1, 2, 3), np.uint8))
+        for predicted, fits in (([[20, 150]], True), ([[21, 0]], False), ([[-1, 0]], False)):
+            seen = np.array(predicted)
+            task = MeanIou("mask", lambda image, seen=seen: seen, tmp_path, tmp_path / "masks")
+            if fits:  # what lies where the mask says nothing is of no account
+                assert task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8)) == [[0, 20, 1]]
+                continue
+            with pytest.raises(ValueError, match="for masks of 21 classes"):
+                task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8))
+
 
 class TestRuntimes:
     def onnx_model(self, path: Path, nodes: list[Any], out_shape: list[int], extra: list[Any]) -> Path:
@@ -300,6 +312,19 @@ class TestRuntimes:
         assert scores[0] == pytest.approx(0.8**0.4, abs=1e-5)
         np.testing.assert_allclose(boxes[0], [200 - 55, 50 - 27.5, 200 + 55, 50 + 27.5], atol=0.1)
 
+    @pytest.mark.parametrize(("shape", "axis"), [((150, 8, 8), 0), ((8, 8, 150), 2), ((3, 8, 8), 0)])
+    def test_scores_of_many_classes(self, shape: tuple[int, ...], axis: int) -> None:
+        class Scores(adaptors.Runtime):
+            side = 16
+
+            def __call__(self, image: Image) -> NDArray[np.float32]:
+                scores = np.zeros(shape, np.float32)
+                scores.swapaxes(0, axis)[2] = 1
+                return scores
+
+        classes = adaptors.segmenter(Scores())(np.zeros((16, 16, 3), np.uint8))
+        np.testing.assert_array_equal(classes, np.full((16, 16), 2))
+
     def test_wrong_names(self, tmp_path: Path) -> None:
         with pytest.raises(adaptors.NetworkError, match="no file"):
             adaptors.load_classifier("nowhere.onnx")
@@ -308,6 +333,9 @@ class TestRuntimes:
             adaptors.load_segmenter(str(tmp_path / "net.bin"))
         with pytest.raises(adaptors.NetworkError, match="fastestdet:PATH"):
             adaptors.load_detector("net.onnx", [])
+        (tmp_path / "net.onnx").write_bytes(b"something else")
+        with pytest.raises(adaptors.NetworkError, match=r"net\.onnx is no ONNX model"):
+            adaptors.load_classifier(str(tmp_path / "net.onnx"))
 
     def test_own_networks(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.py"
@@ -563,6 +591,37 @@ def test_command_line(
     assert run(parser.parse_args([*again, "--sheet-images", str(tmp_path / "wide")])) == 0
     with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 3 * 300 > 2 * sheet.height
+
+
+def test_judgements_by_other_labels_are_not_reused(
+    tmp_path: Path, colours: Path, colour_network: str, tiny_store: Path
+) -> None:
+    command = ["evaluate", str(tiny_store / "tiny"), "--device", "cpu", "--qualities", "1", "--peers"]
+    command += ["--top1", colour_network, str(colours), "--out", str(tmp_path / "out")]
+    labels, scores = colours / "labels.csv", []
+    for text in (labels.read_text(), labels.read_text().replace(",2", ",1")):
+        labels.write_text(text)
+        assert main(command) == 0
+        (task,) = json.loads((tmp_path / "out" / "machine.json").read_text())["tasks"].values()
+        scores.append(task["original"])
+    assert scores == [1, pytest.approx(2 / 3)]
+
+
+def test_what_cannot_be_evaluated(
+    tmp_path: Path, colours: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "labels.csv").write_text("name,label\na.png,1\n")
+    (other / "captions.json").write_text('{"annotations": []}')
+    command = ["evaluate", str(tiny_store / "tiny"), "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--top1", "torchvision:resnet18", str(other)], "labels.csv: not rows of file, class_index"),
+        (["--map", "fastestdet:x.onnx", str(other), str(other / "captions.json")], "has no categories"),
+        (["--limit", "0"], "limit must be at least 1"),
+    ):
+        assert main([*command, *options]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_for_people_alone_is_a_peer(

@@ -286,6 +286,9 @@ class TestNanoDet:
             parse_teacher(f"nanodet:{tmp_path}/nanodet.json")
         with pytest.raises(TeacherError, match="multiple of 32 pixels, got 100"):
             parse_teacher(f"nanodet:{tmp_path}/nanodet.json@100")
+        (tmp_path / "other.json").write_text("{}")
+        with pytest.raises(TeacherError, match=r"other\.json is no TensorFlow\.js graph model"):
+            parse_teacher(f"nanodet:{tmp_path}/other.json")
 
 
 def write_u2net(path: Path, *, layers: int = 119) -> list[NDArray[np.float32]]:
@@ -344,6 +347,9 @@ class TestU2Net:
         write_u2net(tmp_path / "u2netp.onnx", layers=118)
         with pytest.raises(TeacherError, match="118 convolutions, not 119"):
             parse_teacher(f"u2net:{tmp_path}/u2netp.onnx")
+        (tmp_path / "u2netp.pth").write_bytes(b"something else")
+        with pytest.raises(TeacherError, match=r"u2netp\.pth cannot be read as an ONNX file"):
+            parse_teacher(f"u2net:{tmp_path}/u2netp.pth")
 
 
 CLIP_TOWERS = {

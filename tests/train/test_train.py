@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import TINY, tiny_trainable
+from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
-from ugicm.codec.store import load_codec
+from ugicm.codec.store import load_codec, read_model
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, write_model
 from ugicm_train.losses import Judge, level_of, rate_distortion_loss
@@ -357,6 +357,14 @@ def test_options_are_checked() -> None:
         TrainOptions(steps=1, machine_share=2)
     with pytest.raises(ValueError, match="batch_levels"):
         TrainOptions(steps=1, batch_levels=0)
+    with pytest.raises(ValueError, match="batch must be above 0"):
+        TrainOptions(steps=1, batch=0)
+    with pytest.raises(ValueError, match="crop must be above 0"):
+        TrainOptions(steps=1, crop=0)
+    with pytest.raises(ValueError, match="level_power must be above 0"):
+        TrainOptions(steps=1, level_power=-0.8)
+    with pytest.raises(ValueError, match=r"ema must be in 0\.\.1, got 1\.5"):
+        TrainOptions(steps=1, ema=1.5)
 
 
 def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +373,30 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "neither a folder nor a file" in capsys.readouterr().err
     assert main(["export", str(tmp_path), str(tmp_path / "m")]) == 1
     assert "train first" in capsys.readouterr().err
+    run = ["run", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--steps", "1"]
+    assert main([*run, "--device", "toaster"]) == 1
+    assert "device 'toaster' cannot be used here" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    for path, message in ((tmp_path, "neither a config.json nor one of"), (other, "describes no model")):
+        with pytest.raises(SystemExit):
+            main([*run, "--config", str(path)])
+        assert message in capsys.readouterr().err
+
+
+def test_a_model_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path)
+    before = read_model(tmp_path)
+    whole = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        whole(path, data[: len(data) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
+    assert read_model(tmp_path).weights_sha256 == before.weights_sha256
 
 
 def test_training_needs_only_four_packages() -> None:

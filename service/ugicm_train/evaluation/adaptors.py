@@ -135,7 +135,10 @@ def onnx_session(path: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own kinds, of no common base
+        raise NetworkError(f"{path} is no ONNX model that can be run: {error}") from error
 
 
 # ------------------------------------------------------------------ networks from files
@@ -158,7 +161,8 @@ def segmenter(runtime: Runtime) -> Segmenter:
         square, height, width = letterbox(image, runtime.side)
         out = runtime(square)
         if out.ndim == 3:
-            out = out.argmax(0 if out.shape[0] < out.shape[2] else 2)
+            # What a square picture gives is square.
+            out = out.argmax(0 if out.shape[1] == out.shape[2] else 2)
         scale = out.shape[0] / runtime.side  # some networks answer at lower resolution
         rows, columns = (math.ceil(length * scale) for length in (height, width))
         return to_original(out[:rows, :columns], image)

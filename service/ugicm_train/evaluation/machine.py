@@ -368,11 +368,12 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
 
     def describe(network: str, *data: str) -> tuple[str, str]:
         name = Path(network.rpartition(":")[2]).stem
-        return name, " ".join([adaptors.identity_of(network), *(Path(d).name for d in data)])
+        return name, " ".join([adaptors.identity_of(network), *map(identity_of_data, data)])
 
     for network, folder in arguments.top1:
-        name, identity = describe(network, folder)
-        labels = read_labels(Path(folder) / "labels.csv")
+        labels_file = Path(folder) / "labels.csv"
+        name, identity = describe(network, folder, str(labels_file))
+        labels = read_labels(labels_file)
         tasks.append(Top1(name, classifier(network), Path(folder), labels, identity))
     for kind, given, suffix in ((BoxMap, arguments.map, ""), (MaskMap, arguments.mask_map, " masks")):
         for network, folder, instances in given:
@@ -416,10 +417,18 @@ def remembered(network: Callable[[Image], Any]) -> Callable[[Image], Any]:
     return ask
 
 
+def identity_of_data(name: str) -> str:
+    """A folder's name; a file's, and what is in it: judgements by other labels are not reused."""
+    return adaptors.identity_of(name) if Path(name).is_file() else Path(name).name
+
+
 def categories_of(instances: Path) -> tuple[str, ...]:
     """Names of the categories of a COCO file, in the order of their ids."""
-    categories = json.loads(instances.read_text(encoding="utf-8"))["categories"]
-    return tuple(category["name"] for category in sorted(categories, key=lambda category: category["id"]))
+    content = json.loads(instances.read_text(encoding="utf-8"))
+    if "categories" not in content:
+        raise ValueError(f"{instances} has no categories: it is no COCO file of instances")
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return tuple(category["name"] for category in categories)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -471,6 +480,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ugicm.codec.store import load_codec, model_path
 
     paths = [model_path(name) for name in (arguments.model, arguments.plain) if name]
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {arguments.limit}")
     part: Part | None = arguments.part
     if part is None:
         take_parts(arguments.out, measure_parts(arguments.argv, arguments.jobs))

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,19 +134,22 @@ def measure(
         part: measure a part of them only.
         butteraugli: also run the `butteraugli` program (slow).
         known: earlier results of the same codecs on the same machine; what they cover is not repeated.
-        save: called with what there is after every picture.
+        save: called after every picture with what there is, what is known of those to come included.
     """
-    known_rows = {row.key: row for row in known.rows} if known else {}
+    known = known or Measurement({}, [], [])
+    known_rows = {row.key: row for row in known.rows}
     result = Measurement({}, [], [])
     paths = read_images(folder)
     if part is not None:
         paths = part.of(paths)
+    pending = {path.relative_to(folder).as_posix() for path in paths}
     warm: set[str] = set()
     for path in _track(paths):
         name = path.relative_to(folder).as_posix()
+        pending.remove(name)
         image = read_image(path)
         result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-        seen = known is not None and known.images.get(name) == result.images[name]
+        seen = known.images.get(name) == result.images[name]
         for coder in coders:
             keys = [
                 (coder.name, view, q, name) for q, view in itertools.product(coder.qualities, coder.views)
@@ -160,10 +163,20 @@ def measure(
                     warm.add(coder.name)
                 rows = list(measure_image(coder, name, image, butteraugli=butteraugli))
             result.rows.extend(rows)
-            targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)] if known else []
+            targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)]
             result.targets.extend(targets or measure_targets(coder, name, image))
-        save(result)
+        # What is known of the pictures to come would be lost with an earlier file in the same place.
+        save(joined([_only(known, pending), result]))
     return result
+
+
+def _only(measured: Measurement, names: Container[str]) -> Measurement:
+    """What was measured of these pictures."""
+    return Measurement(
+        {name: pixels for name, pixels in measured.images.items() if name in names},
+        [row for row in measured.rows if row.image in names],
+        [target for target in measured.targets if target.image in names],
+    )
 
 
 def rounded(value: float | None) -> float | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -65,6 +66,8 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
     import torch
 
     torch.set_num_threads(1)
+    # So that it stops its parts when it is stopped: they would go on beside those of the next one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     running = [
         subprocess.Popen(  # noqa: S603  this very program
             [sys.executable, "-m", "ugicm_train", *command, "--part", f"{part.index}/{part.count}"],
@@ -77,6 +80,7 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
     finally:
         for process in running:
             process.terminate()
+            process.wait()
     if any(failed):
         raise ValueError(
             f"{sum(map(bool, failed))} of {jobs} parts failed; the same command goes on from there"

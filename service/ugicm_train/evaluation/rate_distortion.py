@@ -225,6 +225,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ugicm.codec.store import load_codec, model_path
     from ugicm_train.evaluation.report import plot, table
 
+    if arguments.refine_qualities and not arguments.refine:
+        raise ValueError("--refine-qualities needs --refine STEPS")
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)

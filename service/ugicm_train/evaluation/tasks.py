@@ -98,9 +98,12 @@ class Top1:
 
 
 def read_labels(path: Path) -> dict[str, int]:
-    """Columns ``file`` and ``class_index`` of a CSV file."""
+    """Columns ``file`` and ``class_index`` of a CSV file; ``ValueError`` where it lacks them."""
     with path.open(newline="", encoding="utf-8") as file:
-        return {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+        try:
+            return {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not rows of file, class_index: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -264,7 +267,13 @@ class MeanIou:
         if predicted.shape != truth.shape:
             raise ValueError(f"{name}: the segmenter returned {predicted.shape} for a mask of {truth.shape}")
         known = truth < self.classes
-        pairs = truth[known].astype(np.int64) * self.classes + predicted[known]
+        seen = predicted[known]
+        if ((seen < 0) | (seen >= self.classes)).any():
+            raise ValueError(
+                f"{name}: the segmenter returned classes {seen.min()} to {seen.max()} for masks of "
+                f"{self.classes} classes"
+            )
+        pairs = truth[known].astype(np.int64) * self.classes + seen
         values, counts = np.unique(pairs, return_counts=True)
         return [
             [*divmod(value, self.classes), count]

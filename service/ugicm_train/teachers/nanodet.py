@@ -104,9 +104,13 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
     Raises:
         TeacherError: not this network.
     """
-    graph = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        graph = json.loads(path.read_text(encoding="utf-8"))
+        groups, topology = graph["weightsManifest"], graph["modelTopology"]["node"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TeacherError(f"{path} is no TensorFlow.js graph model: {error}") from error
     weights: dict[str, Tensor] = {}
-    for group in graph["weightsManifest"]:
+    for group in groups:
         data = b"".join((path.parent / name).read_bytes() for name in group["paths"])
         at = 0
         for entry in group["weights"]:
@@ -115,7 +119,7 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
             values = np.frombuffer(data, kind, count, at).reshape(entry["shape"])
             at += count * kind.itemsize
             weights[entry["name"]] = torch.from_numpy(values.astype(np.float32))
-    nodes = {node["name"]: node for node in graph["modelTopology"]["node"]}
+    nodes = {node["name"]: node for node in topology}
     biases = {
         node["input"][0]: node["input"][1]
         for node in nodes.values()

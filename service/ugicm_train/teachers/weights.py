@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ugicm_train.teachers.distance import require
+from ugicm_train.teachers.distance import TeacherError, require
 
 
 def read_onnx(path: Path) -> tuple[list[Any], dict[str, Tensor]]:
     """Nodes of an ONNX file's graph, in the order in which they are computed, and its weights by name.
 
     Raises:
-        TeacherError: `onnx` is missing.
+        TeacherError: `onnx` is missing, or the file is none of its.
     """
     onnx = require("onnx", "onnx")
-    graph = onnx.load(path).graph
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:  # of the library that parses it, which is not imported here
+        raise TeacherError(f"{path} cannot be read as an ONNX file: {error}") from error
     # Copies, as the arrays are read-only.
     weights = {tensor.name: torch.tensor(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer}
     return list(graph.node), weights
