@@ -7,24 +7,27 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import parse_args as torchrun
 from typer.testing import CliRunner
 
 from ugicm.cli import app
 from ugicm.server.app import create_app
 from ugicm.server.settings import Settings
+from ugicm_train.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_store/*/*.md")]
 )
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, TRAINING = ROOT / "README.md", ROOT / "docs/training.md"
 
 
-def commands(program: str) -> list[list[str]]:
-    """Command lines of the README's shell blocks that start with `program`, as words."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+def commands(program: str, page: Path = README) -> list[list[str]]:
+    """Command lines of a page's shell blocks that start with `program`, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
+    words = (shlex.split(line.removeprefix("OMP_NUM_THREADS=1 "), comments=True) for line in lines)
+    return [line for line in words if line[:1] == [program]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -48,6 +51,26 @@ def test_ugicm_options_exist() -> None:
         for word in words[2:]:
             if word.startswith("-"):
                 assert re.search(rf"(?<![\w-]){word}(?![\w-])", shown), words
+
+
+def test_training_understands_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ugicm_train.mix.model_path", Path)  # there need not be such models
+    examples = commands("ugicm-train", TRAINING) + commands(".venv/bin/ugicm-train")
+    for words in commands("torchrun", TRAINING):
+        launched = torchrun(words[1:])
+        assert (launched.module, launched.training_script) == (True, "ugicm_train")
+        examples.append(["ugicm-train", *launched.training_script_args])
+    assert {words[1] for words in examples} == {
+        "run",
+        "export",
+        "calibrate",
+        "polish",
+        "mix",
+        "rd",
+        "evaluate",
+    }
+    for words in examples:
+        assert _parser(words[1]).parse_args(words[1:]).command == words[1]
 
 
 def test_requests_are_in_the_schema() -> None:
