@@ -68,14 +68,15 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
     torch.set_num_threads(1)
     # So that it stops its parts when it is stopped: they would go on beside those of the next one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    running = [
-        subprocess.Popen(  # noqa: S603  this very program
-            [sys.executable, "-m", "ugicm_train", *command, "--part", f"{part.index}/{part.count}"],
-            env=os.environ | {THREADS: "1"},
-        )
-        for part in parts
-    ]
+    running: list[subprocess.Popen[bytes]] = []
     try:
+        for part in parts:
+            running.append(
+                subprocess.Popen(  # noqa: S603  this very program
+                    [sys.executable, "-m", "ugicm_train", *command, "--part", f"{part.index}/{part.count}"],
+                    env=os.environ | {THREADS: "1"},
+                )
+            )
         failed = [process.wait() for process in running]
     finally:
         for process in running:
