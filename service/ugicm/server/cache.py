@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import mmap
 import time
@@ -195,32 +196,23 @@ class GuardedCache:
         await self._cache.close()
 
     async def _probe(self) -> None:
-        try:
-            await self._bounded(self._cache.check)
-        except CacheDownError:
-            self._pause(writes_only=False)
-        else:
+        with contextlib.suppress(CacheDownError):
+            await self._bounded(self._cache.check, writes=False)
             self._no_reads_until = self._no_writes_until = 0.0
 
     async def _guarded(self, operation: Callable[[], Awaitable[Value]], *, writes: bool) -> Value:
         if time.monotonic() < (self._no_writes_until if writes else self._no_reads_until):
             raise CacheDownError("the bitstream cache failed a moment ago")
-        try:
-            return await self._bounded(operation)
-        except CacheDownError:
-            self._pause(writes_only=writes)
-            raise
+        return await self._bounded(operation, writes=writes)
 
-    def _pause(self, *, writes_only: bool) -> None:
-        self._no_writes_until = time.monotonic() + self.PAUSE_S
-        if not writes_only:
-            self._no_reads_until = self._no_writes_until
-
-    async def _bounded(self, operation: Callable[[], Awaitable[Value]]) -> Value:
+    async def _bounded(self, operation: Callable[[], Awaitable[Value]], *, writes: bool) -> Value:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()
         except Exception as error:
+            self._no_writes_until = time.monotonic() + self.PAUSE_S
+            if not writes:
+                self._no_reads_until = self._no_writes_until
             self._up = False
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(0)
