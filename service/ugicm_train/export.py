@@ -27,6 +27,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
+from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
 
 TAIL_SIGMAS = 8.0
@@ -173,12 +174,10 @@ def write_model(
         "training": training,
     }
     text = json.dumps(description, indent=2) + "\n"
-    files = {folder / WEIGHTS_FILE: data, folder / CONFIG_FILE: text.encode()}
-    # Beside, then renamed: a kill or a full disk must not cost the model that may be there.
-    for path, content in files.items():
-        path.with_suffix(".tmp").write_bytes(content)
-    for path in files:
-        path.with_suffix(".tmp").replace(path)
+    # Both are written before one replaces what may be there.
+    with written_whole(folder / CONFIG_FILE) as config_file, written_whole(folder / WEIGHTS_FILE) as weights:
+        config_file.write_text(text, encoding="utf-8")
+        weights.write_bytes(data)
 
 
 def read_training(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from ugicm.codec.store import model_path, read_model
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
+from ugicm_train.files import written_whole
 from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
 from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
 from ugicm_train.optimizer import Optimizer
@@ -124,10 +124,8 @@ def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:
-    """Write beside and rename, so that a kill at any moment leaves a whole file."""
-    beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    with written_whole(path) as beside:
+        torch.save(state, beside)
 
 
 def load_checkpoint(run: Path, name: str = CHECKPOINT) -> dict[str, Any]:

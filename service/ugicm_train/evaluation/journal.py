@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ugicm_train.evaluation.tasks import Judgement
+from ugicm_train.files import written_whole
 
 
 class Key(NamedTuple):
@@ -44,12 +45,11 @@ class Journal:
                 key = Key(*row["key"])
                 if row["of"] == self._of(key):
                     self._entries[key] = Entry(*row["entry"])
-        temporary = path.with_suffix(".part")
-        self._file = temporary.open("w", encoding="utf-8")
-        for key, entry in self._entries.items():
-            self._write(key, entry)
-        self._file.flush()
-        temporary.replace(path)
+        with written_whole(path) as beside:
+            self._file = beside.open("w", encoding="utf-8")
+            for key, entry in self._entries.items():
+                self._write(key, entry)
+            self._file.flush()
 
     def _of(self, key: Key) -> list[str | None]:
         return [self._identities.get(key.task), self._identities.get(key.codec)]

@@ -43,6 +43,7 @@ from ugicm_train.evaluation.measurement import (
 )
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.evaluation.parts import measure_parts
+from ugicm_train.files import written_whole
 
 FORMAT = 2
 """Version of the layout of rd.json."""
@@ -173,9 +174,8 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     for key, items in lists.items():
         lines = ",\n  ".join(json.dumps(item) for item in items)
         text = f'{text[:-2]},\n "{key}": [\n  {lines}\n ]\n}}'
-    temporary = path.with_suffix(".part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(path) as beside:
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement:

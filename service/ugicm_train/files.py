@@ -1,0 +1,15 @@
+"""Files that are whole at any moment, whatever is killed or full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes that place where the block ends without an error."""
+    beside = path.with_suffix(".tmp")
+    yield beside
+    beside.replace(path)
