@@ -10,8 +10,9 @@ Example::
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
@@ -67,15 +68,22 @@ class _Call(NamedTuple):
     params: Mapping[str, str | int | float | bool]
     content: bytes | None = None
     json: Mapping[str, str] | None = None
+    files: list[tuple[str, bytes]] | None = None
     headers: Mapping[str, str] = {}
 
 
-def _encode_call(
-    image: bytes, quality: float, target_bpp: float | None, max_bytes: int | None, store: bool
-) -> _Call:
-    sizes = {"target_bpp": target_bpp, "max_bytes": max_bytes}
-    params = {"quality": quality, "store": store, **_given(sizes)}
+def _encode_params(
+    quality: float, target_bpp: float | None, max_bytes: int | None, store: bool
+) -> dict[str, Any]:
+    return {"quality": quality, "store": store, **_given({"target_bpp": target_bpp, "max_bytes": max_bytes})}
+
+
+def _encode_call(image: bytes, params: Mapping[str, Any]) -> _Call:
     return _Call("POST", "/encode", params, content=image, headers=_OCTETS)
+
+
+def _batch_call(images: Iterable[bytes], params: Mapping[str, Any]) -> _Call:
+    return _Call("POST", "/encode/batch", params, files=[("images", image) for image in images])
 
 
 def _decode_call(
@@ -94,9 +102,17 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _encoded(response: httpx2.Response) -> Encoded:
-    body = response.json()
+def _encoded(body: Mapping[str, Any]) -> Encoded:
     return Encoded(**{field.name: body[field.name] for field in fields(Encoded)})
+
+
+def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
+    lines = [json.loads(line) for line in response.content.splitlines()]
+    return [_encoded(line["result"]) if "result" in line else _problem(line["problem"]) for line in lines]
+
+
+def _problem(body: Mapping[str, Any]) -> ProblemError:
+    return ProblemError(body["status"], body["code"], body["detail"], body)
 
 
 def _wait_s(response: httpx2.Response, attempt: int) -> float:
@@ -112,8 +128,7 @@ def _checked(response: httpx2.Response) -> httpx2.Response:
     if response.is_success:
         return response
     try:
-        body = response.json()
-        raise ProblemError(response.status_code, body["code"], body["detail"], body)
+        raise _problem(response.json())
     except (ValueError, KeyError, TypeError):
         text = response.text[:200]
         raise ProblemError(response.status_code, "unknown", text, {}) from None
@@ -169,7 +184,22 @@ class Client:
         store: bool = True,
     ) -> Encoded:
         """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
-        return _encoded(self._send(_encode_call(image, quality, target_bpp, max_bytes, store)))
+        call = _encode_call(image, _encode_params(quality, target_bpp, max_bytes, store))
+        return _encoded(self._send(call).json())
+
+    def encode_batch(
+        self,
+        images: Iterable[bytes],
+        *,
+        quality: float = 50.0,
+        target_bpp: float | None = None,
+        max_bytes: int | None = None,
+        store: bool = True,
+    ) -> list[Encoded | ProblemError]:
+        """Encode several image files in one request, each as `encode` would; in their order, what became of
+        each."""
+        call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
+        return _batch(self._send(call))
 
     def decode(
         self,
@@ -239,7 +269,22 @@ class AsyncClient:
         store: bool = True,
     ) -> Encoded:
         """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
-        return _encoded(await self._send(_encode_call(image, quality, target_bpp, max_bytes, store)))
+        call = _encode_call(image, _encode_params(quality, target_bpp, max_bytes, store))
+        return _encoded((await self._send(call)).json())
+
+    async def encode_batch(
+        self,
+        images: Iterable[bytes],
+        *,
+        quality: float = 50.0,
+        target_bpp: float | None = None,
+        max_bytes: int | None = None,
+        store: bool = True,
+    ) -> list[Encoded | ProblemError]:
+        """Encode several image files in one request, each as `encode` would; in their order, what became of
+        each."""
+        call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
+        return _batch(await self._send(call))
 
     async def decode(
         self,
@@ -279,5 +324,6 @@ def _arguments(call: _Call) -> dict[str, Any]:
         "params": call.params,
         "content": call.content,
         "json": call.json,
+        "files": call.files,
         "headers": call.headers,
     }

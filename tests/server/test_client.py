@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx2
 import pytest
 
 from ugicm import client as client_module
-from ugicm.client import AsyncClient, Client, ProblemError
+from ugicm.client import AsyncClient, Client, Encoded, ProblemError
 
 
 @pytest.fixture
@@ -36,6 +37,17 @@ def test_round_trip(client: Client, image_file: Any, pixels: Any) -> None:
         client.decode(encoded.id)
     assert caught.value.status == 404
     assert client.info()["model"]["name"] == "fake"
+
+
+def test_a_batch(client: Client, image_file: Any) -> None:
+    first, bad, last = client.encode_batch([image_file(), b"junk", image_file(20, 10)], quality=30)
+    assert first == dataclasses.replace(client.encode(image_file(), quality=30), cached=False)
+    assert isinstance(bad, ProblemError)
+    assert (bad.status, bad.code) == (415, "unsupported-media-type")
+    assert isinstance(last, Encoded)
+    assert (last.width, last.height, last.quality) == (20, 10, 30.0)
+    with pytest.raises(ProblemError, match="too-many-images"):
+        client.encode_batch([image_file()] * 33)
 
 
 def test_sizes_and_storing(client: Client, image_file: Any) -> None:
@@ -128,6 +140,9 @@ async def test_the_asynchronous_client_does_the_same(
             bitstream = await client.bitstream(encoded.id)
             assert await client.decode(bitstream) == await client.decode(encoded.id)
             assert (await client.info())["model"]["name"] == "fake"
+            again, bad = await client.encode_batch([image_file(), b"junk"], quality=40)
+            assert again == dataclasses.replace(encoded, cached=True)
+            assert isinstance(bad, ProblemError)
             await client.delete(encoded.id)
             with pytest.raises(ProblemError, match="unknown-bitstream"):
                 await client.bitstream(encoded.id)
