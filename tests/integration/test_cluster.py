@@ -128,7 +128,7 @@ class Cluster:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(30)
+            self.process.wait(120)  # Ray stops its processes one after the other; longer on a busy machine
         finally:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
