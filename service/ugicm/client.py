@@ -108,11 +108,14 @@ def _encoded(body: Mapping[str, Any]) -> Encoded:
 
 def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
     lines = [json.loads(line) for line in response.content.splitlines()]
-    return [_encoded(line["result"]) if "result" in line else _problem(line["problem"]) for line in lines]
+    return [
+        _encoded(line["result"]) if "result" in line else _problem(line["problem"]["status"], line["problem"])
+        for line in lines
+    ]
 
 
-def _problem(body: Mapping[str, Any]) -> ProblemError:
-    return ProblemError(body["status"], body["code"], body["detail"], body)
+def _problem(status: int, body: Mapping[str, Any]) -> ProblemError:
+    return ProblemError(status, body["code"], body["detail"], body)
 
 
 def _wait_s(response: httpx2.Response, attempt: int) -> float:
@@ -128,7 +131,7 @@ def _checked(response: httpx2.Response) -> httpx2.Response:
     if response.is_success:
         return response
     try:
-        raise _problem(response.json())
+        raise _problem(response.status_code, response.json())
     except (ValueError, KeyError, TypeError):
         text = response.text[:200]
         raise ProblemError(response.status_code, "unknown", text, {}) from None

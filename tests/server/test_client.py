@@ -63,6 +63,14 @@ def test_the_problem_has_its_members(client: Client, image_file: Any) -> None:
     assert caught.value.members["setting"] == "UGICM_MAX_PIXELS"
 
 
+def test_a_problem_need_not_repeat_the_status() -> None:
+    transport = httpx2.MockTransport(
+        lambda _: httpx2.Response(404, json={"code": "unknown-bitstream", "detail": "gone"})
+    )
+    with pytest.raises(ProblemError, match="404 unknown-bitstream: gone"):
+        Client(transport=transport).bitstream("0" * 64)
+
+
 class Overloaded:
     """Answers 503 a few times, then 200; or something that is no problem at all."""
 
