@@ -96,7 +96,7 @@ def test_requests_in_flight_finish_after_the_socket_closed(start: Any, photo: An
 
 
 def test_connections_without_a_request(start: Any, free_port: int) -> None:
-    service = start(transfer_timeout_s=2)
+    service = start(transfer_timeout_s=2, keep_alive_s=6)
     service.wait_until_ready()
 
     def connect(data: bytes) -> socket.socket:
@@ -117,7 +117,11 @@ def test_connections_without_a_request(start: Any, free_port: int) -> None:
 
     head = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
     silent, half, again = connect(b""), connect(head), connect(head + b"\r\n" + head)
+    kept = connect(head + b"\r\n")
     assert rest(silent) == rest(half) == b""
+    time.sleep(3.5)  # longer than uvicorn would keep it without being told
+    kept.sendall(head + b"\r\n")
+    assert rest(kept).count(b" 200 OK") == 2
     assert rest(again).count(b" 200 OK") == 1
     endless = connect(head + b"x: ")
     with endless, pytest.raises(ConnectionError):

@@ -550,3 +550,29 @@ def test_server_timing_names_the_stages(client: TestClient, image_file: Any) -> 
     assert again.headers["server-timing"].startswith("cache;dur=")
     assert "synthesis" not in again.headers["server-timing"]
     assert response.headers["x-content-type-options"] == "nosniff"
+
+
+ORIGIN = "https://app.example.com"
+
+
+def test_pages_of_other_origins(make_client: Any, image_file: Any) -> None:
+    client = make_client(cors_origins=ORIGIN, api_keys="a-key-of-some-length")
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    preflight = client.options("/encode", headers={"Origin": ORIGIN, **asked})
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == ORIGIN
+    assert preflight.headers["access-control-allow-headers"] == "x-api-key"
+    assert client.options("/encode", headers={"Origin": "https://other", **asked}).status_code == 400
+
+    refused = client.post("/encode", content=image_file(), headers={"Origin": ORIGIN})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN
+    assert "Retry-After" in refused.headers["access-control-expose-headers"]
+    assert "Origin" in client.get("/livez").headers["vary"]
+    other = client.get("/livez", headers={"Origin": "https://other"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_other_origins_unless_they_are_set(client: Any) -> None:
+    answer = client.get("/livez", headers={"Origin": ORIGIN})
+    assert not [name for name in answer.headers if name.startswith("access-control")]

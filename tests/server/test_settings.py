@@ -36,6 +36,8 @@ def test_environment_with_units_and_lists(monkeypatch: pytest.MonkeyPatch) -> No
         ("max_bytes", 0),
         ("precision", "float16"),
         ("api_keys", "short"),
+        ("cors_origins", "app.example.com"),
+        ("cors_origins", "https://app.example.com/"),
         ("unknown", 1),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from ugicm import __version__
@@ -42,6 +43,18 @@ _FORMS: dict[str, dict[str, Any]] = {
     "DecodeForm": {"bitstream": openapi.BINARY},
     "BatchForm": {"images": {"type": "array", "items": openapi.BINARY}},
 }
+EXPOSED_HEADERS = (
+    "Bitstream-Id",
+    "Cache-Status",
+    "Content-Location",
+    "Content-Range",
+    "ETag",
+    "Location",
+    "Retry-After",
+    "Server-Timing",
+    "X-Request-Id",
+)
+"""Of answers, besides what browsers always let pages of other origins read."""
 _log = structlog.get_logger(__name__)
 
 
@@ -106,6 +119,7 @@ def create_app(
             "exclude": lambda scope: scope["path"] in QUIET_PATHS,
         },
         middleware=[
+            *_cross_origin(settings),
             Middleware(RequestContext, metrics=metrics, lifecycle=lifecycle),
             Middleware(RequestLimit, max_requests=settings.max_requests),
             Middleware(CancelDeparted, metrics=metrics),
@@ -123,6 +137,21 @@ def create_app(
     app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
     openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keyed=bool(settings.api_keys))
     return app
+
+
+def _cross_origin(settings: Settings) -> list[Middleware]:
+    """Outermost, so that pages of other origins can read every problem, too."""
+    if not settings.cors_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
+    ]
 
 
 def load_model(settings: Settings) -> Codec:

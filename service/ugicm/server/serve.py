@@ -21,11 +21,12 @@ MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, but for what arrives at once."""
 
 
-def _bounded_connection(idle_s: float) -> type[asyncio.Protocol]:
+def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Protocol]:
     """Connections that cost little until there is a request, which the application's own limits are for.
 
     The parser collects a head of any size. A connection may be without a request in progress for `idle_s`
-    seconds: before the first one, between two, and where the rest of a refused body goes on arriving.
+    seconds before the first one and where the rest of a refused body goes on arriving, for `keep_alive_s`
+    seconds between two.
     """
 
     class Connection(HttpToolsProtocol):
@@ -36,7 +37,7 @@ def _bounded_connection(idle_s: float) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._wait()
+            self._wait(idle_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._go_on()
@@ -60,11 +61,11 @@ def _bounded_connection(idle_s: float) -> type[asyncio.Protocol]:
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self.cycle.response_complete:  # else the next request was here already
-                self._wait()
+                self._wait(idle_s if self.cycle.more_body else keep_alive_s)
 
-        def _wait(self) -> None:
+        def _wait(self, seconds: float) -> None:
             self._go_on()
-            self._idle = self.loop.call_later(idle_s, self.transport.abort)
+            self._idle = self.loop.call_later(seconds, self.transport.abort)
 
         def _go_on(self) -> None:
             if self._idle is not None:
@@ -110,7 +111,8 @@ def serve(settings: Settings) -> None:
         raise SystemExit(f"ugicm serve: {error}") from error
     config = uvicorn.Config(
         app,
-        http=_bounded_connection(settings.transfer_timeout_s),
+        http=_bounded_connection(settings.transfer_timeout_s, settings.keep_alive_s),
+        timeout_keep_alive=settings.keep_alive_s,
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -20,6 +20,8 @@ def _split(value: object) -> object:
 
 
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")]
+Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Bytes = Annotated[ByteSize, Field(gt=0)]
 
 
@@ -76,8 +78,12 @@ class Settings(BaseSettings):
     count."""
     transfer_timeout_s: float = Field(default=30.0, gt=0)
     """Longest time for 64 KiB of a request body, or the rest of it, to arrive, in seconds, beyond it the
-    answer is 408; and for a client to take 64 KiB of its answer, or to send the head of a request, beyond
-    it the connection is closed."""
+    answer is 408; and for a client to take 64 KiB of its answer, or to send the head of its first request,
+    beyond it the connection is closed."""
+    keep_alive_s: int = Field(default=75, ge=1)
+    """How long a connection may wait for the head of its next request, in seconds. Should be longer than a
+    proxy in front keeps unused connections (60 seconds usually), or now and then a request meets one that is
+    just being closed, and the proxy answers 502."""
     request_timeout_s: float = Field(default=60.0, gt=0)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
@@ -102,6 +108,9 @@ class Settings(BaseSettings):
     The first one signs; all are accepted, which allows rotation. At least 8 characters each."""
     url_ttl_s: int = Field(default=86400, ge=1)
     """How long a signed link works, in seconds."""
+    cors_origins: Origins = ()
+    """Origins (``https://app.example.com``) whose pages may call the service from a browser (CORS); ``*`` for
+    any. Unset: pages that the service's own host and port serve."""
 
     drain_delay_s: float = Field(default=2.0, ge=0)
     """After SIGTERM, go on accepting for this long with ``/readyz`` at 503, so that load balancers notice.
