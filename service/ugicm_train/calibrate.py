@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ugicm.codec.codec import Codec
-from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
+from ugicm.codec.config import HYPER_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.soften import size_of
 from ugicm.codec.store import model_path, read_model
@@ -161,6 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Count and write."""
     if not 1 <= arguments.tables <= 255:
         raise ValueError(f"tables must be in 1..255, got {arguments.tables}")
+    if arguments.size < HYPER_STRIDE or arguments.size % HYPER_STRIDE:
+        raise ValueError(f"size must be a multiple of {HYPER_STRIDE} pixels, got {arguments.size}")
     if arguments.crops < 1:
         raise ValueError(f"crops must be at least 1, got {arguments.crops}")
     source = model_path(arguments.model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,11 +198,42 @@ def test_strength_out_of_range(tiny_codec: Codec, photo: Photo) -> None:
         np.zeros((4, 4, 4), np.uint8),
         np.zeros((4, 4, 3), np.float32),
         np.zeros((0, 4, 3), np.uint8),
+        None,
     ],
 )
-def test_not_an_image(tiny_codec: Codec, image: NDArray[np.generic]) -> None:
-    with pytest.raises(CodecError, match="an image is uint8"):
+def test_not_an_image(tiny_codec: Codec, image: NDArray[np.generic] | None) -> None:
+    with pytest.raises(CodecError, match="an image is"):
         tiny_codec.encode([image])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("quality", ["high", None, [50.0, 60.0]])
+def test_not_a_quality(tiny_codec: Codec, photo: Photo, quality: Any) -> None:
+    with pytest.raises(CodecError, match="quality"):
+        tiny_codec.encode([photo[:64, :64]], quality)
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.float32])
+def test_any_kind_of_number_is_a_quality(tiny_codec: Codec, photo: Photo, kind: Callable[[int], Any]) -> None:
+    crop = photo[:64, :64]
+    assert tiny_codec.encode([crop], kind(50)) == tiny_codec.encode([crop], 50.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("theirs", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_caller_changes_nothing(
+    tiny_store: Path, photo: Photo, precision: str, theirs: torch.dtype
+) -> None:
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision=precision)
+    crop = photo[:64, :96]
+
+    def everything() -> tuple[list[bytes], list[bytes]]:
+        data = codec.encode([crop], 50)
+        refined = codec.encode([crop], 50, refine=2)
+        return data + refined, [image.tobytes() for image in codec.decode(data, 0.5)]
+
+    expected = everything()
+    with torch.autocast("cpu", theirs):
+        assert everything() == expected
 
 
 def test_too_many_pixels(tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image as PillowImage
 
 from ugicm.codec import codec as codec_module
 from ugicm.codec import lossless
@@ -72,6 +73,14 @@ def test_large_pictures_are_kept_whole(tiny_codec: Codec, monkeypatch: pytest.Mo
     for data in (tiny_codec.encode([image])[0], tiny_codec.pack(tiny_codec.analyse([image])[0])):
         assert (peek(data).lossless, peek(data).tile_side) == (True, 0)
         np.testing.assert_array_equal(tiny_codec.decode([data])[0], image)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pillow_does_not_warn_of_many_pixels(tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = stripes(150, 131)
+    (data,) = tiny_codec.encode([image])
+    monkeypatch.setattr(PillowImage, "MAX_IMAGE_PIXELS", 10_000)
+    np.testing.assert_array_equal(tiny_codec.decode([data])[0], image)
 
 
 def test_budget_is_spent_on_exactness_where_it_suffices(tiny_codec: Codec) -> None:

@@ -48,8 +48,9 @@ def test_it_is_the_same_every_time(tiny_codec: Codec, crop: Image) -> None:
     assert tiny_codec.encode([crop, crop[:64]], QUALITY, refine=3) == first
 
 
-def test_a_caller_in_inference_mode(tiny_store: Path, crop: Image) -> None:
-    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_caller_in_inference_mode(tiny_store: Path, crop: Image, precision: str) -> None:
+    codec = load_codec("tiny", store=tiny_store, device="cpu", precision=precision)
     with torch.inference_mode():
         first = codec.encode([crop], QUALITY, refine=2)
     assert codec.encode([crop], QUALITY, refine=2) == first

@@ -191,6 +191,12 @@ def test_compare_knows_sources_and_ranges() -> None:
     assert len(percents) == 2 * 3
 
 
+def test_what_is_equally_good_at_every_rate_is_no_curve() -> None:
+    exact = [{"quality": q, "bpp": 0.1 + q, "psnr_db": 100.0, "ms_ssim": 1.0} for q in range(2)]
+    curves = [{"codec": "ours", "view": "human", "points": exact}]
+    assert compare(curves, ["ours"], {"vtm": [Point(0.1, 30.0), Point(0.2, 33.0)]}) == []
+
+
 def test_ours_are_compared_over_the_same_qualities() -> None:
     def codec(name: str, qualities: range, factor: float) -> dict[str, Any]:
         points = [

@@ -20,7 +20,7 @@ from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
 from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_level, rate_of, tilt_of
 from ugicm.codec.config import LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN, padded_size
-from ugicm.codec.device import pick_device, pick_precision
+from ugicm.codec.device import pick_device, pick_precision, without_autocast
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import (
     CodecError,
@@ -364,6 +364,7 @@ class Codec:
             tiles.append(tile)
         return Latent(header, tuple(tiles), y_hat)
 
+    @without_autocast
     @torch.inference_mode()
     def synthesise(self, latents: Sequence[Latent], strength: float | Sequence[float] = 0.0) -> list[Image]:
         """Device work of `decode`: the synthesis transform at the given preference."""
@@ -430,7 +431,6 @@ class Codec:
         changes = between_rates(self._analysis_low, self._analysis_high, tilt)
         return InferenceAnalysis(moved(self._analysis, *changes), self._dtype)
 
-    @torch.inference_mode(False)  # refinement needs its gradient, whatever the caller's mode
     def _moved_synthesis(self, tilt: float, share: float) -> Synthesis:
         rates = between_rates(self._synthesis_low, self._synthesis_high, tilt)
         machine = ((self._preference, 1.0), *between_rates(self._preference_low, self._preference_high, tilt))
@@ -440,6 +440,8 @@ class Codec:
         return InferenceSynthesis(self._moved_synthesis(tilt, share), self._dtype)
 
     def _check_image(self, image: Image) -> None:
+        if not isinstance(image, np.ndarray):
+            raise CodecError(f"an image is a NumPy array, got {type(image).__name__}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}")
         if image.shape[0] * image.shape[1] > self.max_pixels:
@@ -492,6 +494,7 @@ class Codec:
             part = np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
         return torch.from_numpy(np.array(part))
 
+    @without_autocast
     @torch.inference_mode()
     def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
@@ -528,6 +531,7 @@ class Codec:
             y = self._analysis_for(tilt)(soften(pixels, pad(times, frame)), margin)
         return y
 
+    @without_autocast
     @torch.inference_mode()
     def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
         """Apply the gains of each quality, then round."""
@@ -574,10 +578,11 @@ class Codec:
             whole[window.rows, window.columns] = y.cpu()
         whole *= gain.cpu()
         tilt = self._tilt(header)
-        synthesis = self._moved_synthesis(tilt, 0.0).to(self._dtype)
+        with torch.inference_mode(False):  # its gradient is needed, whatever the caller's mode
+            synthesis = self._moved_synthesis(tilt, 0.0).to(self._dtype)
         for window in tile_windows(header, self._synthesis_for(tilt, 0.0).margin):
             inside = whole[window.top :, window.left :][: window.height, : window.width]
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
                 z = self._hyper_analysis(inside[None].to(self._device)).round()
             frame = Frame(
                 whole[window.rows, window.columns].to(self._device),
@@ -628,9 +633,12 @@ def _tile_side(width: int, height: int) -> int:
 
 
 def _spread(value: float | Sequence[float], count: int, what: str) -> list[float]:
-    if isinstance(value, int | float):
-        return [float(value)] * count
-    values = [float(item) for item in value]
+    try:
+        if isinstance(value, int | float | np.number):
+            return [float(value)] * count
+        values = [float(item) for item in value]
+    except (TypeError, ValueError) as error:
+        raise CodecError(f"{what} must be a number, or one for each image, got {value!r}") from error
     if len(values) != count:
         raise CodecError(f"{len(values)} values of {what} for {count} images")
     return values

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 import time
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
 from ugicm.codec.dense import dense, has_bfloat16
 from ugicm.codec.errors import CodecError
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+class OnDevice(Protocol):
+    """Has networks on a device."""
+
+    _device: torch.device
+
+
+Owner = TypeVar("Owner", bound=OnDevice)
+
+
+def without_autocast(
+    method: Callable[Concatenate[Owner, Given], Result],
+) -> Callable[Concatenate[Owner, Given], Result]:
+    """A method whose networks run in their own precision, whatever the caller's autocast says."""
+
+    @wraps(method)
+    def call(self: Owner, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        with torch.autocast(self._device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 def pick_device(name: str) -> torch.device:

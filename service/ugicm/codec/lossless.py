@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
+from PIL.WebPImagePlugin import WebPImageFile
 
 from ugicm.codec.errors import MalformedBitstreamError
 
@@ -66,7 +67,8 @@ def decompress(data: bytes, width: int, height: int) -> Image:
     body = data + bytes(len(data) % 2)
     file = _RIFF.pack(b"RIFF", _RIFF.size - 8 + len(body), b"WEBP", b"VP8L", len(data)) + body
     try:
-        with PillowImage.open(io.BytesIO(file), formats=("WEBP",)) as picture:
+        # Not by `open`, which warns of many pixels: the codec has a limit of its own.
+        with WebPImageFile(io.BytesIO(file)) as picture:
             pixels = np.array(picture.convert("RGB"))
     except MemoryError:
         raise

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
+from ugicm.codec.device import without_autocast
 from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
 from ugicm.codec.networks import Synthesis
 
@@ -58,6 +59,7 @@ class Refiner:
         network.load_state_dict(float_weights(tensors), assign=True)
         self._entropy = network.requires_grad_(False).to(device, dtype)
 
+    @without_autocast
     def __call__(
         self, synthesis: Synthesis, frame: Frame, z_hat: Tensor, level: Tensor, steps: int
     ) -> Tensor:

@@ -51,12 +51,12 @@ def read_anchors(path: Path) -> dict[str, list[Point]]:
 
 
 def curve(points: Sequence[Point], metric: str) -> Curve | None:
-    """Curve of a metric (a key of `METRICS`), in dB; None where fewer than two points have it."""
+    """Curve of a metric (a key of `METRICS`), in dB; None where fewer than two different values are known."""
     known = [(p.bpp, p.psnr_db if metric == "psnr_db" else p.ms_ssim) for p in points]
     pairs = [
         (bpp, value if metric == "psnr_db" else decibels(value)) for bpp, value in known if value is not None
     ]
-    return Curve(*zip(*pairs, strict=True)) if len(pairs) > 1 else None
+    return Curve(*zip(*pairs, strict=True)) if len({quality for _, quality in pairs}) > 1 else None
 
 
 def points_of(measured: Mapping[str, Any]) -> list[Point]:
