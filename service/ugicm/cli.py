@@ -136,6 +136,8 @@ def encode(
     """Encode photos to bitstreams (.ugic)."""
     if sum(option is not None for option in (quality, bpp, max_bytes)) > 1:
         raise typer.BadParameter("give only one of --quality, --bpp and --max-bytes")
+    if bpp is not None and not bpp > 0:
+        raise typer.BadParameter(f"--bpp must be positive, got {bpp:g}")
     jobs = _plan(photos, output, bitstream.SUFFIX)
     codec = _load(model, model_store, device, precision, max_pixels)
     from ugicm.server.images import read_image
@@ -394,7 +396,8 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
                 _failed(source, error)
                 failures += 1
             else:
-                typer.echo(f"{source} -> {target}  {note}")
+                # Into a pipe, which may be standard output itself, go the data alone.
+                typer.echo(f"{source} -> {target}  {note}", err=_is_device(target))
     if failures:
         raise typer.Exit(1)
 
@@ -404,7 +407,7 @@ def _write(path: Path, data: bytes) -> None:
 
     Links are followed; pipes and devices are written to, not replaced. Raises ``OSError`` that names `path`.
     """
-    if path.exists() and not path.is_file():
+    if _is_device(path):
         path.write_bytes(data)
         return
     file = Path(os.path.realpath(path))
@@ -418,6 +421,11 @@ def _write(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_device(path: Path) -> bool:
+    """Or a pipe, or a socket."""
+    return path.exists() and not path.is_file()
 
 
 def _failed(what: object, error: Exception) -> typer.Exit:

@@ -201,6 +201,8 @@ class Client:
     ) -> list[Encoded | ProblemError]:
         """Encode several image files in one request, each as `encode` would; in their order, what became of
         each."""
+        if not (images := list(images)):
+            return []
         call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
         return _batch(self._send(call))
 
@@ -286,6 +288,8 @@ class AsyncClient:
     ) -> list[Encoded | ProblemError]:
         """Encode several image files in one request, each as `encode` would; in their order, what became of
         each."""
+        if not (images := list(images)):
+            return []
         call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
         return _batch(await self._send(call))
 

@@ -57,6 +57,9 @@ def app(args: dict[str, Any]) -> Application:
         ValueError: a setting is wrong, or the cache is not one that replicas can share.
     """
     settings = Settings(**args)
+    if settings.device == "auto":
+        # Whoever did not ask Ray for a GPU must not take one: all replicas of a node would take the first.
+        settings = settings.model_copy(update={"device": "cpu"})
     if settings.cache_url.startswith("memory:"):
         raise ValueError(
             f"on a cluster, {setting('cache_url')} must name a cache that all replicas share (redis://, "
@@ -72,7 +75,6 @@ def app(args: dict[str, Any]) -> Application:
         max_queued_requests=settings.max_requests,
         backpressure_config=BackpressureConfig(retry_after_s=1),
         graceful_shutdown_timeout_s=settings.shutdown_timeout_s,
-        # Without a share of a GPU, Ray hides them all.
-        ray_actor_options={"num_cpus": 2, "num_gpus": int(settings.device.startswith("cuda"))},
+        ray_actor_options={"num_cpus": 2, "num_gpus": int(settings.device != "cpu")},
     ).bind(settings)
     return application

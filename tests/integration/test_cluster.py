@@ -51,12 +51,19 @@ def test_its_description_agrees_with_the_code() -> None:
     assert deployed.http_options.port == Settings().port
 
 
-@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("auto", 0), ("cuda", 1)])
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("auto", 0), ("cuda", 1), ("cuda:0", 1)])
 def test_a_replica_on_cuda_asks_for_a_gpu(device: str, gpus: int) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
     from ugicm.cluster import app
 
     built = app({"cache_url": "redis://cache", "device": device})
-    assert built._bound_deployment.ray_actor_options["num_gpus"] == gpus
+    assert built._bound_deployment.ray_actor_options == {"num_cpus": 2, "num_gpus": gpus}
+    (settings,) = built._bound_deployment.init_args
+    assert settings.device.startswith("cuda") == bool(gpus)
+    # Options in the description would replace these as a whole.
+    (application,) = ServeDeploySchema.model_validate(description()).applications
+    assert "ray_actor_options" not in application.deployments[0].model_fields_set
 
 
 def test_what_replicas_cannot_share_is_refused() -> None:
@@ -83,7 +90,7 @@ class Cluster:
         }
         (deployment,) = application["deployments"]
         assert deployment["autoscaling_config"]["min_replicas"] == 2
-        deployment["ray_actor_options"]["num_cpus"] = 0.1
+        deployment["ray_actor_options"] = {"num_cpus": 0.1}
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         # Paths of sockets must be short.
         self.temporary = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)

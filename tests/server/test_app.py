@@ -436,6 +436,13 @@ def test_not_acceptable(client: TestClient, image_file: Any) -> None:
     assert_problem(response, 406, "not-acceptable")
 
 
+def test_any_bytes_are_acceptable(client: TestClient, image_file: Any) -> None:
+    """As code says that was generated from the schema."""
+    id = encode(client, image_file())["id"]
+    response = client.get(f"/bitstreams/{id}/image", headers={"Accept": "application/octet-stream"})
+    assert response.headers["content-type"] == "image/png"
+
+
 def test_unexpected_failure_is_logged_and_shows_no_trace(
     client: TestClient, codec: Any, image_file: Any, log: Any
 ) -> None:

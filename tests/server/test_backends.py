@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,6 +198,18 @@ async def test_the_limit_holds_over_files_of_an_earlier_process(tmp_path: Path) 
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 1000
 
 
+async def test_files_that_hang_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = threading.Event()
+    monkeypatch.setattr(Path, "read_bytes", lambda path: there.wait(60) and b"")
+    cache = FileCache(tmp_path, 1000)
+    hanging = [asyncio.create_task(cache.get("0" * 64)) for _ in range(64)]
+    try:
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "answer"), 30) == "answer"
+    finally:
+        there.set()
+        await asyncio.gather(*hanging, return_exceptions=True)
+
+
 async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
     cache = FileCache(tmp_path, 1000)
     (id,) = await store(cache, b"whole bitstream")
@@ -206,10 +219,11 @@ async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
     assert await cache.get(id) == b"whole bitstream"
 
 
-async def test_a_torn_file_is_written_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [b"whole", b"whole" + bytes(10)])
+async def test_a_torn_file_is_written_anew(tmp_path: Path, left: bytes) -> None:
     cache = FileCache(tmp_path, 1000)
     (id,) = await store(cache, b"whole bitstream")
-    (tmp_path / id[:2] / id).write_bytes(b"whole")
+    (tmp_path / id[:2] / id).write_bytes(left)
     assert await cache.put(id, b"whole bitstream") is False
     assert await cache.get(id) == b"whole bitstream"
 

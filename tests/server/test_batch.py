@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -78,3 +79,40 @@ def test_a_batch_does_not_overload_the_queue_by_itself(make_client: Any, image_f
     client = make_client(queue_pixels=4 * 128 * 128)
     images = [image_file(seed=i) for i in range(12)]
     assert all("result" in line for line in lines(client.post("/encode/batch", files=parts(*images))))
+
+
+def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
+    client: Any, codec: Any, image_file: Any
+) -> None:
+    request = client.build_request("POST", "/encode/batch", files=parts(*[image_file()] * 4))
+    body = request.read()
+    headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/encode/batch",
+        "query_string": b"",
+        "headers": headers,
+    }
+
+    async def ask() -> None:
+        started, sent = asyncio.Event(), False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await started.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            started.set()
+            await asyncio.sleep(60)  # it takes nothing
+
+        await client.app(scope, receive, send)
+        await asyncio.sleep(0.1)
+
+    before = list(codec.calls)
+    client.portal.call(ask)
+    assert codec.calls == before

@@ -48,6 +48,7 @@ def test_a_batch(client: Client, image_file: Any) -> None:
     assert (last.width, last.height, last.quality) == (20, 10, 30.0)
     with pytest.raises(ProblemError, match="too-many-images"):
         client.encode_batch([image_file()] * 33)
+    assert client.encode_batch([]) == []
 
 
 def test_sizes_and_storing(client: Client, image_file: Any) -> None:

@@ -41,3 +41,11 @@ def test_static_files_do_not_leak_others(client: Any) -> None:
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static/none.js"):
         response = client.get(path)
         assert (response.status_code, response.json()["code"]) == (404, "not-found")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/viewer.js"])
+@pytest.mark.parametrize("wanted", ["bytes=0-9", "bytes=99999999-", "bytes=abc", "items=0-1"])
+def test_pages_come_whole(client: Any, path: str, wanted: str) -> None:
+    response = client.get(path, headers={"Range": wanted})
+    assert response.status_code == 200
+    assert response.content == client.get(path).content

@@ -32,10 +32,11 @@ def test_environment_with_units_and_lists(monkeypatch: pytest.MonkeyPatch) -> No
     ("name", "value"),
     [
         ("port", 70000),
-        ("max_pixels", 0),
+        ("max_pixels", 16_383),
         ("max_bytes", 0),
         ("precision", "float16"),
         ("api_keys", "short"),
+        ("api_keys", "schlüssel-geheim"),
         ("cors_origins", "app.example.com"),
         ("cors_origins", "https://app.example.com/"),
         ("unknown", 1),

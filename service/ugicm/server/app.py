@@ -12,7 +12,6 @@ import structlog
 from fastapi import Depends, FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 
 from ugicm import __version__
 from ugicm.server import openapi, problems
@@ -134,7 +133,7 @@ def create_app(
         app.include_router(router, dependencies=keyed)
     app.include_router(status.health_router)
     app.include_router(pages.router)
-    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    app.mount("/static", pages.WholeFiles(directory=pages.STATIC), name="static")
     openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keyed=bool(settings.api_keys))
     return app
 

@@ -8,12 +8,16 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings, setting
+
+Result = TypeVar("Result")
 
 
 class FileCache:
@@ -23,6 +27,8 @@ class FileCache:
     lies in the folder is left alone.
     """
 
+    THREADS = 8
+    """Of its own: on a file system that hangs they hang, and nothing else may wait for them."""
     KEEP = 0.9
     """A sweep deletes until this part of the limit is left."""
     _STALE_S = 3600.0
@@ -32,6 +38,7 @@ class FileCache:
         self._folder, self._max_bytes = folder, max_bytes
         self._size: int | None = None
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="files")
 
     @property
     def size(self) -> int:
@@ -39,20 +46,24 @@ class FileCache:
         return self._size or 0
 
     async def get(self, id: str) -> bytes | None:
-        return await asyncio.to_thread(self._get, id)
+        return await self._in_thread(self._get, id)
 
     async def put(self, id: str, bitstream: bytes) -> bool | None:
-        return await asyncio.to_thread(self._put, id, bitstream)
+        return await self._in_thread(self._put, id, bitstream)
 
     async def delete(self, id: str) -> bool:
-        return await asyncio.to_thread(self._delete, id)
+        return await self._in_thread(self._delete, id)
 
     async def check(self) -> None:
         """Write and remove a file."""
-        await asyncio.to_thread(self._check)
+        await self._in_thread(self._check)
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """Do not wait for what hangs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[..., Result], *args: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def _path(self, id: str) -> Path:
         return self._folder / id[:2] / id
@@ -72,7 +83,7 @@ class FileCache:
     def _put(self, id: str, bitstream: bytes) -> bool | None:
         path = self._path(id)
         try:
-            if path.stat().st_size == len(bitstream):  # else it is torn, and written anew
+            if path.read_bytes() == bitstream:  # else it is torn, and written anew
                 os.utime(path)
                 return True
         except FileNotFoundError:

@@ -207,6 +207,8 @@ def _acceptable_format(accept: str) -> ImageFormat:
         return ImageFormat.png
     weights = {name: _weight(accept, MEDIA_TYPES[name.value]) for name in ImageFormat}
     best = max(weights, key=lambda name: weights[name])
+    if weights[best] == 0 and _weight(accept, OCTETS) > 0:
+        return ImageFormat.png
     if weights[best] == 0:
         raise ServiceError(
             Code.NOT_ACCEPTABLE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import time
 from types import FrameType
 from typing import Any
@@ -19,6 +20,9 @@ from ugicm.server.settings import Settings
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, but for what arrives at once."""
+
+UNSENT_BYTES = 16 << 10
+"""Of an answer, in the system's buffer of a connection before it takes more."""
 
 
 def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Protocol]:
@@ -37,6 +41,9 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # Else the system takes megabytes at once, and says for as long that the client takes nothing.
+            if connection := transport.get_extra_info("socket"):
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             self._wait(idle_s)
 
         def connection_lost(self, exc: Exception | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -58,8 +59,9 @@ class Settings(BaseSettings):
 
     max_bytes: Bytes = ByteSize(64 << 20)
     """Largest request body in bytes, counted while it arrives; protects memory and disk."""
-    max_pixels: int = Field(default=50_000_000, ge=1)
-    """Largest picture, width * height, checked in the header before anything is decoded."""
+    max_pixels: int = Field(default=50_000_000, ge=1 << 14)
+    """Largest picture, width * height, checked in the header before anything is decoded; at least 16,384, as
+    `ugicm check` tries a picture of that size."""
     max_batch_images: int = Field(default=32, ge=1, le=1000)
     """Most images in one ``POST /encode/batch``."""
 
@@ -102,7 +104,7 @@ class Settings(BaseSettings):
 
     api_keys: Secrets = ()
     """Keys that clients must send as ``X-API-Key`` or ``Authorization: Bearer``; several allow rotation.
-    Unset: no key is asked for."""
+    At least 8 ASCII characters each, no spaces. Unset: no key is asked for."""
     url_keys: Secrets = ()
     """Secrets that sign GET links (``exp`` and ``sig`` parameters), so that they work without an API key.
     The first one signs; all are accepted, which allows rotation. At least 8 characters each."""
@@ -126,10 +128,12 @@ class Settings(BaseSettings):
     extra ``ugicm[otel]``."""
 
     @model_validator(mode="after")
-    def _secrets_are_not_empty(self) -> Settings:
+    def _keys_are_usable(self) -> Settings:
         for name in ("api_keys", "url_keys"):
             if any(len(key.get_secret_value()) < 8 for key in getattr(self, name)):
                 raise ValueError(f"{PREFIX}{name.upper()}: a key needs at least 8 characters")
+        if any(not re.fullmatch("[!-~]+", key.get_secret_value()) for key in self.api_keys):
+            raise ValueError(f"{PREFIX}API_KEYS: a key goes into a header: ASCII characters, no spaces")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Annotated, NamedTuple
 
@@ -132,12 +132,14 @@ async def encode_batch(
             answer.problem = problem.problem(instance=request.url.path, request_id=request_id)
         return answer
 
-    tasks = [asyncio.create_task(line(index, part)) for index, part in enumerate(parts)]
-    return StreamingResponse(_lines(tasks), media_type=NDJSON, headers={"Cache-Control": "no-store"})
+    lines = _lines([partial(line, index, part) for index, part in enumerate(parts)])
+    return StreamingResponse(lines, media_type=NDJSON, headers={"Cache-Control": "no-store"})
 
 
-async def _lines(tasks: Sequence[asyncio.Task[BatchLine]]) -> AsyncIterator[str]:
-    """Lines in order; what is not sent when the client leaves is cancelled."""
+async def _lines(makers: Sequence[Callable[[], Coroutine[None, None, BatchLine]]]) -> AsyncIterator[str]:
+    """Lines in order, made at the same time; what is not sent when the client leaves is cancelled."""
+    # Started here: of a client that left before, nobody would cancel them.
+    tasks = [asyncio.create_task(make()) for make in makers]
     try:
         for task in tasks:
             yield (await task).model_dump_json(exclude_none=True) + "\n"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
 HEADERS = {
@@ -15,16 +17,37 @@ HEADERS = {
 }
 """Swagger UI styles its elements inline; scripts come from files only."""
 
+
+def _without_range(scope: Scope) -> Scope:
+    """Servers may ignore ranges (RFC 9110, 14.2); Starlette answers wrong ones with text, no problem."""
+    kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+    return {**scope, "headers": kept}
+
+
+class WholeFile(FileResponse):
+    """A file, never a part of it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(_without_range(scope), receive, send)
+
+
+class WholeFiles(StaticFiles):
+    """Files of a folder, never parts of them."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(_without_range(scope), receive, send)
+
+
 router = APIRouter(include_in_schema=False)
 
 
 @router.head("/")
 @router.get("/")
 async def get_viewer() -> FileResponse:
-    return FileResponse(STATIC / "viewer.html", headers=HEADERS)
+    return WholeFile(STATIC / "viewer.html", headers=HEADERS)
 
 
 @router.head("/docs")
 @router.get("/docs")
 async def get_docs() -> FileResponse:
-    return FileResponse(STATIC / "docs.html", headers=HEADERS)
+    return WholeFile(STATIC / "docs.html", headers=HEADERS)
