@@ -77,7 +77,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """BD-rates in percent of both views of the codecs `ours` against peers in `curves` and anchors.
 
-    Over all rates, those of all of `ours` are over the same qualities of a view.
+    Without a range of rates, those of all of `ours` are over the same qualities of a view.
     """
     references = [
         ("measured", c["codec"], points_of(c))

@@ -37,7 +37,7 @@ def table(report: Mapping[str, Any]) -> str:
     )
     if len(report["ours"]) > 1:
         lines.append(
-            "BD-rates over all rates are over the qualities that the other codec and all of ours reach."
+            "Common rates are those of the qualities that the other codec and all of ours reach."
         )
     if (above := checks["real_above_estimated_bpp_percent"]) is not None:
         lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
@@ -71,7 +71,7 @@ def _bd_rates(report: Mapping[str, Any], codec: str) -> list[str]:
 
     def column(entry: Mapping[str, Any]) -> str:
         low_high = entry["bpp_range"]
-        span = f"{low_high[0]:g}–{low_high[1]:g} bpp" if low_high else "all rates"  # noqa: RUF001
+        span = f"{low_high[0]:g}–{low_high[1]:g} bpp" if low_high else "common rates"  # noqa: RUF001
         return f"{METRICS[entry['metric']]}, {span}"
 
     title = f"BD-rate of {codec} (human view) against"
