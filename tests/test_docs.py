@@ -63,6 +63,7 @@ def test_training_understands_its_commands(monkeypatch: pytest.MonkeyPatch) -> N
     assert {words[1] for words in examples} == {
         "run",
         "export",
+        "average",
         "calibrate",
         "polish",
         "mix",

@@ -1,4 +1,4 @@
-"""``ugicm-train``: run, pack, export, calibrate, polish, mix and the measurements.
+"""``ugicm-train``: run, pack, export, average, calibrate, polish, mix and the measurements.
 
 argparse, and a module is imported only for its own command: training needs nothing beyond torch.
 """
@@ -16,6 +16,7 @@ from ugicm.codec.config import PRESETS, ModelConfig
 MODULE_COMMANDS = {
     "polish": ("ugicm_train.polish", "improve the views of a model's existing bitstreams"),
     "calibrate": ("ugicm_train.calibrate", "count photos for shorter bitstreams"),
+    "average": ("ugicm_train.average", "take the mean of models that one has become by further training"),
     "mix": ("ugicm_train.mix", "make a machine view of several"),
     "evaluate": ("ugicm_train.evaluation.machine", "score tasks on decoded views, against JPEG, WebP, AVIF"),
     "rd": ("ugicm_train.evaluation.rate_distortion", "rate-distortion curves through real bitstreams"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import float_weights
 from ugicm.codec.networks import between_rates, moved_weights, weights_of
+from ugicm.codec.store import read_model
+from ugicm_train.export import read_training
 from ugicm_train.model import FactorizedPrior, TrainableCodec
 
 PRIOR_STEPS = 400
@@ -38,6 +42,25 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
         raise ValueError(f"the model does not fit its config: missing {missing}, unexpected {unexpected}")
     fit_prior(model.prior, *hyper_tables(tensors))
     return model
+
+
+def read_trainable(folder: Path) -> tuple[TrainableCodec, dict[str, Any]]:
+    """A stored model as `restore` makes it, and the hash of its weights with what it says about its training.
+
+    Raises:
+        ValueError: it shows only a part of its machine view.
+    """
+    stored = read_model(folder)
+    if (reach := stored.tensors.get("reach")) is not None and not bool((reach == 1).all()):
+        # What is decoded there would be trained, and exported, as if nothing were held back.
+        shares = " ".join(f"{value:.4g}" for value in reach.tolist())
+        raise ValueError(
+            f"{folder} shows only a part of its machine view at each level (reach {shares}), and this takes "
+            f"all of it: use a copy, made with `ugicm-train mix COPY {folder} {folder} --reach"
+            f"{' 1' * len(reach)}`"
+        )
+    record = {"weights": stored.weights_sha256} | read_training(folder)
+    return restore(stored.config, stored.tensors), record
 
 
 def hyper_tables(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

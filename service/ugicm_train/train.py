@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.device import pick_device, pick_precision
-from ugicm.codec.store import model_path, read_model
+from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
@@ -423,20 +423,10 @@ def train(
     record: dict[str, Any] = {}
     if start is not None and state is None:
         # Needs the entropy coder's package, which training from nothing does not.
-        from ugicm_train.export import read_training
-        from ugicm_train.restore import restore, start_from
+        from ugicm_train.restore import read_trainable, start_from
 
-        stored = read_model(model_path(start))
-        if (reach := stored.tensors.get("reach")) is not None and not bool((reach == 1).all()):
-            # What is decoded there would be trained, and exported, as if nothing were held back.
-            shares = " ".join(f"{value:.4g}" for value in reach.tolist())
-            raise ValueError(
-                f"{start} shows only a part of its machine view at each level (reach {shares}), and a run "
-                f"trains all of it: start from a copy with `ugicm-train mix COPY {start} {start} --reach"
-                f"{' 1' * len(reach)}`"
-            )
-        record["start"] = {"weights": stored.weights_sha256} | read_training(model_path(start))
-        model = start_from(restore(stored.config, stored.tensors), config)
+        stored, record["start"] = read_trainable(model_path(start))
+        model = start_from(stored, config)
     else:
         model = TrainableCodec(config)
         start_from_dct(model)

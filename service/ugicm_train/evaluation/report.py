@@ -36,9 +36,7 @@ def table(report: Mapping[str, Any]) -> str:
         f"picture at a time, {threads} thread{'s' if threads > 1 else ''}."
     )
     if len(report["ours"]) > 1:
-        lines.append(
-            "Common rates are those of the qualities that the other codec and all of ours reach."
-        )
+        lines.append("Common rates are those of the qualities that the other codec and all of ours reach.")
     if (above := checks["real_above_estimated_bpp_percent"]) is not None:
         lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
     lower = len(checks["quality_steps_with_lower_psnr"])
