@@ -26,6 +26,7 @@ from ugicm_train.evaluation.machine import (
     add_arguments,
     bd_rate_errors,
     evaluate,
+    identity_of_data,
     jpeg_xl_coder,
     point_of,
     remembered,
@@ -511,6 +512,18 @@ class TestJournal:
         assert other.get(key) is None
         other.close()
 
+    def test_forgets_replaced_pictures(self, tmp_path: Path) -> None:
+        path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
+        identities = {"task": "1", "codec": "1"}
+        first = Journal(path, identities, {"task": {"a.png": "old", "b.png": "same"}})
+        first.add(key, Entry(0.5, 30.0, True))
+        first.add(key._replace(image="b.png"), Entry(0.1, 20.0, True))
+        first.close()
+        again = Journal(path, identities, {"task": {"a.png": "new", "b.png": "same"}})
+        assert again.get(key) is None
+        assert again.get(key._replace(image="b.png")) == Entry(0.1, 20.0, True)
+        again.close()
+
 
 @pytest.fixture
 def ours(tiny_store: Path, tiny_codec: Codec) -> Coder:
@@ -548,8 +561,24 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
     again = evaluate(counting, [jpeg], [task, shared], tmp_path / "out")
     assert calls == []
     assert again["tasks"] == report["tasks"]
+    first = colours / next(iter(labels))
+    PIL.Image.open(first).transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT).save(first)
+    evaluate(counting, [], [shared], tmp_path / "out")
+    assert len(calls) == 2
+    calls.clear()
     evaluate(counting, [], [dataclasses.replace(task, identity="colours 2")], tmp_path / "out", limit=2)
     assert len(calls) == 2 * 2
+
+
+def test_other_masks_are_other_data(tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "a.png").write_bytes(b"old")
+    before = identity_of_data(masks)
+    (masks / "a.png").write_bytes(b"new")
+    assert identity_of_data(masks) != before
+    (masks / "a.png").write_bytes(b"old")
+    assert identity_of_data(masks) == before == f"masks {before.split()[1]}"
 
 
 def test_plots_of_many_tasks_fit_a_page(tmp_path: Path) -> None:

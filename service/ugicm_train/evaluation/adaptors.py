@@ -315,8 +315,13 @@ def identity_of(spec: str) -> str:
     for part in (spec, spec.partition(":")[2], spec.rpartition(":")[0]):
         if part and (path := Path(part)).is_file():
             name = spec.replace(part, path.name)
-            return f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+            return f"{name} {content(path)}"
     return spec
+
+
+def content(file: Path) -> str:
+    """What identifies the bytes of a file: the first 64 bits of their SHA-256, hex."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _runtime(spec: str) -> Runtime:

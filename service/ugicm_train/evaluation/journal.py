@@ -32,9 +32,20 @@ class Entry(NamedTuple):
 class Journal:
     """Judgements on disk, appended as they are made."""
 
-    def __init__(self, path: Path, identities: Mapping[str, str]) -> None:
-        """`identities`: of tasks and codecs by name; lines made with others are dropped."""
-        self._identities = identities
+    def __init__(
+        self,
+        path: Path,
+        identities: Mapping[str, str],
+        pictures: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        """Lines that were made with other tasks, codecs or pictures are dropped.
+
+        Args:
+            path: of the file.
+            identities: of tasks and codecs, by name.
+            pictures: of each task, by its name: what identifies a picture, by its name.
+        """
+        self._identities, self._pictures = identities, pictures or {}
         self._entries: dict[Key, Entry] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -52,7 +63,8 @@ class Journal:
             self._file.flush()
 
     def _of(self, key: Key) -> list[str | None]:
-        return [self._identities.get(key.task), self._identities.get(key.codec)]
+        picture = self._pictures.get(key.task, {}).get(key.image)
+        return [self._identities.get(key.task), self._identities.get(key.codec), picture]
 
     def _write(self, key: Key, entry: Entry) -> None:
         self._file.write(json.dumps({"key": key, "of": self._of(key), "entry": entry}) + "\n")

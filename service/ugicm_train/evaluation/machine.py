@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import shlex
@@ -308,6 +309,7 @@ def evaluate(
         part: measure a part of the pictures only, with a journal of its own, and report nothing.
     """
     check_images(tasks)
+    content = functools.cache(adaptors.content)  # several tasks may share a picture
     folder.mkdir(parents=True, exist_ok=True)
     coders = [original_coder(), ours, *peers]
     path = folder / JUDGEMENTS
@@ -325,7 +327,8 @@ def evaluate(
         "identities": identities,
         "tasks": {},
     }
-    journal, progress = Journal(path, identities), Progress()
+    pictures = {task.name: {name: content(of) for name, of in task.images().items()} for task in tasks}
+    journal, progress = Journal(path, identities, pictures), Progress()
     try:
         images = chosen_images(tasks, limit, part)
         tasks = [task for task in tasks if images[task.name]]
@@ -368,23 +371,23 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
 
     def describe(network: str, *data: str) -> tuple[str, str]:
         name = Path(network.rpartition(":")[2]).stem
-        return name, " ".join([adaptors.identity_of(network), *map(identity_of_data, data)])
+        return name, " ".join([adaptors.identity_of(network), *data])
 
     for network, folder in arguments.top1:
         labels_file = Path(folder) / "labels.csv"
-        name, identity = describe(network, folder, str(labels_file))
+        name, identity = describe(network, Path(folder).name, identity_of_data(labels_file))
         labels = read_labels(labels_file)
         tasks.append(Top1(name, classifier(network), Path(folder), labels, identity))
     for kind, given, suffix in ((BoxMap, arguments.map, ""), (MaskMap, arguments.mask_map, " masks")):
         for network, folder, instances in given:
-            name, identity = describe(network, folder, instances)
+            name, identity = describe(network, Path(folder).name, identity_of_data(Path(instances)))
             detect = detector(network, categories_of(Path(instances)))
             tasks.append(kind(name + suffix, detect, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
-        name, identity = describe(network, folder, masks)
+        name, identity = describe(network, Path(folder).name, identity_of_data(Path(masks)))
         tasks.append(MeanIou(name, segmenter(network), Path(folder), Path(masks), identity=identity))
     for kind, network, folder in arguments.agree:
-        name, identity = describe(network, folder)
+        name, identity = describe(network, Path(folder).name)
         images = Path(folder)
         name, identity = f"{name} agreement, {images.name}", f"{kind} {identity}"
         match kind:
@@ -417,9 +420,13 @@ def remembered(network: Callable[[Image], Any]) -> Callable[[Image], Any]:
     return ask
 
 
-def identity_of_data(name: str) -> str:
-    """A folder's name; a file's, and what is in it: judgements by other labels are not reused."""
-    return adaptors.identity_of(name) if Path(name).is_file() else Path(name).name
+def identity_of_data(path: Path) -> str:
+    """Name of a file or folder of labels, and what is in it: judgements by others are not reused."""
+    if path.is_file():
+        return adaptors.identity_of(str(path))
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    together = " ".join(f"{file.relative_to(path)} {adaptors.content(file)}" for file in files)
+    return f"{path.name} {hashlib.sha256(together.encode()).hexdigest()[:16]}"
 
 
 def categories_of(instances: Path) -> tuple[str, ...]:
