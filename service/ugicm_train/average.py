@@ -1,6 +1,6 @@
 """``ugicm-train average``: the mean of the weights of models that one has become by further training.
 
-Such models lie in one valley, and their mean is often better than each (Wortsman et al., "Model soups", ICML
+Such models lie in one valley, and their mean can be better than each (Wortsman et al., "Model soups", ICML
 2022). Like a run's export it has tables and grain of its own only after `calibrate` and `polish`.
 """
 
@@ -11,8 +11,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ugicm.codec.store import model_path
 from ugicm_train.export import model_tensors, write_model
+from ugicm_train.model import TrainableCodec
 from ugicm_train.restore import read_trainable
 
 
@@ -27,12 +30,11 @@ def average(folder: Path, sources: Sequence[Path], *, name: str | None = None) -
     for source, model in zip(sources, models, strict=True):
         if dataclasses.replace(model.config, name=config.name) != config:
             raise ValueError(f"{source} and {sources[0]} have different shapes or rates")
-    total = {key: value.double() for key, value in models[0].state_dict().items()}
-    for model in models[1:]:
-        for key, value in model.state_dict().items():
-            total[key] += value
-    mean = models[0]
-    mean.load_state_dict({key: value / len(models) for key, value in total.items()})
+    states = [model.state_dict() for model in models]
+    mean = TrainableCodec(config)
+    mean.load_state_dict(
+        {name: torch.stack([state[name].double() for state in states]).mean(0) for name in states[0]}
+    )
     write_model(folder, config, model_tensors(mean), {"mean": list(records)})
 
 

@@ -96,7 +96,7 @@ def test_requests_in_flight_finish_after_the_socket_closed(start: Any, photo: An
 
 
 def test_connections_without_a_request(start: Any, free_port: int) -> None:
-    service = start(transfer_timeout_s=2, keep_alive_s=6)
+    service = start(transfer_timeout_s=2, keep_alive_s=10)
     service.wait_until_ready()
 
     def connect(data: bytes) -> socket.socket:

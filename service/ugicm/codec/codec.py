@@ -441,7 +441,7 @@ class Codec:
 
     def _check_image(self, image: Image) -> None:
         if not isinstance(image, np.ndarray):
-            raise CodecError(f"an image is a NumPy array, got {type(image).__name__}")
+            raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {type(image).__name__}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}")
         if image.shape[0] * image.shape[1] > self.max_pixels:

@@ -207,15 +207,15 @@ def _acceptable_format(accept: str) -> ImageFormat:
         return ImageFormat.png
     weights = {name: _weight(accept, MEDIA_TYPES[name.value]) for name in ImageFormat}
     best = max(weights, key=lambda name: weights[name])
-    if weights[best] == 0 and _weight(accept, OCTETS) > 0:
+    if weights[best] > 0:
+        return best
+    if _weight(accept, OCTETS) > 0:
         return ImageFormat.png
-    if weights[best] == 0:
-        raise ServiceError(
-            Code.NOT_ACCEPTABLE,
-            f"Accept: {accept} allows none of {', '.join(MEDIA_TYPES.values())}; "
-            "the format parameter decides regardless of Accept",
-        )
-    return best
+    raise ServiceError(
+        Code.NOT_ACCEPTABLE,
+        f"Accept: {accept} allows none of {', '.join(MEDIA_TYPES.values())}; "
+        "the format parameter decides regardless of Accept",
+    )
 
 
 def _weight(accept: str, media_type: str) -> float:

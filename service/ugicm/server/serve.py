@@ -20,7 +20,6 @@ from ugicm.server.settings import Settings
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, but for what arrives at once."""
-
 UNSENT_BYTES = 16 << 10
 """Of an answer, in the system's buffer of a connection before it takes more."""
 

@@ -131,9 +131,9 @@ class Settings(BaseSettings):
     def _keys_are_usable(self) -> Settings:
         for name in ("api_keys", "url_keys"):
             if any(len(key.get_secret_value()) < 8 for key in getattr(self, name)):
-                raise ValueError(f"{PREFIX}{name.upper()}: a key needs at least 8 characters")
+                raise ValueError(f"{setting(name)}: a key needs at least 8 characters")
         if any(not re.fullmatch("[!-~]+", key.get_secret_value()) for key in self.api_keys):
-            raise ValueError(f"{PREFIX}API_KEYS: a key goes into a header: ASCII characters, no spaces")
+            raise ValueError(f"{setting('api_keys')}: a key goes into a header: ASCII characters, no spaces")
         return self
 
 

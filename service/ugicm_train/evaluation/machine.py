@@ -309,7 +309,6 @@ def evaluate(
         part: measure a part of the pictures only, with a journal of its own, and report nothing.
     """
     check_images(tasks)
-    content = functools.cache(adaptors.content)  # several tasks may share a picture
     folder.mkdir(parents=True, exist_ok=True)
     coders = [original_coder(), ours, *peers]
     path = folder / JUDGEMENTS
@@ -327,6 +326,7 @@ def evaluate(
         "identities": identities,
         "tasks": {},
     }
+    content = functools.cache(adaptors.content)  # several tasks may share a picture
     pictures = {task.name: {name: content(of) for name, of in task.images().items()} for task in tasks}
     journal, progress = Journal(path, identities, pictures), Progress()
     try:
