@@ -20,7 +20,7 @@ import typer
 
 from ugicm import __version__
 from ugicm.codec import bitstream
-from ugicm.codec.errors import CodecError
+from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, STORE_VARIABLE
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ Precision = Annotated[
     str, typer.Option(envvar="UGICM_PRECISION", help="Of the transforms: auto, float32, bfloat16.")
 ]
 MaxPixels = Annotated[
-    int, typer.Option(envvar="UGICM_MAX_PIXELS", min=1, help="Largest picture, width * height.")
+    int, typer.Option(envvar=MAX_PIXELS_SETTING, min=1, help="Largest picture, width * height.")
 ]
 
 

@@ -64,10 +64,13 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     kinds = {"minutes": float, "steps": int, "device": str, "threads": int}
     for field in dataclasses.fields(TrainOptions):
         flag, kind = f"--{field.name.replace('_', '-')}", kinds.get(field.name) or type(field.default)
+        text = field.metadata["help"]
+        if field.default is not None:
+            text += " (default: %(default)s)"
         if kind is bool:
-            run.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+            run.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
-            run.add_argument(flag, type=kind, default=field.default)
+            run.add_argument(flag, type=kind, default=field.default, help=text)
 
     run.add_argument(
         "--teacher", help="judge of the machine view, such as open_clip:ViT-B-32/openai (default: none)"
@@ -94,8 +97,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(argv[0] if argv else None).parse_args(argv)
     try:
+        arguments = _parser(argv[0] if argv else None).parse_args(argv)
         if arguments.command in MODULE_COMMANDS:
             module = importlib.import_module(MODULE_COMMANDS[arguments.command][0])
             arguments.argv = argv
@@ -135,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
             from ugicm_train.export import export
 
             export(arguments.run, arguments.folder, checkpoint=arguments.checkpoint, name=arguments.name)
+    except ModuleNotFoundError as error:
+        print(f"ugicm-train: {error}; is the extra installed? pip install 'ugicm[train]'", file=sys.stderr)
+        return 1
     except (OSError, ValueError) as error:
         print(f"ugicm-train: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,46 +52,45 @@ LOG_FIELDS = (
 )  # fmt: skip
 
 
+def _option(default: Any, text: str) -> Any:
+    """A field of `TrainOptions`; `text` is what the command line says of it."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """One run. Learning rates are peak values; times are wall-clock."""
 
-    minutes: float | None = None
-    """Train this long from now (`steps` otherwise)."""
-    steps: int | None = None
-    batch: int = 16
-    """Crops of a step; of each process where there are several."""
-    crop: int = 256
-    synthetic_share: float = 0.04
-    """Part of the crops that is drawn, not photographed: text, stripes, flat colour ..."""
-    min_scale: float = 1.0
-    """Photos are shrunk to between this and 1 of their size before a crop is taken."""
-    batch_levels: int = 4
-    """Rates in a batch (of each process), each with an equal part of it."""
-    level_power: float = 0.8
-    """Levels are drawn as last * u^0.8, u uniform: slightly more often at high rates, which starve first."""
-    machine_share: float = 1.0
-    """Part of the batch, at least, that also decodes the machine view."""
-    learn: str = "weights"
-    """weights or scales."""
-    matrix_lr: float = 0.005
-    """Muon, for the dense weights."""
-    other_lr: float = 1e-3
-    """AdamW, for all the rest."""
-    warmup_steps: int = 200
-    decay: float = 0.3
-    """Last part of the run over which the learning rate falls to zero (warm-up, stable, decay)."""
-    ema: float = 0.999
-    clip: float = 2.0
-    teacher_weight: float = 1.0
-    seed: int = 0
-    threads: int | None = None
-    checkpoint_minutes: float = 5.0
-    device: str = "auto"
-    precision: str = "auto"
-    """Of the transforms in the forward pass and of Muon's products: auto, float32, bfloat16."""
-    compile: bool = True
-    """On CUDA: have the blocks compiled."""
+    minutes: float | None = _option(None, "train this long from now")
+    steps: int | None = _option(None, "train so many steps from now instead")
+    batch: int = _option(16, "crops of a step, in each process where there are several")
+    crop: int = _option(256, "side of a crop in pixels, a multiple of 64")
+    synthetic_share: float = _option(
+        0.04, "part of the crops that is drawn, not photographed: text, stripes, flat colour"
+    )
+    min_scale: float = _option(1.0, "shrink photos to this or more of their size before a crop is taken")
+    batch_levels: int = _option(4, "rates in a batch of each process, each with an equal part of it")
+    level_power: float = _option(
+        0.8,
+        "levels are drawn as last * u^POWER, u uniform: below 1, more often high ones, which starve",
+    )
+    machine_share: float = _option(1.0, "part of the batch, at least, that also decodes the machine view")
+    learn: str = _option("weights", "weights, or scales: how much there is of each row and column of them")
+    matrix_lr: float = _option(0.005, "Muon's peak learning rate, for the dense weights")
+    other_lr: float = _option(1e-3, "AdamW's, for all the rest")
+    warmup_steps: int = _option(200, "steps over which learning rates rise")
+    decay: float = _option(0.3, "last part of the run, 0 to 1, over which they fall to zero")
+    ema: float = _option(0.999, "what the moving average keeps of itself each step")
+    clip: float = _option(2.0, "longest gradient; longer ones are shortened to it")
+    teacher_weight: float = _option(1.0, "of the teacher's distance, against squared error and rate")
+    seed: int = _option(0, "of crops, rates and noise")
+    threads: int | None = _option(None, "threads of each process (default: as torch chooses)")
+    checkpoint_minutes: float = _option(5.0, "write checkpoint.pt this often")
+    device: str = _option("auto", "cpu, cuda, cuda:1 ..., or auto: CUDA where there is one")
+    precision: str = _option(
+        "auto", "of the transforms in the forward pass and of Muon's products: auto, float32, bfloat16"
+    )
+    compile: bool = _option(True, "on CUDA, have the blocks compiled")
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):

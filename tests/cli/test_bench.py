@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def test_networks_have_names(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, [*arguments, "--learned", "mbt2018-mean,jpeg"])
     assert result.exit_code == 2
     assert "no network jpeg; there are bmshj2018-hyperprior" in " ".join(result.stderr.split())
+
+
+def test_networks_that_are_not_installed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "compressai", None)
+    result = CliRunner().invoke(app, [*arguments, "--learned", "mbt2018-mean"])
+    assert result.exit_code == 1
+    assert "pip install 'ugicm[bench]'" in result.stderr
 
 
 @pytest.mark.slow

@@ -32,6 +32,9 @@ def test_all_is_well(tiny_settings: Settings) -> None:
 
 def test_a_misspelt_variable_is_named(tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UGICM_MAX_PIXEL", "5")
+    # Of Kubernetes, where a Service is called ugicm.
+    monkeypatch.setenv("UGICM_SERVICE_HOST", "10.96.0.7")
+    monkeypatch.setenv("UGICM_PORT_8000_TCP_PROTO", "tcp")
     assert next(check(tiny_settings)) == ("settings", False, "no setting reads UGICM_MAX_PIXEL")
 
 

@@ -28,10 +28,17 @@ def test_environment_with_units_and_lists(monkeypatch: pytest.MonkeyPatch) -> No
     assert "key-number" not in repr(settings)
 
 
+def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes sets such variables in every pod beside a Service called ``ugicm``."""
+    monkeypatch.setenv("UGICM_PORT", "tcp://10.96.0.7:80")
+    assert Settings().port == 8000
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("port", 70000),
+        ("port", "http://10.96.0.7:80"),
         ("max_pixels", 16_383),
         ("max_bytes", 0),
         ("precision", "float16"),

@@ -322,26 +322,26 @@ def test_levels_cover_the_ladder(power: float) -> None:
     assert ends.tolist() == pytest.approx([TINY.lambda_min, TINY.lambda_max])
 
 
-def test_estimated_rate_is_the_real_rate(tmp_path: Path, photos: Path) -> None:
+def test_estimated_rate_is_the_real_rate(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The float twin estimates what the integer model and coder spend, within 1 %."""
     twin = tiny_trainable().eval()
     with torch.no_grad():
         for head in twin.entropy.heads:
             head.weight.div_(8)  # an untrained model has outliers
-    write_model(tmp_path / "model", TINY, model_tensors(twin), {})
-    codec = load_codec(tmp_path / "model", device="cpu", precision="float32")
-    image = np.array(Image.open(photos / "coffee.png"))[:384, :576]
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-    for quality in (5.0, 20.0):
-        level = (quality - 1) / 99 * (TINY.levels - 1)
-        with torch.no_grad():
-            output = twin(x, torch.tensor([level]), machine_count=0, noise=False)
-        data = codec.encode([image], quality)[0]
-        real = len(data) * 8 / (384 * 576)
-        assert real == pytest.approx(output.bpp.item(), rel=0.01)
-        twin_picture = (output.human[0].permute(1, 2, 0) * 255).round().clamp(0, 255).numpy()
-        difference = np.mean((codec.decode([data])[0].astype(float) - twin_picture) ** 2)
-        assert difference < 0.05 * np.mean((twin_picture - image) ** 2)
+    torch.save({"config": TINY.to_dict(), "average": twin.state_dict()}, tmp_path / "checkpoint.pt")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    # Of these 576x384 are rated.
+    Image.open(photos / "coffee.png").crop((0, 0, 590, 400)).save(pictures / "coffee.png")
+    assert main(["integer-cost", str(tmp_path), "--data", str(pictures), "--qualities", "5", "20"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["5", "20"]
+    for _, float_bpp, real_bpp, percent, float_db, real_db in rows:
+        assert float(real_bpp) == pytest.approx(float(float_bpp), rel=0.01)
+        assert float(percent.removesuffix(" %")) == pytest.approx(0, abs=1)
+        assert float(real_db) == pytest.approx(float(float_db), abs=0.1)
 
 
 def test_options_are_checked() -> None:
@@ -413,6 +413,22 @@ def test_training_needs_only_four_packages() -> None:
         "import ugicm_train.train, ugicm_train.cli, ugicm_train.data\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ugicm_train.evaluation.rate_distortion", None)
+    assert main(["rd", "model", "--data", "photos"]) == 1
+    assert capsys.readouterr().err.endswith("is the extra installed? pip install 'ugicm[train]'\n")
+
+
+def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in dataclasses.fields(TrainOptions):
+        assert " ".join(option.metadata["help"].split()) in shown, option.name
 
 
 def test_gradients_reach_every_parameter() -> None:

@@ -1,4 +1,4 @@
-"""Other codecs, to be timed in the same run: those that Pillow has, and CompressAI's where it is installed.
+"""Other codecs, to be timed in the same run: those that Pillow has, and CompressAI's where asked for.
 
 CompressAI's networks have random weights: the time of a network does not depend on them, and none are
 downloaded. What they write is no measure of their compression.
@@ -15,6 +15,8 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 from PIL import features
+
+from ugicm.codec.errors import CodecError
 
 Image = NDArray[np.uint8]
 
@@ -65,12 +67,12 @@ def pillow_peers(threads: int) -> Iterator[Peer]:
 
 
 def learned_peers(names: Sequence[str] = LEARNED) -> Iterator[Peer]:
-    """Models of CompressAI on the CPU; none where it is not installed."""
+    """Models of CompressAI on the CPU. ``CodecError`` where it is not installed."""
     try:
         from compressai.models import Elic2022Official
         from compressai.zoo import image_models
-    except ImportError:
-        return
+    except ImportError as error:
+        raise CodecError(f"--learned wants CompressAI ({error}): pip install 'ugicm[bench]'") from error
 
     def peer(name: str) -> Peer:
         torch.manual_seed(0)
@@ -95,7 +97,7 @@ def learned_peers(names: Sequence[str] = LEARNED) -> Iterator[Peer]:
 
         return Peer(f"CompressAI {name}", encode, decode, _bytes_of)
 
-    yield from (peer(name) for name in names)
+    return (peer(name) for name in names)
 
 
 def _bytes_of(coded: Any) -> int:

@@ -183,6 +183,11 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
     torch.set_num_threads(threads)
     device = torch.device(codec.device)
     dtype: torch.dtype = getattr(torch, codec.precision)
+    peers: list[Iterable[Peer]] = []
+    if options.peers:
+        peers.append(pillow_peers(threads))
+    if options.learned:
+        peers.append(learned_peers(options.learned))
     photos = pictures(paths, codec.max_pixels)
     sizes = sorted(options.megapixels)
     memory = _memory(codec, [resized(photos, size, 0) for size in sizes], options.quality)
@@ -194,11 +199,6 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
         for size in sizes:
             if batch == 1 or size <= 1:
                 rows += _own_rows(context, [resized(photos, size, number) for number in range(batch)])
-    peers: list[Iterable[Peer]] = []
-    if options.peers:
-        peers.append(pillow_peers(threads))
-    if options.learned:
-        peers.append(learned_peers(options.learned))
     small = [resized(photos, size, 0) for size in sizes if size <= options.peer_megapixels]
     for peer in (peer for group in peers for peer in group):
         rows += _peer_rows(peer, small, threads)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import google_crc32c
 
-from ugicm.codec.errors import LimitExceededError, MalformedBitstreamError
+from ugicm.codec.errors import MAX_PIXELS_SETTING, LimitExceededError, MalformedBitstreamError
 
 MAGIC = b"\x89UGIC\r\n\x1a"
 """As in PNG: a byte above 127, a CR LF pair and a DOS end-of-file mark, so text-mode transfer is noticed."""
@@ -124,7 +124,7 @@ def parse(data: bytes, *, max_pixels: int) -> Bitstream:
             f"pixels of a {header.width}x{header.height} image",
             limit=max_pixels,
             actual=pixels,
-            setting="UGICM_MAX_PIXELS",
+            setting=MAX_PIXELS_SETTING,
         )
     count = header.tiles_x * header.tiles_y
     _need(data, position + count + _CRC.size, at_least=True)  # a length takes at least one byte

@@ -23,6 +23,7 @@ from ugicm.codec.config import LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN, padded_s
 from ugicm.codec.device import pick_device, pick_precision, without_autocast
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import (
+    MAX_PIXELS_SETTING,
     CodecError,
     LimitExceededError,
     MalformedBitstreamError,
@@ -49,7 +50,6 @@ Image = NDArray[np.uint8]
 
 TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
-MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
 TILT_STEPS = 16

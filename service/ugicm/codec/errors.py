@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
+"""What an operator changes where a picture is too large."""
+
 
 class CodecError(ValueError):
     """Base of every error that the caller's input or configuration causes."""

@@ -63,10 +63,14 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 def _check_names() -> Finding:
     """Variables with our prefix that no setting reads: most likely misspelt."""
-    from ugicm.server.settings import PREFIX, Settings, setting
+    from ugicm.server.settings import KUBERNETES, PREFIX, Settings, setting
 
     known = {setting(field) for field in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    unknown = sorted(
+        name
+        for name in os.environ
+        if name.startswith(PREFIX) and name not in known and not KUBERNETES.fullmatch(name)
+    )
     if unknown:
         return Finding("settings", False, f"no setting reads {', '.join(unknown)}")
     return Finding("settings", True, "every variable is known")

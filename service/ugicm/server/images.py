@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ugicm.codec.errors import CodecError, LimitExceededError
+from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
 from ugicm.pixels import Pixels, to_rgb
 
 ImageFormat = Literal["png", "webp", "jpeg", "npy"]
@@ -100,7 +100,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
                 f"pixels of a {width}x{height} image",
                 limit=max_pixels,
                 actual=width * height,
-                setting="UGICM_MAX_PIXELS",
+                setting=MAX_PIXELS_SETTING,
             )
         image.load()
     except (CodecError, MemoryError):
