@@ -90,6 +90,12 @@ def main() -> None:
     app()
 
 
+def _number(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # within any limits, as far as typer can see
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ugicm {__version__}")
@@ -112,7 +118,8 @@ def encode(
     ],
     output: Output,
     quality: Annotated[
-        float | None, typer.Option(min=1, max=100, help="1 smallest .. 100 best  [default: 50]")
+        float | None,
+        typer.Option(min=1, max=100, callback=_number, help="1 smallest .. 100 best  [default: 50]"),
     ] = None,
     bpp: Annotated[float | None, typer.Option(help="Best quality within this many bits per pixel.")] = None,
     max_bytes: Annotated[
@@ -163,7 +170,12 @@ def decode(
     ] = Preference.human,
     strength: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="0 human .. 1 machine, anything between; overrides --preference."),
+        typer.Option(
+            min=0,
+            max=1,
+            callback=_number,
+            help="0 human .. 1 machine, anything between; overrides --preference.",
+        ),
     ] = None,
     format: Annotated[
         Format | None, typer.Option(help="[default: by the suffix of OUT, else png]", show_default=False)
@@ -273,7 +285,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     megapixels: Annotated[str, typer.Option(help="Sizes, comma-separated.")] = "0.1,0.4,1,4,24",
     batches: Annotated[str, typer.Option(help="Pictures at a time, comma-separated.")] = "1,8",
-    quality: Annotated[float, typer.Option(min=1, max=100)] = DEFAULT_QUALITY,
+    quality: Annotated[float, typer.Option(min=1, max=100, callback=_number)] = DEFAULT_QUALITY,
     threads: Annotated[int, typer.Option(min=0, help="0: as torch chooses.")] = 0,
     peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
     learned: Annotated[

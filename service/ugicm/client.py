@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -23,7 +24,8 @@ Preference = Literal["human", "machine"]
 ImageFormat = Literal["png", "webp", "jpeg", "npy"]
 
 _MAX_WAIT_S = 60.0
-_RETRIED = (503,)
+_NOT_RETRIED = "cache-unavailable"
+"""Kind of 503 that seconds do not mend."""
 
 
 class ProblemError(Exception):
@@ -95,6 +97,12 @@ def _decode_call(
     return _Call("POST", "/decode", params, content=source, headers=_OCTETS)
 
 
+def _path(id: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", id):  # else it might be the path of something else
+        raise ValueError(f"the id of a bitstream is 64 hexadecimal digits, got {id!r}")
+    return f"/bitstreams/{id}"
+
+
 _OCTETS = {"Content-Type": "application/octet-stream"}
 
 
@@ -116,6 +124,10 @@ def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
 
 def _problem(status: int, body: Mapping[str, Any]) -> ProblemError:
     return ProblemError(status, body["code"], body["detail"], body)
+
+
+def _is_temporary(response: httpx2.Response) -> bool:
+    return response.status_code == 503 and _NOT_RETRIED not in response.text
 
 
 def _wait_s(response: httpx2.Response, attempt: int) -> float:
@@ -149,7 +161,8 @@ class Client:
         url: of the service.
         api_key: if the service asks for one.
         timeout_s: for each step of a request.
-        retries: how often an overloaded service is asked again, after the wait it names.
+        retries: how often a service that is overloaded or just stopping (503, but for that of its cache) is
+            asked again, after the wait it names.
         transport: of httpx2, for tests.
 
     Every method raises `ProblemError` for an answer that is not a success, and httpx2's errors for none.
@@ -218,12 +231,12 @@ class Client:
         return self._send(_decode_call(source, preference, strength, format)).content
 
     def bitstream(self, id: str) -> bytes:
-        """A kept bitstream."""
-        return self._send(_Call("GET", f"/bitstreams/{id}", {})).content
+        """A kept bitstream. ``ValueError`` if `id` cannot be one."""
+        return self._send(_Call("GET", _path(id), {})).content
 
     def delete(self, id: str) -> None:
-        """Forget a kept bitstream."""
-        self._send(_Call("DELETE", f"/bitstreams/{id}", {}))
+        """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""
+        self._send(_Call("DELETE", _path(id), {}))
 
     def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
@@ -233,7 +246,7 @@ class Client:
     def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
             response = self._http.request(call.method, call.path, **_arguments(call))
-            if response.status_code not in _RETRIED:
+            if not _is_temporary(response):
                 return _checked(response)
             time.sleep(_wait_s(response, attempt))
         return _checked(self._http.request(call.method, call.path, **_arguments(call)))
@@ -305,12 +318,12 @@ class AsyncClient:
         return (await self._send(_decode_call(source, preference, strength, format))).content
 
     async def bitstream(self, id: str) -> bytes:
-        """A kept bitstream."""
-        return (await self._send(_Call("GET", f"/bitstreams/{id}", {}))).content
+        """A kept bitstream. ``ValueError`` if `id` cannot be one."""
+        return (await self._send(_Call("GET", _path(id), {}))).content
 
     async def delete(self, id: str) -> None:
-        """Forget a kept bitstream."""
-        await self._send(_Call("DELETE", f"/bitstreams/{id}", {}))
+        """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""
+        await self._send(_Call("DELETE", _path(id), {}))
 
     async def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
@@ -320,7 +333,7 @@ class AsyncClient:
     async def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
             response = await self._http.request(call.method, call.path, **_arguments(call))
-            if response.status_code not in _RETRIED:
+            if not _is_temporary(response):
                 return _checked(response)
             await asyncio.sleep(_wait_s(response, attempt))
         return _checked(await self._http.request(call.method, call.path, **_arguments(call)))

@@ -3,8 +3,8 @@
 - EXIF orientation is applied.
 - Colours are converted to sRGB by the embedded ICC profile; a profile that is damaged or does not fit the
   pixels is ignored, and so are other colour hints (PNG gamma).
-- 8 bits per channel: 16-bit grey is rounded from 0..65535, 16-bit colour keeps its upper byte, floating
-  point is clipped to 0..1.
+- 8 bits per channel: 16-bit grey is rounded from 0..65535, 12-bit grey (TIFF) from 0..4095, 16-bit colour
+  keeps its upper byte, floating point is clipped to 0..1.
 - Grey, palette and CMYK become RGB; transparent pixels are blended with white.
 """
 
@@ -14,7 +14,8 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, TiffImagePlugin
+from PIL.TiffImagePlugin import TiffImageFile
 
 Pixels = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
@@ -35,7 +36,7 @@ _ICC_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 def to_rgb(image: Image.Image) -> Pixels:
     """uint8 RGB (H, W, 3) of a picture whose pixels are loaded."""
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
-    image = _to_8_bit(image)
+    image = image.convert("LA") if image.mode == "La" else _to_8_bit(image)
     alpha = None
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -61,6 +62,11 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image).astype(np.float32)
     top = 1.0 if image.mode == "F" else 65535.0
+    if isinstance(image, TiffImageFile) and image.mode.startswith("I;16"):
+        # Pillow leaves both to us: how many of the bits there are, and whether 0 is white.
+        top = 2.0 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+            values = top - values
     values = np.nan_to_num(values, copy=False).clip(0, top) * (255 / top)
     return Image.fromarray((values + 0.5).astype(np.uint8))
 
@@ -74,9 +80,9 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
     """RGB from a picture of mode L, RGB or CMYK."""
-    if profile:
+    if isinstance(profile, bytes):  # a TIFF's may be anything
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]

@@ -268,6 +268,8 @@ def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
         (("encode", "x/a.png", "y/a.jpg", "-o", "out"), "would both be written to"),
         (("encode", "a.png", "-o", "none/out.ugic"), "there is no folder none for out.ugic"),
         (("encode", "a.png", "-o", f"{'long' * 100}/out.ugic"), "there is no folder long"),
+        (("encode", "a.png", "-o", "out.ugic", "--quality", "nan"), "nan is not a number"),
+        (("decode", "a.ugic", "-o", "out.png", "--strength", "nan"), "nan is not a number"),
         (("transcode",), "No such command"),
     ],
 )

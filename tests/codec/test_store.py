@@ -75,6 +75,12 @@ def test_damaged_config(folder: Path, content: bytes) -> None:
         read_model(folder)
 
 
+def test_config_of_something_else(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelStoreError, match=r"config\.json is not a JSON object"):
+        read_model(folder)
+
+
 def test_a_name_that_cannot_be_a_folder(tiny_store: Path) -> None:
     with pytest.raises(ModelStoreError, match=r"cannot look for the model 'long.*File name too long"):
         load_codec("long" * 100, store=tiny_store)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -127,6 +130,66 @@ def test_connections_without_a_request(start: Any, free_port: int) -> None:
     with endless, pytest.raises(ConnectionError):
         endless.sendall(b"x" * (64 << 20))
     assert b" 200 OK" in rest(connect(head + b"x: " + b"x" * 60_000 + b"\r\n\r\n"))
+
+
+@pytest.mark.parametrize("length", ["Content-Length: %d", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_offers_of_another_protocol_are_ignored(
+    start: Any, free_port: int, photos: list[bytes], length: str, apart: bool
+) -> None:
+    """Java's HTTP client offers HTTP/2 with every request, and curl with ``--http2``."""
+    service = start()
+    service.wait_until_ready()
+    (photo, *_) = photos
+    offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB"
+    head = f"POST /encode HTTP/1.1\r\nHost: x\r\n{length.replace('%d', str(len(photo)))}\r\n{offer}\r\n\r\n"
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(photo), photo) if "chunked" in length else photo
+    with socket.create_connection(("127.0.0.1", free_port), timeout=60) as connection:
+        for _ in range(2):
+            if apart:
+                for part in (head[:40].encode(), head[40:].encode(), body[:100], body[100:]):
+                    connection.sendall(part)
+                    time.sleep(0.05)
+            else:
+                connection.sendall(head.encode() + body)
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            assert (answer.status, len(json.loads(answer.read())["id"])) == (200, 64)
+
+
+def test_requests_that_never_end_are_told_so(start: Any, photo: Any) -> None:
+    service = start(drain_delay_s=0, shutdown_timeout_s=0)
+    service.wait_until_ready()
+    out = io.BytesIO()
+    Image.fromarray(photo).resize((3000, 2000)).save(out, "PNG")
+    answers: list[httpx2.Response] = []
+
+    def send() -> None:
+        url = f"{service.url}/encode?target_bpp=0.5"
+        answers.append(httpx2.post(url, content=out.getvalue(), timeout=60))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while "ugicm_queue_pixels 0.0" in httpx2.get(f"{service.url}/metrics").text:
+        time.sleep(0.01)
+    service.process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert (answers[0].status_code, answers[0].json()["code"]) == (503, "stopping")
+    assert service.process.wait(60) == 0
+
+
+def test_a_stop_while_it_starts(tmp_path: Any) -> None:
+    """As the first process of a container, which has no other handler for SIGTERM."""
+    code = (
+        "import os, signal\n"
+        "from ugicm.server import serve\n"
+        "from ugicm.server.settings import Settings\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "serve.load_model = lambda settings: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "serve.serve(Settings())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
 
 
 def test_interrupt_does_not_wait(start: Any) -> None:

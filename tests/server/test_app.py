@@ -251,7 +251,8 @@ def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_
 
 
 def test_unknown_path_and_method(client: TestClient) -> None:
-    assert_problem(client.get("/nothing"), 404, "not-found")
+    for path in ("/nothing", "/encode/", "/info/", "/static"):  # nor does it redirect to where something is
+        assert_problem(client.get(path), 404, "not-found")
     response = client.put("/encode")
     assert_problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == "POST"

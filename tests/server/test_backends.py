@@ -129,7 +129,10 @@ def test_the_url_decides(url: str, kind: type[object]) -> None:
     assert isinstance(open_cache(Settings(cache_url=url)), kind)
 
 
-@pytest.mark.parametrize("url", ["", "cache", "ftp://x", "file://", "file://host/path", "redis:", "s3:x"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "cache", "ftp://x", "file://", "file://host/path", "redis:", "redis://h:abc", "redis://[h", "s3:x"],
+)
 def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
     with pytest.raises(ValueError, match="UGICM_CACHE_URL"):
         open_cache(Settings.model_construct(cache_url=url))
@@ -282,6 +285,15 @@ async def test_a_folder_that_cannot_be_written_fails_the_check(tmp_path: Path) -
 async def test_requests_wait_for_a_connection_to_redis(redis_server: RedisServer) -> None:
     cache = open_cache(Settings(cache_url=redis_server.url))
     assert await asyncio.gather(*(cache.get("a" * 64) for _ in range(300))) == [None] * 300
+    await cache.close()
+
+
+async def test_connections_that_redis_closed_are_made_again(redis_server: RedisServer) -> None:
+    cache = RedisCache(redis_server.url, ttl_s=100)
+    await asyncio.gather(*(cache.get("a" * 64) for _ in range(10)))
+    redis_server.stop()
+    redis_server.start()
+    assert await asyncio.gather(*(cache.get("a" * 64) for _ in range(10))) == [None] * 10
     await cache.close()
 
 

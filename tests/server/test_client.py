@@ -125,6 +125,22 @@ def test_it_gives_up(waits: list[float]) -> None:
     assert len(waits) == 2
 
 
+def test_it_does_not_wait_for_a_cache_that_is_down(waits: list[float]) -> None:
+    problem = {"status": 503, "code": "cache-unavailable", "detail": "down"}
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(503, json=problem))
+    with Client(transport=transport) as client, pytest.raises(ProblemError, match="503 cache-unavailable"):
+        client.decode("0" * 64)
+    assert not waits
+
+
+def test_an_id_is_no_path(client: Client) -> None:
+    for id in ("../info", "..", "a" * 64 + "/image", "?x"):
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            client.bitstream(id)
+        with pytest.raises(ValueError, match="64 hexadecimal digits"):
+            client.delete(id)
+
+
 def test_the_key_is_sent() -> None:
     seen = []
 

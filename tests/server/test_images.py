@@ -59,6 +59,31 @@ def png(bits: int, colour: int, rows: NDArray[np.generic], *extra: tuple[bytes, 
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
 
 
+def tiff(bits: int, white_is_zero: bool, rows: NDArray[np.generic], *extra: tuple[int, int, int]) -> bytes:
+    """A grey TIFF file written by hand; `extra` are further tags: number, type, value."""
+    height, width = rows.shape[:2]
+    channels = rows.size // (height * width)
+    photometric = 0 if white_is_zero else 1
+    data = rows.tobytes()
+    if bits == 12:  # two values in three bytes
+        pairs = rows.reshape(-1, 2).astype(np.uint32)
+        packed = pairs[:, 0] << 12 | pairs[:, 1]
+        data = b"".join(int(value).to_bytes(3, "big") for value in packed)
+    per_sample = bits | bits << 16  # two numbers in one field, for two channels
+    tags = [(256, 4, width), (257, 4, height), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    tags += [(277, 3, channels), (278, 4, height), (279, 4, len(data)), *extra]
+    fields = [struct.pack("<HHII", number, kind, 1, value) for number, kind, value in tags]
+    fields.append(struct.pack("<HHII", 258, 3, channels, per_sample if channels == 2 else bits))
+    fields.sort(key=lambda field: struct.unpack("<H", field[:2]))
+    return (
+        struct.pack("<2sHI", b"II", 42, 8 + len(data))
+        + data
+        + struct.pack("<H", len(fields))
+        + b"".join(fields)
+        + bytes(4)
+    )
+
+
 GREY16, COLOUR16, GREY16_ALPHA, COLOUR16_ALPHA = (16, 0), (16, 2), (16, 4), (16, 6)
 
 
@@ -251,6 +276,36 @@ def test_unusable_icc_profile_is_ignored(mode: str, bad: bytes) -> None:
     picture = Image.fromarray(RAMP).convert("L" if mode == "I;16" else mode).convert(mode)
     plain, tagged = (file(picture, "TIFF", **options) for options in ({}, {"icc_profile": bad}))
     assert np.array_equal(read(tagged), read(plain))
+
+
+@pytest.mark.parametrize("kind", [2, 3])
+def test_a_profile_that_is_no_bytes_is_ignored(kind: int) -> None:
+    assert read(tiff(8, False, RAMP[..., 0], (34675, kind, 65))).shape == RAMP.shape
+
+
+@pytest.mark.parametrize(
+    ("bits", "white_is_zero"), [(8, False), (8, True), (12, False), (16, False), (16, True)]
+)
+def test_grey_tiff(bits: int, white_is_zero: bool) -> None:
+    grey = RAMP[..., 0]
+    values = (255 - grey if white_is_zero else grey) / 255 * (2**bits - 1)
+    stored = np.rint(values).astype(np.uint8 if bits == 8 else np.uint16)
+    assert np.array_equal(read(tiff(bits, white_is_zero, stored))[..., 1], grey)
+
+
+def test_premultiplied_grey() -> None:
+    """50 at half opacity, stored as 25, over white."""
+    pixels = read(tiff(8, False, np.full((20, 30, 2), (25, 128), np.uint8), (338, 3, 1)))
+    assert np.abs(pixels.astype(int) - round((50 * 128 + 255 * 127) / 255)).max() <= 2
+
+
+def test_pixels_that_cannot_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image) -> None:
+        raise TypeError("no such conversion")
+
+    monkeypatch.setattr("ugicm.server.images.to_rgb", fail)
+    with pytest.raises(MalformedImageError, match="no such conversion"):
+        read(file(Image.fromarray(RAMP), "PNG"))
 
 
 def test_profile_for_other_pixels_is_ignored() -> None:

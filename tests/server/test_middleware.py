@@ -231,6 +231,28 @@ async def test_a_client_that_does_not_read_keeps_its_place_for_a_while_only(
     assert stall["limit"] == "1 s, UGICM_TRANSFER_TIMEOUT_S changes it"
 
 
+async def test_what_is_cut_off_while_stopping_is_told(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    lifecycle, client = Lifecycle(), Client()
+    stack = RequestContext(app, metrics, lifecycle)
+    for draining in (False, True):
+        lifecycle.draining = draining
+        task = asyncio.create_task(stack(scope(), client.receive, client.send))
+        await asyncio.sleep(0)
+        task.cancel()
+        if not draining:  # somebody else's business
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not client.received
+    await task
+    start, body = client.received
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert b'"code":"stopping"' in body["body"]
+
+
 async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive())["more_body"]:

@@ -39,6 +39,7 @@ def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyP
     [
         ("port", 70000),
         ("port", "http://10.96.0.7:80"),
+        ("request_timeout_s", "inf"),
         ("max_pixels", 16_383),
         ("max_bytes", 0),
         ("precision", "float16"),

@@ -288,8 +288,8 @@ class Codec:
 
         def search(budget: float) -> tuple[int, bytes]:
             """Best quality in steps, and its bitstream; of the lowest, if even that is over the budget."""
-            low, high = (round(q * container.QUALITY_STEPS) for q in (QUALITY_MIN, QUALITY_MAX))
-            best = attempt(low)
+            low, top = (round(q * container.QUALITY_STEPS) for q in (QUALITY_MIN, QUALITY_MAX))
+            best, high = attempt(low), top
             # Bytes grow with quality but for tiny steps; stop once within half a percent.
             while high - low > 8 and len(best) < 0.995 * budget:
                 middle = (low + high + 1) // 2
@@ -297,6 +297,8 @@ class Codec:
                     low, best = middle, data
                 else:
                     high = middle
+            if high == top and len(best) < 0.995 * budget and len(data := attempt(top)) <= budget:
+                return top, data
             return low, best
 
         step, best = search(max_bytes)

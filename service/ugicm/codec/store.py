@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.errors import ModelStoreError
@@ -89,10 +89,12 @@ def read_model(folder: Path) -> StoredModel:
     from safetensors.torch import load
 
     try:
-        description: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         data = (folder / WEIGHTS_FILE).read_bytes()
     except (OSError, ValueError) as error:  # not JSON, or not even text
         raise ModelStoreError(f"cannot read the model in {folder}: {error}") from error
+    if not isinstance(description, dict):
+        raise ModelStoreError(f"{folder / CONFIG_FILE} is not a JSON object")
     if description.get("format") != FORMAT:
         raise ModelStoreError(
             f"{folder} has model format {description.get('format')!r}; this program reads {FORMAT}"

@@ -108,6 +108,7 @@ def create_app(
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         separate_input_output_schemas=False,
         telemetry={

@@ -154,11 +154,15 @@ class RedisCache:
 
     def __init__(self, url: str, *, ttl_s: int) -> None:
         from redis.asyncio import BlockingConnectionPool, Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
 
         # The scheme only: "valkey" may as well be part of a host's name or of a password.
         url = re.sub("^valkey", "redis", url)
         # Requests beyond its connections wait for one; other pools fail them, as if Redis were down.
-        self._redis: Any = Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=None))
+        # A connection that the server has closed meanwhile (a restart, its idle timeout) is made once more.
+        pool = BlockingConnectionPool.from_url(url, timeout=None, retry=Retry(NoBackoff(), 1))
+        self._redis: Any = Redis.from_pool(pool)
         self._ttl_s = ttl_s
 
     async def get(self, id: str) -> bytes | None:
@@ -233,16 +237,19 @@ def open_cache(settings: Settings) -> BitstreamCache:
     Raises:
         ValueError: the URL is not understood.
     """
-    url = urlsplit(settings.cache_url)
-    match url.scheme:
-        case "memory":
-            return MemoryCache(settings.cache_bytes)
-        case "file" if url.path.strip("/") and url.netloc in ("", "localhost"):
-            return FileCache(Path(unquote(url.path)), settings.cache_bytes)
-        case "redis" | "rediss" | "valkey" | "valkeys" if url.hostname:
-            return RedisCache(settings.cache_url, ttl_s=settings.cache_ttl_s)
-        case "s3" if url.netloc:
-            return S3Cache(settings.cache_url)
+    try:
+        url = urlsplit(settings.cache_url)
+        match url.scheme:
+            case "memory":
+                return MemoryCache(settings.cache_bytes)
+            case "file" if url.path.strip("/") and url.netloc in ("", "localhost"):
+                return FileCache(Path(unquote(url.path)), settings.cache_bytes)
+            case "redis" | "rediss" | "valkey" | "valkeys" if url.hostname:
+                return RedisCache(settings.cache_url, ttl_s=settings.cache_ttl_s)
+            case "s3" if url.netloc:
+                return S3Cache(settings.cache_url)
+    except ValueError as error:  # of the parts of a URL, such as a port that is no number
+        raise ValueError(f"{setting('cache_url')}: {error}") from error
     raise ValueError(
         f"{setting('cache_url')} must be memory:, file:///path, redis://host:6379/0 (or rediss://, "
         f"valkey://) or s3://bucket/prefix, got the scheme {url.scheme!r}"

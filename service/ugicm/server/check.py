@@ -38,7 +38,7 @@ def health(host: str = "127.0.0.1", port: int = 8000, *, timeout_s: float = 5.0)
             return Finding("health", True, answer.read().decode())
     except urllib.error.HTTPError as error:
         return Finding("health", False, error.read().decode(errors="replace"))
-    except (OSError, http.client.HTTPException) as error:  # no answer, or not one of HTTP
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no answer, none of HTTP, no address
         return Finding("health", False, f"{url}: {error}")
 
 

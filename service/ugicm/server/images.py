@@ -59,7 +59,13 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
         MalformedImageError: damaged or truncated.
         LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
     """
-    return to_rgb(_open(data, max_pixels))
+    image = _open(data, max_pixels)
+    try:
+        return to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # a kind of picture that Pillow opens and cannot convert
+        raise MalformedImageError(f"the pixels of the image cannot be read ({error})") from error
 
 
 def check_side(width: int, height: int, format: ImageFormat) -> None:
@@ -107,7 +113,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError:
         if _starts_like_an_image(data):
-            raise MalformedImageError("the header of the image is damaged or truncated") from None
+            raise MalformedImageError(
+                "the header of the image is damaged, truncated or of a kind that is not supported"
+            ) from None
         raise UnsupportedImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged files, Pillow's parsers raise nearly anything
         raise MalformedImageError(f"the image is damaged or truncated ({error})") from error

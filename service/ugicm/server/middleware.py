@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ugicm.server.metrics import Metrics
-from ugicm.server.problems import as_service_error, too_many_bytes, too_many_requests, upload_stalled
+from ugicm.server.problems import as_service_error, stopped, too_many_bytes, too_many_requests, upload_stalled
 from ugicm.server.settings import setting
 from ugicm.server.timings import Timings
 
@@ -70,6 +70,11 @@ class RequestContext:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, send_with_context)
+            except asyncio.CancelledError:
+                if status or not self.lifecycle.draining:
+                    raise
+                # The server cancels what is left when its time to stop is over.
+                await stopped().response(scope)(scope, receive, send_with_context)
             except Exception as error:
                 _log.exception("request failed", path=scope["path"])
                 if not status:

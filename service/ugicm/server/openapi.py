@@ -88,6 +88,9 @@ IMAGE_TYPES = tuple(dict.fromkeys(MEDIA_TYPES.values()))
 IMAGE = binary_answer(
     "The decoded image.", IMAGE_TYPES, "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"
 )
+DECODED = binary_answer(
+    "The decoded image.", IMAGE_TYPES, "Content-Location", "Bitstream-Id", "Cache-Status", "Server-Timing"
+)
 BITSTREAM = binary_answer("The bitstream.", (BITSTREAM_MEDIA_TYPE,), "ETag", "Accept-Ranges")
 ENCODED = {
     "description": "The encoded image.",

@@ -59,6 +59,7 @@ class Code(_Kind, Enum):
     INVALID_PARAMETER = 422, "invalid-parameter", "Invalid parameter"
     INTERNAL = 500, "internal", "Internal error"
     OVERLOADED = 503, "overloaded", "Overloaded"
+    STOPPING = 503, "stopping", "Service stopping"
     UNAVAILABLE = 503, "cache-unavailable", "Bitstream cache unavailable"
     TIMEOUT = 504, "timeout", "Deadline exceeded"
 
@@ -197,6 +198,13 @@ def too_many_requests(limit: int) -> ServiceError:
         actual=limit + 1,
         setting=name,
     )
+
+
+def stopped() -> ServiceError:
+    """The service stops before it has the answer."""
+    name = setting("shutdown_timeout_s")
+    detail = f"the service is stopping and has not done this within {name}; try again"
+    return ServiceError(Code.STOPPING, detail, setting=name, retry_after_s=1)
 
 
 def as_service_error(error: Exception) -> ServiceError:

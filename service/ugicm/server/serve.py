@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import time
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from httptools import HttpParserUpgrade
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ugicm.server import logs
@@ -37,6 +39,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             super().__init__(*args, **kwargs)
             self._head_bytes = 0
             self._idle: asyncio.TimerHandle | None = None
+            self._declined_at: int | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -52,13 +55,43 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
         def data_received(self, data: bytes) -> None:
             self._head_bytes += len(data)
             super().data_received(data)
+            if self._declined_at is not None:
+                data, self._declined_at = data[self._declined_at :], None
+                self.data_received(self._head() + data)
+                return
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request's head is too large.")
 
         def on_headers_complete(self) -> None:
             self._head_bytes = 0
             self._go_on()
-            super().on_headers_complete()
+            if not self._declines():
+                super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            if not self._declines():
+                super().on_message_complete()
+
+        def _declines(self) -> bool:
+            """Whether the request offers another protocol, as Java's client does (HTTP/2) each time.
+
+            Such an offer may be ignored (RFC 9110, 7.8), but the parser takes all that follows for that
+            protocol's. So it gets the head once more, without the offer.
+            """
+            offers = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
+            return offers and not self._should_upgrade()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            if self._declines():
+                upgrade = sys.exception()
+                assert isinstance(upgrade, HttpParserUpgrade)
+                self._declined_at = upgrade.args[0]  # where the head ends in the data
+
+        def _head(self) -> bytes:
+            version = self.parser.get_http_version().encode()
+            lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            return b"\r\n".join([*lines, b"", b""])
 
         def on_body(self, body: bytes) -> None:
             self._head_bytes = 0
@@ -111,6 +144,8 @@ def serve(settings: Settings) -> None:
             port is taken.
     """
     logs.configure(settings)
+    # The first process of a container ignores signals that it has no handler for; the server brings its own.
+    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app = create_app(settings, load_model(settings), open_cache(settings))
     except ValueError as error:
@@ -126,4 +161,5 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
+    signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
     _DrainingServer(config, app, settings.drain_delay_s).run()

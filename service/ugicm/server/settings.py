@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most twice
     this many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not
     count."""
-    transfer_timeout_s: float = Field(default=30.0, gt=0)
+    transfer_timeout_s: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     """Longest time for 64 KiB of a request body, or the rest of it, to arrive, in seconds, beyond it the
     answer is 408; and for a client to take 64 KiB of its answer, or to send the head of its first request,
     beyond it the connection is closed."""
@@ -93,7 +93,7 @@ class Settings(BaseSettings):
     """How long a connection may wait for the head of its next request, in seconds. Should be longer than a
     proxy in front keeps unused connections (60 seconds usually), or now and then a request meets one that is
     just being closed, and the proxy answers 502."""
-    request_timeout_s: float = Field(default=60.0, gt=0)
+    request_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
     """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
 
     cache_url: str = "memory:"
@@ -104,7 +104,7 @@ class Settings(BaseSettings):
     S3 has lifecycle rules."""
     cache_ttl_s: int = Field(default=7 * 86400, ge=1)
     """How long Redis keeps a bitstream after it was stored, in seconds."""
-    cache_timeout_s: float = Field(default=2.0, gt=0)
+    cache_timeout_s: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Longest time to wait for the bitstream cache before going on without it, in seconds."""
     picture_cache_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=0)
     """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     """Origins (``https://app.example.com``) whose pages may call the service from a browser (CORS); ``*`` for
     any. Unset: pages that the service's own host and port serve."""
 
-    drain_delay_s: float = Field(default=2.0, ge=0)
+    drain_delay_s: float = Field(default=2.0, ge=0, allow_inf_nan=False)
     """After SIGTERM, go on accepting for this long with ``/readyz`` at 503, so that load balancers notice.
     SIGINT (Ctrl-C) does not wait."""
     shutdown_timeout_s: int = Field(default=30, ge=0)

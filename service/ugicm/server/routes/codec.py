@@ -27,7 +27,7 @@ from ugicm.server.deps import (
 from ugicm.server.engine import RateTarget
 from ugicm.server.images import MEDIA_TYPES, ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
-from ugicm.server.openapi import ENCODED, IMAGE, body, problems
+from ugicm.server.openapi import DECODED, ENCODED, body, problems
 from ugicm.server.pictures import Picture, PictureKey
 from ugicm.server.problems import Code, ServiceError
 from ugicm.server.settings import Settings, setting
@@ -182,7 +182,7 @@ async def encode(
     description='Send the bitstream, or `{"id": ...}` of a kept one.',
     response_class=Response,
     responses={
-        200: IMAGE,
+        200: DECODED,
         **problems(
             Code.MALFORMED_BITSTREAM,
             Code.UNKNOWN_BITSTREAM,

@@ -73,6 +73,7 @@ function kilobytes(size) {
 async function encode() {
   if (!state.file) return;
   const generation = ++state.generation;
+  state.result = null; // until there is a new one, another preference has nothing to decode
   say("Encoding …");
   try {
     const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body: state.file });
@@ -188,7 +189,6 @@ async function open(file) {
     return;
   }
   state.file = file;
-  state.result = null;
   $("stage").hidden = $("facts").hidden = true; // they show another photo
   show("original", state.original);
   await encode();
