@@ -78,6 +78,7 @@ def test_training_understands_its_commands(monkeypatch: pytest.MonkeyPatch) -> N
         "calibrate",
         "polish",
         "mix",
+        "robustness",
         "rd",
         "evaluate",
     }
