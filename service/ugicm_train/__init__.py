@@ -1,0 +1,1 @@
+"""Training a codec, and measuring what it is worth."""

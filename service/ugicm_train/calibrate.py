@@ -163,8 +163,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"tables must be in 1..255, got {arguments.tables}")
     if arguments.size < HYPER_STRIDE or arguments.size % HYPER_STRIDE:
         raise ValueError(f"size must be a multiple of {HYPER_STRIDE} pixels, got {arguments.size}")
-    if arguments.crops < 1:
-        raise ValueError(f"crops must be at least 1, got {arguments.crops}")
+    for name, least in (("crops", 1), ("seed", 0)):
+        if (value := getattr(arguments, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     source = model_path(arguments.model)
     calibrate(
         source,

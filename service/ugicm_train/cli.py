@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     run = commands.add_parser("run", help="train, or continue a run")
-    run.add_argument("--config", type=_config, default="ugicm-s", help="preset name or config.json")
+    run.add_argument(
+        "--config", type=_config, help="preset name or config.json (default: ugicm-s, or the checkpoint's)"
+    )
     run.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
     run.add_argument("--out", type=Path, required=True, help="run folder (checkpoints, log)")
     run.add_argument(
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                 from ugicm_train.teachers import parse_teacher
 
                 teacher = parse_teacher(arguments.teacher)
-            train(
+            return train(
                 arguments.config,
                 options,
                 arguments.data,
@@ -123,9 +126,11 @@ def main(argv: list[str] | None = None) -> int:
                 teacher=teacher,
                 teacher_name=arguments.teacher,
             )
-        elif arguments.command == "pack":
+        if arguments.command == "pack":
             from ugicm_train.data import pack
 
+            if not 0 < arguments.max_mb < math.inf:
+                raise ValueError(f"max-mb must be finite and above 0, got {arguments.max_mb}")
             shards = pack(
                 arguments.sources,
                 arguments.out,

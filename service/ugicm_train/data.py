@@ -57,7 +57,7 @@ def _files(source: Path) -> list[Path]:
     return sorted(
         path
         for path in source.rglob("*")
-        if path.name.endswith(SHARD_SUFFIX) or path.suffix.lower() in IMAGE_SUFFIXES
+        if (path.name.endswith(SHARD_SUFFIX) or path.suffix.lower() in IMAGE_SUFFIXES) and path.is_file()
     )
 
 
@@ -67,10 +67,12 @@ def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str
     `sources` are folders of images, folders of shards, or single files.
 
     Raises:
-        DataError: no such source, or a file in it that is damaged; the message names it.
+        DataError: no such source, nothing in any, or a file that is damaged; the message names it.
     """
-    for source in sources:
-        files = _files(source)
+    listed = [(source, _files(source)) for source in sources]
+    if not any(files for _, files in listed):
+        raise DataError(f"no photo in {', '.join(map(str, sources))}")
+    for source, files in listed:
         shards = [path for path in files if path.name.endswith(SHARD_SUFFIX)]
         for shard in shards:
             try:

@@ -11,5 +11,8 @@ from pathlib import Path
 def written_whole(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to; it takes that place where the block ends without an error."""
     beside = path.with_suffix(".tmp")
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)  # a failed one: no part of a file stays

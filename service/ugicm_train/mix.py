@@ -8,6 +8,7 @@ of the base; its bitstreams do not change.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,10 @@ def parse_view(text: str) -> View:
     """``MODEL*SHARE``, or ``MODEL`` for the whole."""
     model, _, share = text.rpartition("*")
     try:
-        return View(model_path(model or share), float(share) if model else 1.0)
+        view = View(model_path(model or share), float(share) if model else 1.0)
+        if not math.isfinite(view.share):
+            raise ValueError(f"a share must be finite, got {view.share}")
+        return view
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

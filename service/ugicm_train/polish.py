@@ -15,10 +15,13 @@ At the end the machine view's grain is set (`ugicm.codec.grain`).
 from __future__ import annotations
 
 import argparse
+import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ugicm.codec.conditioning import at_level
@@ -30,7 +33,15 @@ from ugicm_train.export import load_average, model_tensors, read_training, run_r
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import restore
-from ugicm_train.train import CHECKPOINT, LEARN, Trainer, TrainOptions, load_checkpoint
+from ugicm_train.train import (
+    CHECKPOINT,
+    LEARN,
+    RESUMED,
+    STABLE_CHECKPOINT,
+    Trainer,
+    TrainOptions,
+    load_checkpoint,
+)
 
 VIEWS = {"machine": PREFERENCE, "both": ("synthesis", "synthesis_low", "synthesis_high", *PREFERENCE)}
 """Parts of the model that polishing changes, by the view that learns."""
@@ -108,6 +119,17 @@ class Polisher(Trainer):
                 getattr(polished, name).requires_grad_(True)
         super().__init__(polished, options, out)
 
+    def load(self, state: dict[str, Any]) -> None:
+        """As `Trainer`, but only what the same polish has left (`record`).
+
+        Raises:
+            ValueError: it was another, which would become a third.
+        """
+        for name, value in self.record.items():
+            if (was := state.get("record", {}).get(name)) != value:
+                raise ValueError(f"the checkpoint is of a polish with {name} {was}, got {name} {value}")
+        super().load(state)
+
     def learned(self, view: str) -> dict[str, Tensor]:
         """Parameters of the parts that learned, as the moving average has them."""
         return {
@@ -130,7 +152,7 @@ def polish(
     teacher_name: str | None = None,
     grain: float = 0.0,
     resume: bool = False,
-) -> None:
+) -> int:
     """Polish the synthesis transform of a model and write the model folder.
 
     Args:
@@ -146,8 +168,18 @@ def polish(
         teacher_name: recorded in ``config.json``.
         grain: deviation of the machine view's grain, as a share of the human view's error; 0 for none.
         resume: go on from the checkpoint in `run`.
+
+    Returns:
+        Exit status of `Trainer.run`; nothing is written where that was stopped.
+
+    Raises:
+        ValueError: no such grain, or the checkpoint is of a polish with other options or of another model.
     """
+    if not 0 <= grain < math.inf:
+        raise ValueError(f"grain must be finite and at least 0, got {grain}")
     config, tensors, training, model = _read(source)
+    # Of a run, too, which has no hash of its own.
+    identity = hashlib.sha256(save(tensors)).hexdigest()[:16]
     run.mkdir(parents=True, exist_ok=True)
     if not resume and (run / CHECKPOINT).exists():
         raise FileExistsError(f"{run} holds an unfinished polish: use --resume, or another --run")
@@ -160,12 +192,13 @@ def polish(
         for known in (tensors, training):
             known.pop("reach", None)
     polisher = Polisher(model, options, run, view=view, reach=tensors.get("reach"))
+    polisher.record = {"view": view, "restart": restart, "source": identity}
     if resume:
-        polisher.load(load_checkpoint(run))
+        polisher.load(load_checkpoint(run, needs=RESUMED))
     sampler = polisher.read(data)
-    polisher.run(sampler, teacher)
-    if polisher.stop_requested or not polisher.processes.first:
-        return  # where stopped, the checkpoint waits for --resume
+    status = polisher.run(sampler, teacher)
+    if status or not polisher.processes.first:
+        return status  # where stopped, the checkpoint waits for --resume
     learned = polisher.learned(view)
     tensors |= {name: value.float().cpu().contiguous() for name, value in learned.items()}
     if grain:
@@ -184,7 +217,9 @@ def polish(
         "minutes": round(polisher.minutes, 1),
     }
     write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
-    (run / CHECKPOINT).unlink()
+    for name in (CHECKPOINT, STABLE_CHECKPOINT):
+        (run / name).unlink(missing_ok=True)
+    return 0
 
 
 @torch.no_grad()
@@ -277,12 +312,13 @@ def run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         threads=arguments.threads,
     )
-    polish(
+    whole = folder.resolve()  # "." has no name
+    return polish(
         arguments.source,
         folder,
         options,
         arguments.data,
-        arguments.run or folder.with_name(f"{folder.name}.polish"),
+        arguments.run or whole.with_name(f"{whole.name}.polish"),
         view=arguments.view,
         restart=arguments.restart,
         teacher=parse_teacher(arguments.teacher),
@@ -290,4 +326,3 @@ def run(arguments: argparse.Namespace) -> int:
         grain=arguments.grain,
         resume=arguments.resume,
     )
-    return 0

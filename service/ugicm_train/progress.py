@@ -39,6 +39,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def say(self, line: str) -> None:
+        """A line that stays; for after the block."""
+        if self._shown:
+            print(line, file=sys.stderr, flush=True)
+
     def update(self, row: dict[str, Any], *, done: float, remaining_s: float) -> None:
         psnr_db = min(row["psnr_human"], row["psnr_machine"])  # a view that is not decoded has none
         text = (

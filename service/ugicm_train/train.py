@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ugicm.codec.config import ModelConfig
+from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.device import pick_device, pick_precision
 from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
@@ -38,6 +38,9 @@ from ugicm_train.start import start_from_dct
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
 STABLE_CHECKPOINT = "before-decay.pt"
 """The state just before the learning rate decays: the best place to go on from."""
+EXPORTED = ("average", "config", "step", "minutes")
+RESUMED = (*EXPORTED, "model", "adam")
+"""Parts of a checkpoint that are needed for a model, and to go on."""
 LEARN = ("weights", "scales")
 """What of a model learns: its weights, or `ugicm_train.scales` of those that it has."""
 DIVERGED = 5.0
@@ -95,14 +98,17 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
             raise ValueError("give exactly one of minutes and steps")
-        for name in ("minutes", "steps", "batch", "crop", "batch_levels", "level_power"):
+        above_0 = ("minutes", "steps", "batch", "crop", "batch_levels", "level_power", "clip", "threads")
+        for name in above_0:
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
         for name in ("synthetic_share", "machine_share", "decay", "ema"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        from_0 = ("warmup_steps", "matrix_lr", "other_lr", "teacher_weight", "seed", "checkpoint_minutes")
+        for name in from_0:
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
         if self.learn not in LEARN:
             raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         if not 0 < self.min_scale <= 1:
@@ -124,15 +130,30 @@ def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float
 
 def _save(path: Path, state: dict[str, Any]) -> None:
     with written_whole(path) as beside:
-        torch.save(state, beside)
+        try:
+            torch.save(state, beside)
+        except RuntimeError as error:  # torch's own way of saying that a disk is full
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
-def load_checkpoint(run: Path, name: str = CHECKPOINT) -> dict[str, Any]:
-    """The training state of a run folder (tensors and plain values only)."""
+def load_checkpoint(run: Path, name: str = CHECKPOINT, *, needs: Sequence[str] = EXPORTED) -> dict[str, Any]:
+    """The training state of a run folder (tensors and plain values only).
+
+    Raises:
+        ValueError: the file is damaged, or lacks a part that the caller `needs`.
+    """
     path = run / name
     if not path.exists():
         raise FileNotFoundError(f"no {name} in {run}: train first, or check the path")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, and torch's texts are about other things
+        raise ValueError(f"{path} is no checkpoint, or a damaged one") from error
+    if missing := [part for part in needs if part not in state]:
+        raise ValueError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
+    return state
 
 
 class Trainer:
@@ -161,7 +182,8 @@ class Trainer:
         self.step, self.minutes = 0, 0.0
         self.record: dict[str, Any] = {}
         """Where the weights come from besides this run's data: the model it started from, teachers."""
-        self.stop_requested = False
+        self.asked_to_stop = 0
+        """The signal that did, 0 for none."""
         self.least_bpp = math.inf
         """Of the rows of the log."""
         self.warm_from = 0
@@ -297,21 +319,26 @@ class Trainer:
         """Stop a run that is lost; its last checkpoint stays.
 
         Raises:
-            DivergedError: the rate has exploded.
+            DivergedError: the rate has exploded, or is no number.
         """
-        self.least_bpp = min(self.least_bpp, row["bpp"])
-        if row["bpp"] > DIVERGED * self.least_bpp:
+        bpp = row["bpp"]
+        if not (math.isfinite(bpp) and bpp <= DIVERGED * self.least_bpp):
+            before = f", and has had {self.least_bpp}" if math.isfinite(self.least_bpp) else ""
             raise DivergedError(
-                f"the run has diverged at step {row['step']}: {row['bpp']} bits per pixel, and has had "
-                f"{self.least_bpp}; start again with a lower --matrix-lr than {self.options.matrix_lr}, or "
-                f"--resume from a checkpoint of before"
+                f"the run has diverged at step {row['step']}: {bpp} bits per pixel{before}; start again with "
+                f"a lower --matrix-lr than {self.options.matrix_lr}, or --resume from a checkpoint of before"
             )
+        self.least_bpp = min(self.least_bpp, bpp)
 
-    def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> None:
-        """Train until the budget of the options is used up, or until SIGINT or SIGTERM."""
+    def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> int:
+        """Train until the budget of the options is used up, or until SIGINT or SIGTERM.
 
-        def stop(*_: object) -> None:
-            self.stop_requested = True
+        Returns:
+            Exit status, the same in all processes: 0, or that of the signal.
+        """
+
+        def stop(number: int, _: object) -> None:
+            self.asked_to_stop = number
 
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, stop)
@@ -335,7 +362,8 @@ class Trainer:
                     done = elapsed / options.minutes
                 else:
                     done = (self.step - first) / (options.steps or 1)
-                done = self.processes.agree(1.0 if self.stop_requested else done)
+                stopped_by = self.asked_to_stop
+                done = self.processes.agree(1.0 if stopped_by else done)
                 if done >= 1:
                     break
                 if not stable_saved and writes and done >= 1 - options.decay:
@@ -380,14 +408,19 @@ class Trainer:
                     saved = now
         if writes:
             _save(self.out / CHECKPOINT, self.state())
+        stopped_by = int(self.processes.agree(stopped_by))
+        if not stopped_by:
+            return 0
+        progress.say(f"stopped at step {self.step}: go on with --resume")
+        return 128 + stopped_by
 
 
 def _psnr(mse: float) -> float:
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    return -10 * math.log10(mse) if mse else math.inf
 
 
 def train(
-    config: ModelConfig,
+    config: ModelConfig | None,
     options: TrainOptions,
     data: list[Path],
     out: Path,
@@ -396,11 +429,15 @@ def train(
     start: str | None = None,
     teacher: Teacher | None = None,
     teacher_name: str | None = None,
-) -> None:
-    """Train in folder `out`.
+) -> int:
+    """Train in folder `out`; returns the exit status of `Trainer.run`.
 
-    `resume` names the checkpoint file in it to continue from; `start` is a stored model (name or folder)
-    whose weights a new run begins with; `teacher_name` is kept in the model's record.
+    `config` is that of the checkpoint, or ``ugicm-s``, if None. `resume` names the checkpoint file in `out`
+    to continue from; `start` is a stored model (name or folder) whose weights a new run begins with;
+    `teacher_name` is kept in the model's record.
+
+    Raises:
+        ValueError: the options contradict each other, or the checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
@@ -415,17 +452,25 @@ def train(
         raise ValueError("--learn scales moves weights that are trained already: give --start")
     if resume is None and (out / CHECKPOINT).exists():
         raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
-    state = load_checkpoint(out, resume) if resume else None
+    if resume and start is not None:
+        raise ValueError("--resume goes on with the weights of the checkpoint: leave out --start")
+    state = load_checkpoint(out, resume, needs=RESUMED) if resume else None
     if state is not None:
-        config = ModelConfig.from_dict(state["config"])
+        stored = ModelConfig.from_dict(state["config"])
+        if config is not None and config != stored:
+            own, given = stored.to_dict(), config.to_dict()
+            values = [f"{name} {own[name]}, got {given[name]}" for name in own if own[name] != given[name]]
+            raise ValueError(f"the checkpoint is of another --config: {'; '.join(values)}")
+        config = stored
+    config = config or PRESETS["ugicm-s"]
     torch.manual_seed(options.seed)
     record: dict[str, Any] = {}
-    if start is not None and state is None:
+    if start is not None:
         # Needs the entropy coder's package, which training from nothing does not.
         from ugicm_train.restore import read_trainable, start_from
 
-        stored, record["start"] = read_trainable(model_path(start))
-        model = start_from(stored, config)
+        trained, record["start"] = read_trainable(model_path(start))
+        model = start_from(trained, config)
     else:
         model = TrainableCodec(config)
         start_from_dct(model)
@@ -442,4 +487,4 @@ def train(
         (out / CONFIG).write_text(
             json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
         )
-    trainer.run(trainer.read(data), teacher)
+    return trainer.run(trainer.read(data), teacher)

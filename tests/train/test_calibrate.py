@@ -41,7 +41,9 @@ def test_calibrated_model_needs_fewer_bytes(
     restore(TINY, read_model(counted).tensors)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--tables", "256"), ("--crops", "0"), ("--size", "200")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--tables", "256"), ("--crops", "0"), ("--size", "200"), ("--seed", "-1")]
+)
 def test_options_are_checked(
     tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

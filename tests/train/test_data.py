@@ -10,6 +10,7 @@ from PIL import ExifTags, Image
 
 from ugicm.server import images as server_images
 from ugicm_train.data import CropSampler, DataError, pack, read_image, read_photos
+from ugicm_train.evaluation.measurement import read_images
 
 
 @pytest.fixture
@@ -116,6 +117,9 @@ def test_errors_name_the_way_out(folder: Path, tmp_path: Path) -> None:
         list(read_photos([tmp_path / "nowhere"], min_side=64))
     with pytest.raises(DataError, match=r"lower --crop .* or add photos"):
         CropSampler([torch.zeros(3, 64, 64, dtype=torch.uint8)], size=128, seed=0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no photo in .*empty"):
+        list(read_photos([tmp_path / "empty"], min_side=64))
     with pytest.raises(DataError, match="no photo of at least 5000 pixels"):
         pack([folder], tmp_path / "shards", max_bytes=1000, min_side=5000)
 
@@ -126,6 +130,15 @@ def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:length])
         with pytest.raises(DataError, match=f"{file.name} (cannot be read as a picture|is damaged)"):
             list(read_photos([file.parent], min_side=64))
+
+
+def test_a_folder_may_be_called_like_a_picture(folder: Path) -> None:
+    names = [name for name, _ in read_photos([folder], min_side=1)]
+    (folder / "sub").rename(folder / "sub.png")
+    assert [name for name, _ in read_photos([folder], min_side=1)] == [
+        name.replace("sub/", "sub.png/") for name in names
+    ]
+    assert len(read_images(folder)) == len(names)
 
 
 def test_shards_of_before_are_not_mixed_with_new_ones(folder: Path, tmp_path: Path) -> None:

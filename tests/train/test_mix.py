@@ -93,7 +93,11 @@ def test_what_cannot_be_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for reach in (["1", "1"], ["1", "1", "2"]):
         assert main(["mix", str(tmp_path / "out"), str(base), str(base), "--reach", *reach]) == 1
         assert "reach needs 3 numbers in 0..1" in capsys.readouterr().err
-    for view, message in (("nowhere*1", "no model 'nowhere'"), (f"{base}*much", "could not convert")):
+    for view, message in (
+        ("nowhere*1", "no model 'nowhere'"),
+        (f"{base}*much", "could not convert"),
+        (f"{base}*nan", "a share must be finite, got nan"),
+    ):
         with pytest.raises(SystemExit):
             main(["mix", str(tmp_path / "out"), str(base), view])
         assert message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,28 @@ polish(model, out / "polished", options, [data], out / "run", grain=0.1)
 """
 
 
-def run_twice(program: str, *arguments: Path) -> None:
-    """The program in two processes that work together."""
+STOP = """
+import os, signal, sys
+from pathlib import Path
+from ugicm.codec.config import ModelConfig
+from ugicm_train.train import Trainer, TrainOptions, train
+
+out, data, model = map(Path, sys.argv[1:])
+step = Trainer.train_step
+
+def interrupted(self, *arguments):
+    if self.step == 2 and self.processes.first:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(self, *arguments)
+
+Trainer.train_step = interrupted
+options = TrainOptions(steps=100, batch=2, crop=64, device="cpu", threads=1)
+sys.exit(train(ModelConfig.from_json(model / "config.json"), options, [data], out / "run"))
+"""
+
+
+def run_twice(program: str, *arguments: Path, status: int = 0) -> None:
+    """The program in two processes that work together, and end with the same status."""
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
@@ -60,7 +81,7 @@ def run_twice(program: str, *arguments: Path) -> None:
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert [process.wait(timeout=240) for process in processes] == [status, status]
 
 
 def test_matrices_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +121,13 @@ def test_processes_see_other_crops_and_make_the_same_steps(tmp_path: Path, photo
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint["step"] == 6
     assert all(torch.equal(value, states[0]["model"][name]) for name, value in checkpoint["model"].items())
+
+
+def test_processes_stop_together(
+    tmp_path: Path, photo: NDArray[np.uint8], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    run_twice(STOP, tmp_path, data, write_tiny_model(tmp_path / "model"), status=128 + signal.SIGINT)
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
+    assert capfd.readouterr().err.count("stopped at step 3: go on with --resume") == 1

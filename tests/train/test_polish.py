@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.store import StoredModel, load_codec, read_model
+from ugicm_train.cli import main
 from ugicm_train.data import CropSampler
 from ugicm_train.export import export, model_tensors, read_training, write_model
 from ugicm_train.losses import Judge
@@ -59,7 +63,7 @@ def test_bitstreams_stay_the_same_and_decode_better(
             assert errors[0.0][1] < errors[0.0][0]
         else:
             np.testing.assert_array_equal(*(codec.decode([bitstream])[0] for codec in (old, new)))
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
     tensors = [read_model(path).tensors for path in (before, after)]
     changed = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
     assert changed
@@ -173,6 +177,55 @@ def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) ->
     (work / "checkpoint.pt").touch()
     with pytest.raises(FileExistsError, match="--resume"):
         polish(source, source, OPTIONS, [data], work)
+
+
+class Stopping(MeanColour):
+    """A teacher that asks the run to stop."""
+
+    def draw(self) -> Judge:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().draw()
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_a_resumed_polish_is_the_same(
+    tmp_path: Path, data: Path, learn: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, other = write_tiny_model(tmp_path / "model"), write_tiny_model(tmp_path / "other", seed=1)
+    out, work = tmp_path / "out", tmp_path / "run"
+    options = dataclasses.replace(OPTIONS, learn=learn, steps=2)
+    asked = {"view": "both", "restart": True}
+    status = polish(source, out, options, [data], work, teacher=Stopping(), **asked)
+    assert status == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "stopped at step 1: go on with --resume\n"
+    assert not out.exists()
+    for model, change, message in (
+        (source, {"view": "machine"}, "with view both, got view machine"),
+        (source, {"restart": False}, "with restart True, got restart False"),
+        (other, {}, "with source .*, got source "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            polish(model, out, options, [data], work, resume=True, **(asked | change))
+    assert polish(source, out, options, [data], work, resume=True, **asked) == 0
+    (record,) = read_training(out)["polish"]
+    assert (record["steps"], record["view"], record["restarted"]) == (3, "both", True)
+
+
+def test_a_model_in_the_current_folder_is_polished(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: MeanColour())
+    command = ["polish", ".", "--out", ".", "--teacher", "mean colour", "--data", str(data)]
+    assert main([*command, "--steps", "1", "--batch", "1", "--crop", "64"]) == 0
+    assert (tmp_path / "model.polish" / "log.csv").exists()
+
+
+@pytest.mark.parametrize("grain", [math.nan, math.inf, -1.0])
+def test_grain_is_a_share(tmp_path: Path, data: Path, grain: float) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"grain must be finite and at least 0, got {grain}"):
+        polish(source, source, OPTIONS, [data], tmp_path / "run", grain=grain)
 
 
 def test_grain_follows_the_error(

@@ -234,13 +234,17 @@ def test_check_counts_what_must_not_happen() -> None:
 
 def test_read_anchors(tmp_path: Path) -> None:
     path = tmp_path / "anchors.csv"
-    path.write_text(CSV)
+    path.write_text(CSV, encoding="utf-8-sig")  # as spreadsheets write it
     anchors = read_anchors(path)
     assert [point.bpp for point in anchors["vtm"]] == [0.1, 0.4, 0.8]
     assert anchors["old"][0] == Point(0.5, 30.0, None)
     path.write_text("codec,bpp\nvtm,0.1\n")
     with pytest.raises(ValueError, match="not a row of codec, bpp, psnr_db, ms_ssim"):
         read_anchors(path)
+    for values in ("0,30,.9", "-1,30,.9", "nan,30,.9", "0.5,inf,.9", "0.5,30,nan"):
+        path.write_text(f"{CSV}vtm,{values}\n")
+        with pytest.raises(ValueError, match=rf"anchors\.csv.*'bpp': '{values.partition(',')[0]}'"):
+            read_anchors(path)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -410,6 +414,38 @@ def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.Captur
     assert "--refine-qualities needs --refine STEPS" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--qualities", "0", "50"], "a quality must be in 1..100, got 0"),
+        (["--qualities", "50", "50"], "at least 2 different qualities are needed, got 1"),
+        (["--refine", "2", "--refine-qualities", "20", "nan"], "a quality must be in 1..100, got nan"),
+        (["--refine", "-1"], "refine must be in 0..10000 steps, got -1"),
+    ],
+)
+def test_what_cannot_be_measured(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rd", "no-such-model", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+    assert main([*command, *options, "--jobs", "2"]) == 1
+    assert capsys.readouterr().err == f"ugicm-train: {message}\n"
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b'{"format": 1, "tasks": {}}', b"\xff\xfe"])
+def test_other_files_are_no_reports(
+    tiny_store: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_bytes(content)
+    for command in (
+        ["report", str(path)],
+        ["rd", str(tiny_store / "tiny"), "--data", str(tmp_path), "--out", str(path), "--device", "cpu"],
+    ):
+        assert main(command) == 1
+        assert f"ugicm-train: {path} is no rd.json" in capsys.readouterr().err
+    assert path.read_bytes() == content
+
+
 def test_insert_needs_its_marks(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text("nothing here")
@@ -419,6 +455,6 @@ def test_insert_needs_its_marks(tmp_path: Path) -> None:
 
 def test_unfinished_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rd.json"
-    path.write_text(json.dumps({"command": "ugicm-train rd"}))
+    path.write_text(json.dumps({"command": "ugicm-train rd", "codecs": {}}))
     with pytest.raises(ValueError, match="not finished"):
         report.run(_parse(report.add_arguments, path))

@@ -87,6 +87,10 @@ class TestTop1:
         assert judgements == {"red.png": True, "green.png": True, "blue.png": False}
         assert task.score(judgements) == pytest.approx(2 / 3)
 
+    def test_labels_of_a_spreadsheet(self, tmp_path: Path) -> None:
+        (tmp_path / "labels.csv").write_text("file,class_index\na.png,1\n", encoding="utf-8-sig")
+        assert read_labels(tmp_path / "labels.csv") == {"a.png": 1}
+
     def test_missing_pictures_are_named(self, colours: Path) -> None:
         task = Top1("colours", colour_scores, colours, {"red.png": 0, "gone.png": 1})
         with pytest.raises(ValueError, match=r"1 pictures of colours are missing.*gone\.png"):
@@ -202,6 +206,13 @@ class TestMeanIou:
         judgement = json.loads(json.dumps(task.judge("a.jpg", np.zeros((2, 4, 3), np.uint8))))
         # Class 0: 3 of 4 pixels; class 1: 2 of 4; class 2 is in no mask.
         assert task.score({"a.jpg": judgement}) == pytest.approx((3 / 4 + 2 / 4) / 2)
+
+    def test_only_pictures_are_pictures(self, tmp_path: Path) -> None:
+        save(tmp_path / "masks" / "a.png", np.zeros((2, 4), np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((2, 4, 3), np.uint8))
+        (tmp_path / "a.txt").write_text("what is known of it")
+        task = MeanIou("mask", lambda image: np.zeros((2, 4), np.uint8), tmp_path, tmp_path / "masks")
+        assert list(task.images()) == ["a.jpg"]
 
     def test_wrong_size_is_an_error(self, tmp_path: Path) -> None:
         save(tmp_path / "masks" / "a.png", np.zeros((2, 4), np.uint8))
@@ -648,6 +659,9 @@ def test_what_cannot_be_evaluated(
         (["--top1", "torchvision:resnet18", str(other)], "labels.csv: not rows of file, class_index"),
         (["--map", "fastestdet:x.onnx", str(other), str(other / "captions.json")], "has no categories"),
         (["--limit", "0"], "limit must be at least 1"),
+        (["--qualities", "500", "--jobs", "2"], "a quality must be in 1..100, got 500"),
+        (["--sheet-quality", "0"], "a quality must be in 1..100, got 0"),
+        (["--strengths", "0.5", "2"], "a strength must be in 0..1, got 2"),
     ):
         assert main([*command, *options]) == 1
         assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from ugicm_train.train import (
     DivergedError,
     Trainer,
     TrainOptions,
+    _psnr,
     learning_rate_factor,
     load_checkpoint,
     train,
@@ -148,8 +150,70 @@ def test_the_command_stops_cleanly_and_survives_kill(photos: Path, tmp_path: Pat
     process = start("--resume")
     wait_for_steps(process, saved)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    assert int(load_checkpoint(run)["step"]) > saved
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM
+    stopped = int(load_checkpoint(run)["step"])
+    assert stopped > saved
+    assert said == f"stopped at step {stopped}: go on with --resume\n"
+
+
+def test_a_resumed_run_is_of_its_checkpoint(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, config = tmp_path / "run", tmp_path / "config.json"
+    config.write_text(json.dumps({"model": TINY.to_dict()}))
+    command = ["run", "--data", str(photos), "--out", str(run), "--steps", "1", "--batch", "1"]
+    command += ["--crop", "64", "--device", "cpu"]
+    assert main([*command, "--config", str(config)]) == 0
+    # Equal or none: both are the checkpoint's.
+    assert main([*command, "--resume", "--config", str(config)]) == 0
+    assert main([*command, "--resume"]) == 0
+    assert load_checkpoint(run)["step"] == 3
+    config.write_text(json.dumps({"model": dataclasses.replace(TINY, decoder_blocks=1).to_dict()}))
+    for options, message in (
+        (["--config", str(config)], "another --config: decoder_blocks 2, got 1"),
+        (["--start", "ugicm-s"], "leave out --start"),
+    ):
+        assert main([*command, "--resume", *options]) == 1
+        assert message in capsys.readouterr().err
+    assert load_checkpoint(run)["step"] == 3
+
+
+def test_damaged_checkpoints_are_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, other = tmp_path / "checkpoint.pt", tmp_path / "other.pt"
+    torch.save([1, 2], other)
+    numbers = other.read_bytes()
+    torch.save({"average": tiny_trainable().state_dict(), "config": TINY.to_dict()}, other)
+    average = other.read_bytes()
+    resume = ["run", "--data", str(photos), "--out", str(tmp_path), "--steps", "1", "--device", "cpu"]
+    commands = (
+        ["export", str(tmp_path), str(tmp_path / "model")],
+        ["integer-cost", str(tmp_path), "--data", str(photos)],
+        [*resume, "--resume"],
+    )
+    half = average[: len(average) // 2]
+    for content in (b"", b"no checkpoint", bytes(3000), b"\x80\x02}q", half, numbers):
+        checkpoint.write_bytes(content)
+        for command in commands:
+            assert main(command) == 1
+            said = capsys.readouterr().err
+            assert said == f"ugicm-train: {checkpoint} is no checkpoint, or a damaged one\n"
+    checkpoint.write_bytes(average)
+    for command, lacks in ((commands[0], "step, minutes"), (commands[2], "step, minutes, model, adam")):
+        assert main(command) == 1
+        assert capsys.readouterr().err.endswith(f"{checkpoint} is no whole checkpoint: it lacks {lacks}\n")
+
+
+def test_a_full_disk_leaves_no_part_of_a_checkpoint(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    command = ["run", "--data", str(photos), "--out", str(tmp_path), "--steps", "1", "--batch", "1"]
+    assert main([*command, "--crop", "64", "--device", "cpu", "--decay", "0"]) == 1
+    assert f"cannot write {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log.csv"]
 
 
 def test_optimisers_share_out_all_parameters() -> None:
@@ -295,6 +359,16 @@ def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:
     trainer._check({"step": 100, "bpp": 2.0})
     with pytest.raises(DivergedError, match=r"step 150: 4\.7 bits per pixel, and has had 0\.7.*--matrix-lr"):
         trainer._check({"step": 150, "bpp": 4.7})
+    with pytest.raises(DivergedError, match=r"nan bits per pixel, and has had 0\.7"):
+        trainer._check({"step": 200, "bpp": math.nan})
+    with pytest.raises(DivergedError, match="step 50: inf bits per pixel; start again"):
+        Trainer(tiny_trainable(), OPTIONS, tmp_path)._check({"step": 50, "bpp": math.inf})
+
+
+def test_what_is_no_number_has_no_psnr() -> None:
+    assert _psnr(0.01) == pytest.approx(20)
+    assert _psnr(0.0) == math.inf  # a view that is not decoded
+    assert math.isnan(_psnr(math.nan))
 
 
 def test_a_batch_has_one_level() -> None:
@@ -344,13 +418,31 @@ def test_estimated_rate_is_the_real_rate(
         assert float(real_db) == pytest.approx(float(float_db), abs=0.1)
 
 
+def test_what_cannot_be_rated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (200, 63)).save(tmp_path / "flat.png")
+    for options, message in (
+        ([], f"{tmp_path / 'flat.png'} has a side of less than 64 pixels"),
+        (["--qualities", "10", "500"], "a quality must be in 1..100, got 500"),
+    ):
+        assert main(["integer-cost", str(tmp_path), "--data", str(tmp_path), *options]) == 1
+        said = capsys.readouterr()
+        assert message in said.err
+        assert not said.out
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="exactly one of minutes and steps"):
         TrainOptions()
     with pytest.raises(ValueError, match="minutes must be above 0, got 0"):
         TrainOptions(minutes=0.0)
-    with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
-        TrainOptions(steps=1, warmup_steps=-1)
+    for name in ("warmup_steps", "matrix_lr", "other_lr", "teacher_weight", "seed", "checkpoint_minutes"):
+        for value in (-1, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got {value}"):
+                dataclasses.replace(OPTIONS, **{name: value})
+        dataclasses.replace(OPTIONS, **{name: 0})
+    for name, value in (("clip", -1.0), ("clip", math.nan), ("threads", -3)):
+        with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
+            dataclasses.replace(OPTIONS, **{name: value})
     with pytest.raises(ValueError, match="multiple of 64"):
         TrainOptions(steps=1, crop=100)
     with pytest.raises(ValueError, match="machine_share"):
@@ -374,6 +466,13 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["export", str(tmp_path), str(tmp_path / "m")]) == 1
     assert "train first" in capsys.readouterr().err
     run = ["run", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--steps", "1"]
+    assert main([*run, "--device", "cpu"]) == 1
+    assert capsys.readouterr().err == f"ugicm-train: no photo in {tmp_path}\n"
+    assert main([*run, "--seed", "-1"]) == 1
+    assert "seed must be" in capsys.readouterr().err
+    for size in ("-1", "nan", "inf"):
+        assert main(["pack", str(tmp_path), "--out", str(tmp_path / "shards"), "--max-mb", size]) == 1
+        assert "max-mb must be finite and above 0" in capsys.readouterr().err
     assert main([*run, "--device", "toaster"]) == 1
     assert "device 'toaster' cannot be used here" in capsys.readouterr().err
     other = tmp_path / "other.json"
@@ -397,6 +496,7 @@ def test_a_model_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="no space left"):
         write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
     assert read_model(tmp_path).weights_sha256 == before.weights_sha256
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_training_needs_only_four_packages() -> None:

@@ -1,0 +1,1 @@
+"""The codec: networks, exact entropy coding, container, models on disk."""

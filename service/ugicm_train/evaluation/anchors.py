@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,15 +38,23 @@ class Point(NamedTuple):
 
 
 def read_anchors(path: Path) -> dict[str, list[Point]]:
-    """Points by codec, from a CSV with the columns codec, bpp, psnr_db and ms_ssim (may be empty)."""
+    """Points by codec, from a CSV with the columns codec, bpp, psnr_db and ms_ssim (may be empty).
+
+    Raises:
+        ValueError: a row that is no point of a curve; the message has it.
+    """
     codecs: dict[str, list[Point]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         for row in csv.DictReader(file):
             try:
                 ms_ssim = float(row["ms_ssim"]) if row.get("ms_ssim") else None
                 point = Point(float(row["bpp"]), float(row["psnr_db"]), ms_ssim)
+                if not (point.bpp > 0 and all(math.isfinite(value or 0.0) for value in point)):
+                    raise ValueError("a rate above 0 and finite values are needed")
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: not a row of codec, bpp, psnr_db, ms_ssim: {row}") from error
+                raise ValueError(
+                    f"{path}: not a row of codec, bpp, psnr_db, ms_ssim: {row} ({error})"
+                ) from error
             codecs.setdefault(row["codec"], []).append(point)
     return {codec: sorted(points) for codec, points in codecs.items()}
 

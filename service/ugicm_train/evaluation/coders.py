@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import PIL
 import PIL.Image
 from PIL import features
 
+from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm_train.evaluation.metrics import Image
 
 if TYPE_CHECKING:
@@ -44,10 +45,23 @@ class Coder:
     """(picture, bits per pixel) -> at most so many bits, or None where no quality spends about so many."""
 
 
+def checked_qualities(qualities: Iterable[float], *, least: int = 1) -> tuple[float, ...]:
+    """The different ones among qualities of ours, sorted.
+
+    Raises:
+        ValueError: one that there is not, or fewer than `least`.
+    """
+    chosen = tuple(sorted(set(qualities)))
+    if wrong := [quality for quality in chosen if not QUALITY_MIN <= quality <= QUALITY_MAX]:
+        raise ValueError(f"a quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {wrong[0]:g}")
+    if len(chosen) < least:
+        raise ValueError(f"at least {least} different qualities are needed, got {len(chosen)}")
+    return chosen
+
+
 def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAULT_QUALITIES) -> Coder:
     """Our codec; `folder` is where its model was loaded from."""
     from ugicm.codec.bitstream import peek
-    from ugicm.codec.config import QUALITY_MAX
     from ugicm.codec.errors import CodecError
     from ugicm.codec.store import read_model
     from ugicm_train.evaluation.estimate import CodeLength

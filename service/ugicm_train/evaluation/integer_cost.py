@@ -14,6 +14,7 @@ from ugicm.codec.conditioning import quality_to_level
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.store import read_model
 from ugicm_train.data import DataError, read_image
+from ugicm_train.evaluation.coders import checked_qualities
 from ugicm_train.evaluation.metrics import psnr_db
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.train import CHECKPOINT, load_checkpoint
@@ -36,21 +37,26 @@ def run(arguments: argparse.Namespace) -> int:
     files = sorted(arguments.data.glob("*.png"))
     if not files:
         raise DataError(f"no PNG picture in {arguments.data}")
-    state = load_checkpoint(arguments.run, arguments.checkpoint)
+    qualities = checked_qualities(arguments.qualities)
+    images = []
+    for file in files:
+        image = read_image(file)
+        if min(image.shape[:2]) < HYPER_STRIDE:
+            raise DataError(f"{file} has a side of less than {HYPER_STRIDE} pixels")
+        # Whole hyper positions, so that neither side pays for padding.
+        height, width = (side // HYPER_STRIDE * HYPER_STRIDE for side in image.shape[:2])
+        images.append(np.ascontiguousarray(image[:height, :width]))
+    state = load_checkpoint(arguments.run, arguments.checkpoint, needs=("average", "config"))
     twin = load_average(state)
     with TemporaryDirectory() as folder:
         write_model(Path(folder), twin.config, model_tensors(twin), {})
         codec = Codec(read_model(Path(folder)), device="cpu", precision="float32")
     print("| quality | float bpp | real bpp | rate | float dB | real dB |")
     print("|---:|---:|---:|---:|---:|---:|")
-    for quality in arguments.qualities:
+    for quality in qualities:
         rows = []
         level = torch.tensor([quality_to_level(quality, twin.config.levels)])
-        for file in files:
-            image = read_image(file)
-            # Whole hyper positions, so that neither side pays for padding.
-            height, width = (side // HYPER_STRIDE * HYPER_STRIDE for side in image.shape[:2])
-            image = np.ascontiguousarray(image[:height, :width])
+        for image in images:
             x = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
             output = twin(x, level, machine_count=0, noise=False)
             view = (output.human[0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
@@ -58,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append(
                 (
                     float(output.bpp),
-                    len(data) * 8 / (height * width),
+                    len(data) * 8 / (image.shape[0] * image.shape[1]),
                     psnr_db(image, view),
                     psnr_db(image, codec.decode([data])[0]),
                 )

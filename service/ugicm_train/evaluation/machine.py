@@ -37,7 +37,14 @@ import PIL.Image
 from ugicm_train.data import read_image
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels
-from ugicm_train.evaluation.coders import HUMAN_ONLY, PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.coders import (
+    HUMAN_ONLY,
+    PEERS,
+    Coder,
+    checked_qualities,
+    pillow_coder,
+    ugicm_coder,
+)
 from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine_report import (
     MAX_BPP,
@@ -489,12 +496,15 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [model_path(name) for name in (arguments.model, arguments.plain) if name]
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError(f"limit must be at least 1, got {arguments.limit}")
+    qualities = checked_qualities(arguments.qualities)
+    checked_qualities([arguments.sheet_quality])
+    strengths = sorted({0.0, 1.0, *arguments.strengths})
+    if wrong := [strength for strength in strengths if not 0 <= strength <= 1]:
+        raise ValueError(f"a strength must be in 0..1, got {wrong[0]:g}")
     part: Part | None = arguments.part
     if part is None:
         take_parts(arguments.out, measure_parts(arguments.argv, arguments.jobs))
     tasks = tasks_of(arguments)
-    strengths = sorted({0.0, 1.0, *arguments.strengths})
-    qualities = tuple(sorted(set(arguments.qualities)))
     ours, *plain = (
         ugicm_coder(load_codec(path, device=arguments.device, precision=arguments.precision), path, qualities)
         for path in paths

@@ -111,7 +111,9 @@ def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarge
 
 def read_images(folder: Path) -> list[Path]:
     """Picture files under a folder, sorted; ``ValueError`` where there are none."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
     if not paths:
         raise ValueError(f"no pictures in {folder}")
     return paths

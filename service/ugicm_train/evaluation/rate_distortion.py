@@ -29,6 +29,7 @@ from ugicm_train.evaluation.bdrate import bd_rate
 from ugicm_train.evaluation.coders import (
     DEFAULT_QUALITIES,
     PEERS,
+    checked_qualities,
     pillow_coder,
     refined_coder,
     ugicm_coder,
@@ -178,11 +179,26 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """What `write_report` wrote, finished or not.
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path} is no rd.json: {error}") from error
+    if not isinstance(report, dict) or "codecs" not in report:
+        raise ValueError(f"{path} is no rd.json")
+    return report
+
+
 def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement:
     """Results in an earlier rd.json that still hold: same machine, and only codecs of the same identity."""
     if not path.exists():
         return Measurement({}, [], [])
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_report(path)
     if report.get("format") != FORMAT or report["machine"] != machine:
         return Measurement({}, [], [])
     same = {name for name, identity in codecs.items() if report["codecs"].get(name) == identity}
@@ -222,11 +238,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
+    from ugicm.codec.refine import MAX_STEPS
     from ugicm.codec.store import load_codec, model_path
     from ugicm_train.evaluation.report import plot, table
 
     if arguments.refine_qualities and not arguments.refine:
         raise ValueError("--refine-qualities needs --refine STEPS")
+    if not 0 <= (arguments.refine or 0) <= MAX_STEPS:
+        raise ValueError(f"refine must be in 0..{MAX_STEPS} steps, got {arguments.refine}")
+    qualities = checked_qualities(arguments.qualities, least=2)
+    refined = checked_qualities(arguments.refine_qualities or qualities, least=2)
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -234,11 +255,10 @@ def run(arguments: argparse.Namespace) -> int:
     part_files = [part.file(out) for part in parts]
     folder = model_path(arguments.model)
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
-    ours = ugicm_coder(codec, folder, tuple(sorted(set(arguments.qualities))))
+    ours = ugicm_coder(codec, folder, qualities)
     own = [ours]
     if arguments.refine:
-        qualities = tuple(sorted(set(arguments.refine_qualities or arguments.qualities)))
-        own.append(refined_coder(ours, codec, arguments.refine, qualities))
+        own.append(refined_coder(ours, codec, arguments.refine, refined))
     coders = [*own, *map(pillow_coder, arguments.peers)]
     head = {
         "format": FORMAT,

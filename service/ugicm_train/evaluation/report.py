@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
-from ugicm_train.evaluation.rate_distortion import BPP_RANGES
+from ugicm_train.evaluation.rate_distortion import BPP_RANGES, read_report
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
@@ -217,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the tables into the given files, or print them, and draw the plot."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.reports]
+    reports = [read_report(path) for path in arguments.reports]
     for path, report in zip(arguments.reports, reports, strict=True):
         if "curves" not in report:
             raise ValueError(f"{path} is not finished; run its command again: {report['command']}")

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from ugicm_train.data import IMAGE_SUFFIXES
 from ugicm_train.evaluation.metrics import Image
 
 Judgement = Any
@@ -99,7 +100,7 @@ class Top1:
 
 def read_labels(path: Path) -> dict[str, int]:
     """Columns ``file`` and ``class_index`` of a CSV file; ``ValueError`` where it lacks them."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         try:
             return {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
         except (KeyError, TypeError, ValueError) as error:
@@ -255,7 +256,8 @@ class MeanIou:
     metric: str = "mIoU"
 
     def images(self) -> Mapping[str, Path]:
-        pictures = {path.stem: path for path in sorted(self.folder.iterdir()) if path.is_file()}
+        files = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        pictures = {path.stem: path for path in files if path.is_file()}
         masks = sorted(path.stem for path in self.masks.glob("*.png"))
         return {pictures[stem].name: pictures[stem] for stem in masks if stem in pictures}
 
