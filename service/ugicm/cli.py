@@ -9,6 +9,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -94,6 +96,11 @@ def _number(value: float | None) -> float | None:
     if value is not None and math.isnan(value):  # within any limits, as far as typer can see
         raise typer.BadParameter("nan is not a number")
     return value
+
+
+def _port(value: str | int) -> int:
+    """As the service reads it: what Kubernetes makes of ``UGICM_PORT`` does not count."""
+    return 8000 if re.match("(tcp|udp|sctp)://", str(value)) else int(value)
 
 
 def _print_version(wanted: bool) -> None:
@@ -244,6 +251,8 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ... (UGICM_DEVICE).")] = None,
 ) -> None:
     """Run the HTTP service until SIGTERM or Ctrl-C; UGICM_* variables set everything else."""
+    # The first process of a container ignores signals without a handler; until the server has its own:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     from ugicm.server.serve import serve as run
 
     run(_settings(host=host, port=port, model=model, model_store=model_store, device=device))
@@ -265,7 +274,9 @@ def check() -> None:
 @app.command()
 def health(
     host: Annotated[str, typer.Option(envvar="UGICM_HOST", help="Address of the service.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(envvar="UGICM_PORT", help="Its TCP port.")] = 8000,
+    port: Annotated[
+        int, typer.Option(envvar="UGICM_PORT", parser=_port, metavar="INTEGER", help="Its TCP port.")
+    ] = 8000,
 ) -> None:
     """Ask a running service whether it is ready; exits with 1 if not. For container health checks."""
     from ugicm.server.check import health as ask

@@ -125,8 +125,14 @@ class Polisher(Trainer):
         Raises:
             ValueError: it was another, which would become a third.
         """
+        record = state.get("record", {})
+        if missing := self.record.keys() - record.keys():
+            names = ", ".join(sorted(missing))
+            raise ValueError(
+                f"the checkpoint does not say its {names} (an earlier version wrote it): begin anew"
+            )
         for name, value in self.record.items():
-            if (was := state.get("record", {}).get(name)) != value:
+            if (was := record[name]) != value:
                 raise ValueError(f"the checkpoint is of a polish with {name} {was}, got {name} {value}")
         super().load(state)
 

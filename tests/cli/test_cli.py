@@ -23,6 +23,7 @@ import ugicm
 from ugicm.cli import app
 from ugicm.codec import bitstream
 from ugicm.codec.codec import Codec
+from ugicm.server.check import Finding
 from ugicm.server.settings import Settings
 
 
@@ -518,6 +519,15 @@ def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
     result = ugicm_("health")
     assert result.exit_code == 1
     assert f"http://127.0.0.1:{server.server_port}/readyz" in result.stderr
+    monkeypatch.setenv("UGICM_PORT", "tcp://10.96.0.7:80")  # of Kubernetes
+    asked = []
+    monkeypatch.setattr(
+        "ugicm.server.check.health", lambda *where: asked.append(where) or Finding("", True, "")
+    )
+    assert ugicm_("health").exit_code == 0
+    assert asked == [("127.0.0.1", 8000)]
+    monkeypatch.setenv("UGICM_PORT", "many")
+    assert ugicm_("health").exit_code == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["encode", "--help"], ["--version"], ["info", "FILE"]])

@@ -157,6 +157,26 @@ def test_offers_of_another_protocol_are_ignored(
             assert (answer.status, len(json.loads(answer.read())["id"])) == (200, 64)
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET /livez HTTP/1.0\r\nConnection: Upgrade\r\nUpgrade: other\r\n\r\n",
+        "GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close, Upgrade\r\nUpgrade: h2c\r\n\r\n",
+        "GET /livez HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n" * 1500,
+    ],
+    ids=["version 1.0", "last request", "many at once"],
+)
+def test_offers_that_end_or_repeat(start: Any, free_port: int, head: str) -> None:
+    service = start(keep_alive_s=1)
+    service.wait_until_ready()
+    with socket.create_connection(("127.0.0.1", free_port), timeout=60) as connection:
+        connection.sendall(head.encode())
+        received = b""
+        while data := connection.recv(1 << 16):
+            received += data
+    assert received.count(b"HTTP/1.1 200 OK") == head.count("GET")
+
+
 def test_requests_that_never_end_are_told_so(start: Any, photo: Any) -> None:
     service = start(drain_delay_s=0, shutdown_timeout_s=0)
     service.wait_until_ready()
@@ -178,15 +198,14 @@ def test_requests_that_never_end_are_told_so(start: Any, photo: Any) -> None:
     assert service.process.wait(60) == 0
 
 
-def test_a_stop_while_it_starts(tmp_path: Any) -> None:
+def test_a_stop_while_it_starts() -> None:
     """As the first process of a container, which has no other handler for SIGTERM."""
     code = (
         "import os, signal\n"
-        "from ugicm.server import serve\n"
-        "from ugicm.server.settings import Settings\n"
+        "from ugicm import cli\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "serve.load_model = lambda settings: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "serve.serve(Settings())\n"
+        "cli._settings = lambda **options: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli.serve()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr

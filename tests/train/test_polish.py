@@ -206,6 +206,11 @@ def test_a_resumed_polish_is_the_same(
     ):
         with pytest.raises(ValueError, match=message):
             polish(model, out, options, [data], work, resume=True, **(asked | change))
+    state = torch.load(work / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"record": {}}, work / "checkpoint.pt")
+    with pytest.raises(ValueError, match="does not say its restart, source, view"):
+        polish(source, out, options, [data], work, resume=True, **asked)
+    torch.save(state, work / "checkpoint.pt")
     assert polish(source, out, options, [data], work, resume=True, **asked) == 0
     (record,) = read_training(out)["polish"]
     assert (record["steps"], record["view"], record["restarted"]) == (3, "both", True)

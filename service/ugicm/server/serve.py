@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from httptools import HttpParserUpgrade
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ugicm.server import logs
@@ -55,10 +55,12 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
         def data_received(self, data: bytes) -> None:
             self._head_bytes += len(data)
             super().data_received(data)
-            if self._declined_at is not None:
-                data, self._declined_at = data[self._declined_at :], None
-                self.data_received(self._head() + data)
-                return
+            while self._declined_at is not None:
+                data, self._declined_at = self._head() + data[self._declined_at :], None
+                # A new parser, as after a connection's last message the old one takes no more.
+                self.parser = HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                super().data_received(data)
             if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
                 self.send_400_response("The request's head is too large.")
 
@@ -78,8 +80,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             Such an offer may be ignored (RFC 9110, 7.8), but the parser takes all that follows for that
             protocol's. So it gets the head once more, without the offer.
             """
-            offers = self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
-            return offers and not self._should_upgrade()
+            return self.parser.should_upgrade() and any(name == b"upgrade" for name, _ in self.headers)
 
         def _unsupported_upgrade_warning(self) -> None:
             if self._declines():
@@ -144,8 +145,6 @@ def serve(settings: Settings) -> None:
             port is taken.
     """
     logs.configure(settings)
-    # The first process of a container ignores signals that it has no handler for; the server brings its own.
-    usual = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app = create_app(settings, load_model(settings), open_cache(settings))
     except ValueError as error:
@@ -153,6 +152,7 @@ def serve(settings: Settings) -> None:
     config = uvicorn.Config(
         app,
         http=_bounded_connection(settings.transfer_timeout_s, settings.keep_alive_s),
+        ws="none",
         timeout_keep_alive=settings.keep_alive_s,
         host=settings.host,
         port=settings.port,
@@ -161,5 +161,4 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
-    signal.signal(signal.SIGTERM, usual or signal.SIG_DFL)
     _DrainingServer(config, app, settings.drain_delay_s).run()

@@ -72,7 +72,7 @@ function kilobytes(size) {
 
 async function encode() {
   if (!state.file) return;
-  const generation = ++state.generation;
+  const generation = ++state.generation, before = state.result;
   state.result = null; // until there is a new one, another preference has nothing to decode
   say("Encoding …");
   try {
@@ -83,7 +83,9 @@ async function encode() {
     state.result = { ...result, encode_ms: milliseconds(response) };
     await decode(generation);
   } catch (error) {
-    if (generation === state.generation) say(error.message, true);
+    if (generation !== state.generation) return;
+    state.result ??= before;
+    say(error.message, true);
   }
 }
 
@@ -189,6 +191,7 @@ async function open(file) {
     return;
   }
   state.file = file;
+  state.result = null;
   $("stage").hidden = $("facts").hidden = true; // they show another photo
   show("original", state.original);
   await encode();
