@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -158,6 +159,11 @@ def test_only_the_scheme_is_translated(url: str, host: str, password: str | None
 # Files
 
 
+def umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -199,6 +205,38 @@ async def test_the_limit_holds_over_files_of_an_earlier_process(tmp_path: Path) 
     await store(FileCache(tmp_path, 10_000), *(bytes([i]) * 900 for i in range(5)))
     await store(FileCache(tmp_path, 1000), b"new")
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 1000
+
+
+async def test_processes_that_share_a_folder_keep_its_limit(tmp_path: Path) -> None:
+    caches = [FileCache(tmp_path, 10_000) for _ in range(4)]
+    peak = 0
+    for i in range(60):
+        await store(caches[i % 4], bytes([i]) * 500)
+        peak = max(peak, sum(path.stat().st_size for path in files(tmp_path)))
+    assert peak <= 1.5 * 10_000
+
+
+async def test_files_that_others_own_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    cache = FileCache(tmp_path, 1000)
+    (id,) = await store(cache, b"bits")
+    assert files(tmp_path)[0].stat().st_mode & 0o777 == 0o666 & ~umask()
+    monkeypatch.setattr(os, "utime", refuse)
+    assert await cache.get(id) == b"bits"
+    assert await cache.put(id, b"bits") is True
+
+
+async def test_a_full_disk_fails_the_check(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            await FileCache(tmp_path, 1000).check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == []
 
 
 async def test_files_that_hang_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

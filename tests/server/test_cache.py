@@ -149,11 +149,16 @@ async def test_a_full_store_can_still_be_read() -> None:
         async def put(self, id: str, bitstream: bytes) -> bool | None:
             raise OSError(28, "No space left on device")
 
+        async def check(self) -> None:
+            raise OSError(28, "No space left on device")
+
     guarded = GuardedCache(Full(1000), Metrics(), timeout_s=1)
     for _ in range(2):
         with pytest.raises(CacheDownError):
             await guarded.put("a" * 64, b"bits")
+    assert await guarded.up() is False
     assert await guarded.get("b" * 64) is None
+    assert await guarded.delete("b" * 64) is False  # which may make room
 
 
 async def test_probes_do_not_wait_for_a_store_that_hangs(broken: BrokenCache) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import secrets
 import tempfile
 import threading
 import time
@@ -31,12 +33,16 @@ class FileCache:
     """Of its own: on a file system that hangs they hang, and nothing else may wait for them."""
     KEEP = 0.9
     """A sweep deletes until this part of the limit is left."""
+    PROBE_BYTES = 64 << 10
+    """What a check writes: an empty file has room on a full disk, too."""
     _STALE_S = 3600.0
     _TEMPORARY = ".part-"
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
         self._size: int | None = None
+        self._written = 0
+        """Bytes since the last sweep; others who share the folder may have written as many."""
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="files")
 
@@ -75,36 +81,46 @@ class FileCache:
             if bitstream_id(bitstream) != id:  # torn by a power failure, or edited
                 path.unlink()
                 return None
-            os.utime(path)
         except FileNotFoundError:
             return None
+        self._touch(path)
         return bitstream
 
     def _put(self, id: str, bitstream: bytes) -> bool | None:
         path = self._path(id)
         try:
             if path.read_bytes() == bitstream:  # else it is torn, and written anew
-                os.utime(path)
+                self._touch(path)
                 return True
         except FileNotFoundError:
             pass
         if len(bitstream) > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=self._TEMPORARY, dir=path.parent)
+        temporary = path.with_name(f"{self._TEMPORARY}{secrets.token_hex(8)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(bitstream)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         with self._lock:
+            self._written += len(bitstream)
             if self._size is not None:
                 self._size += len(bitstream)
-            if self._size is None or self._size > self._max_bytes:
-                self._size = self._sweep()
+            if (
+                self._size is None
+                or self._size > self._max_bytes
+                or self._written > (1 - self.KEEP) * self._max_bytes
+            ):
+                self._size, self._written = self._sweep(), 0
         return False
+
+    def _touch(self, path: Path) -> None:
+        """Note the use, where that can be noted: others may own the file, or the disk be read-only."""
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
     def _delete(self, id: str) -> bool:
         path = self._path(id)
@@ -120,8 +136,9 @@ class FileCache:
 
     def _check(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=self._TEMPORARY, dir=self._folder):
-            pass
+        with tempfile.NamedTemporaryFile(prefix=self._TEMPORARY, dir=self._folder) as file:
+            file.write(bytes(self.PROBE_BYTES))
+            file.flush()
 
     def _sweep(self) -> int:
         """Delete the longest unused files if all together are too large; bytes that are left."""

@@ -181,7 +181,8 @@ class GuardedCache:
         return await self._guarded(lambda: self._cache.put(id, bitstream), writes=True)
 
     async def delete(self, id: str) -> bool:
-        return await self._guarded(lambda: self._cache.delete(id), writes=True)
+        # A full store takes no more, but this makes room.
+        return await self._guarded(lambda: self._cache.delete(id), writes=True, if_full=True)
 
     async def up(self) -> bool:
         """Whether the store answers now, or did at last if that takes long; one check serves all who ask."""
@@ -197,11 +198,14 @@ class GuardedCache:
 
     async def _probe(self) -> None:
         with contextlib.suppress(CacheDownError):
-            await self._bounded(self._cache.check, writes=False)
+            await self._bounded(self._cache.check, writes=True)  # one that fails may still be read
             self._no_reads_until = self._no_writes_until = 0.0
 
-    async def _guarded(self, operation: Callable[[], Awaitable[Value]], *, writes: bool) -> Value:
-        if time.monotonic() < (self._no_writes_until if writes else self._no_reads_until):
+    async def _guarded(
+        self, operation: Callable[[], Awaitable[Value]], *, writes: bool, if_full: bool = False
+    ) -> Value:
+        paused_until = self._no_writes_until if writes and not if_full else self._no_reads_until
+        if time.monotonic() < paused_until:
             raise CacheDownError("the bitstream cache failed a moment ago")
         return await self._bounded(operation, writes=writes)
 

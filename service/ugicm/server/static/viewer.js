@@ -3,7 +3,8 @@
 const $ = (id) => document.getElementById(id);
 const PSNR_MAX_PIXELS = 4e6; // a larger picture would hold up the page
 const edges = [1 / 3, 2 / 3];
-const state = { file: null, original: null, result: null, generation: 0 };
+const state = { file: null, original: null, result: null, encoding: false };
+let current = new AbortController(); // of what the page does; what comes next ends it
 
 // Requests
 
@@ -13,12 +14,17 @@ function headers(more = {}) {
 }
 
 async function request(path, options = {}) {
-  const response = await fetch(path, { ...options, headers: headers(options.headers) });
+  const response = await fetch(path, { ...options, headers: headers(options.headers) }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new Error(`The server cannot be asked (${error.message}).`);
+  });
   if (response.ok) return response;
   if (response.status === 401 || response.status === 403) $("key-label").hidden = false;
   if (response.status === 401) throw new Error("This server asks for an API key.");
   const problem = await response.json().catch(() => ({}));
-  throw new Error(problem.detail || `the server answered ${response.status}`);
+  const error = new Error(problem.detail || `the server answered ${response.status}`);
+  error.status = response.status;
+  throw error;
 }
 
 function milliseconds(response) {
@@ -31,7 +37,12 @@ function milliseconds(response) {
 async function picture(blob) {
   const image = new Image();
   image.src = URL.createObjectURL(blob);
-  await image.decode();
+  try {
+    await image.decode();
+  } catch (error) {
+    URL.revokeObjectURL(image.src);
+    throw error;
+  }
   return image;
 }
 
@@ -70,51 +81,85 @@ function kilobytes(size) {
 
 // Encode, then decode both views
 
-async function encode() {
-  if (!state.file) return;
-  const generation = ++state.generation, before = state.result;
-  state.result = null; // until there is a new one, another preference has nothing to decode
-  say("Encoding …");
+async function attempt(work) {
+  current.abort();
+  const own = (current = new AbortController());
+  state.encoding = false;
   try {
-    const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body: state.file });
-    const result = await response.json();
-    if (generation !== state.generation) return;
-    if (!result.stored) throw new Error("the server’s cache did not keep the bitstream (it is down, or too small), so the views cannot be fetched by id");
-    state.result = { ...result, encode_ms: milliseconds(response) };
-    await decode(generation);
+    await work(own.signal);
   } catch (error) {
-    if (generation !== state.generation) return;
-    state.result ??= before;
+    if (own.signal.aborted) return;
+    state.encoding = false;
     say(error.message, true);
   }
 }
 
-async function view(strength) {
-  const response = await request(`bitstreams/${state.result.id}/image?strength=${strength}&format=png`);
+async function encode() {
+  if (!state.file) return;
+  await attempt(async (signal) => {
+    state.result = null;
+    state.encoding = true;
+    say("Encoding …");
+    const body = state.file;
+    const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body, signal });
+    const result = await response.json();
+    signal.throwIfAborted();
+    if (!result.stored) throw new Error("the server’s cache did not keep the bitstream (it is down, or too small), so the views cannot be fetched by id");
+    state.result = { ...result, encode_ms: milliseconds(response) };
+    state.encoding = false;
+    await decode(signal);
+  });
+}
+
+async function prefer() {
+  if (state.encoding) return; // it will ask for the views
+  if (!state.result) return encode(); // the last attempt failed
+  await attempt(async (signal) => {
+    try {
+      await decode(signal);
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      await encode(); // the server has dropped the bitstream
+    }
+  });
+}
+
+async function view(strength, signal) {
+  const path = `bitstreams/${state.result.id}/image?strength=${strength}&format=png`;
+  const response = await request(path, { signal });
   const image = await picture(await response.blob());
   return { image, ms: milliseconds(response) };
 }
 
-async function decode(generation) {
+async function decode(signal) {
   say("Decoding …");
-  const [human, machine] = await Promise.all([view(0), view($("strength").value)]);
-  if (generation !== state.generation) return;
+  const name = strengthName(), views = [];
+  try {
+    // One after the other: together they might be more pixels than the server takes.
+    for (const strength of [0, $("strength").value]) views.push(await view(strength, signal));
+    signal.throwIfAborted();
+  } catch (error) {
+    for (const { image } of views) URL.revokeObjectURL(image.src);
+    throw error;
+  }
+  const [human, machine] = views;
+  document.querySelector('.label[data-view="machine"]').textContent = name;
   show("human", human.image);
   show("machine", machine.image);
   $("stage").hidden = $("facts").hidden = false;
   layout();
-  facts(human, machine);
+  facts(human, machine, name);
   say("Drag the two borders: original | human | machine.");
 }
 
-function facts(human, machine) {
+function facts(human, machine, name) {
   const { size, bpp, width, height, id, encode_ms } = state.result;
   const rows = {
     Size: `${width} × ${height}`,
     "Original file": kilobytes(state.file.size),
     Bitstream: `${kilobytes(size)}, ${bpp.toFixed(3)} bpp`,
     "PSNR human": psnr(state.original, human.image),
-    [`PSNR ${strengthName()}`]: psnr(state.original, machine.image),
+    [`PSNR ${name}`]: psnr(state.original, machine.image),
     "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.ms.toFixed(0)} ms`,
     Id: id.slice(0, 12),
   };
@@ -171,8 +216,13 @@ document.querySelectorAll(".handle").forEach((handle) => {
     move(index, (event.clientX - box.left) / box.width);
   });
   handle.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -0.02, ArrowRight: 0.02 }[event.key];
-    if (step) move(index, edges[index] + step);
+    const steps = {
+      ArrowLeft: -0.02, ArrowDown: -0.02, PageDown: -0.1, Home: -1,
+      ArrowRight: 0.02, ArrowUp: 0.02, PageUp: 0.1, End: 1,
+    };
+    if (!(event.key in steps)) return;
+    event.preventDefault();
+    move(index, edges[index] + steps[event.key]);
   });
 });
 
@@ -184,29 +234,23 @@ function strengthName() {
 }
 
 async function open(file) {
-  try {
-    state.original = await picture(file);
-  } catch {
-    say(`${file.name} is not a picture that this browser can show`, true);
-    return;
-  }
-  state.file = file;
-  state.result = null;
-  $("stage").hidden = $("facts").hidden = true; // they show another photo
-  show("original", state.original);
-  await encode();
+  await attempt(async (signal) => {
+    const original = await picture(file).catch(() => {
+      throw new Error(`${file.name} is not a picture that this browser can show`);
+    });
+    if (signal.aborted) return URL.revokeObjectURL(original.src);
+    Object.assign(state, { file, original, result: null });
+    $("stage").hidden = $("facts").hidden = true; // they show another photo
+    show("original", original);
+    await encode();
+  });
 }
 
 $("file").addEventListener("change", () => $("file").files[0] && open($("file").files[0]));
 $("quality").addEventListener("input", () => { $("quality-value").textContent = $("quality").value; });
 $("quality").addEventListener("change", encode);
-$("strength").addEventListener("input", () => {
-  $("strength-value").textContent = strengthName();
-  document.querySelector('.label[data-view="machine"]').textContent = strengthName();
-});
-$("strength").addEventListener("change", () => {
-  if (state.result) decode(++state.generation).catch((error) => say(error.message, true));
-});
+$("strength").addEventListener("input", () => { $("strength-value").textContent = strengthName(); });
+$("strength").addEventListener("change", prefer);
 $("actual").addEventListener("change", layout);
 $("key").addEventListener("change", () => {
   describe();
