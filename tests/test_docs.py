@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -95,3 +96,35 @@ def test_requests_are_in_the_schema() -> None:
         path, _, query = url.removeprefix("http://127.0.0.1:8000").partition("?")
         known = {parameter["name"] for parameter in schema["paths"][path]["post"]["parameters"]}
         assert {pair.partition("=")[0] for pair in query.split("&") if pair} <= known, url
+
+
+MINUS = "\N{MINUS SIGN}"
+ROWS = {
+    "human view, labels": ("ugicm-s human", False),
+    "WebP, labels": ("webp", False),
+    "AVIF, labels": ("avif", False),
+    "human view": ("ugicm-s human", True),
+    "this codec before it had teachers": ("plain ugicm-s", True),
+    "WebP": ("webp", True),
+    "AVIF": ("avif", True),
+}
+"""First cell of the model card's rows: codec in ``tasks.json``, and whether the row is of agreement."""
+
+
+def test_the_card_says_what_was_measured() -> None:
+    folder = ROOT / "model_store/ugicm-s"
+    tasks = json.loads((folder / "tasks.json").read_text())["tasks"]
+    card = (folder / "README.md").read_text()
+    for row, (codec, agreement) in ROWS.items():
+        (cells,) = re.findall(rf"^\| {row} \| (.*) \|$", card, re.MULTILINE)
+        measured = [task for name, task in tasks.items() if ("agreement" in name) is agreement]
+        assert len(measured) == 3
+        for cell, task in zip(cells.split(" | "), measured, strict=True):
+            found = re.fullmatch(rf"([{MINUS}+][\d.]+) ± ([\d.]+) %", cell)
+            assert found, cell
+            for text, value in (
+                (found[1].replace(MINUS, "-"), task["bd_rate_percent"][codec]),
+                (found[2], task["bd_rate_error"][codec]),
+            ):
+                digits = len(text.partition(".")[2])
+                assert abs(float(text) - value) <= 0.51 / 10**digits, (row, cell, value)
