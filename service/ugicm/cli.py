@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from ugicm import __version__
 from ugicm.codec import bitstream
 from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, STORE_VARIABLE
+from ugicm.server.kubernetes import DEFAULT_PORT, port_or_default
 
 if TYPE_CHECKING:
     from ugicm.codec.codec import Codec
@@ -99,8 +99,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _port(value: str | int) -> int:
-    """As the service reads it: what Kubernetes makes of ``UGICM_PORT`` does not count."""
-    return 8000 if re.match("(tcp|udp|sctp)://", str(value)) else int(value)
+    return int(port_or_default(value))
 
 
 def _print_version(wanted: bool) -> None:
@@ -276,7 +275,7 @@ def health(
     host: Annotated[str, typer.Option(envvar="UGICM_HOST", help="Address of the service.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(envvar="UGICM_PORT", parser=_port, metavar="INTEGER", help="Its TCP port.")
-    ] = 8000,
+    ] = DEFAULT_PORT,
 ) -> None:
     """Ask a running service whether it is ready; exits with 1 if not. For container health checks."""
     from ugicm.server.check import health as ask

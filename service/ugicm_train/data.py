@@ -49,6 +49,11 @@ def _decode(path: Path) -> Tensor:
     return torch.from_numpy(read_image(path)).permute(2, 0, 1).contiguous()
 
 
+def is_picture(path: Path) -> bool:
+    """Whether it is a file that is called like a picture."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
 def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
@@ -57,7 +62,7 @@ def _files(source: Path) -> list[Path]:
     return sorted(
         path
         for path in source.rglob("*")
-        if (path.name.endswith(SHARD_SUFFIX) or path.suffix.lower() in IMAGE_SUFFIXES) and path.is_file()
+        if is_picture(path) or (path.name.endswith(SHARD_SUFFIX) and path.is_file())
     )
 
 

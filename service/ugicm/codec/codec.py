@@ -38,7 +38,7 @@ from ugicm.codec.inference import (
     Sides,
 )
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, bounded, moved
-from ugicm.codec.refine import MAX_STEPS, Frame, Refiner
+from ugicm.codec.refine import Frame, Refiner, check_steps
 from ugicm.codec.soften import TAKEN, size_of, soften, worse_than_blurred
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
@@ -202,7 +202,7 @@ class Codec:
         qualities = _spread(quality, len(images), "quality")
         for image in images:
             self._check_image(image)
-        _check_refine(refine)
+        check_steps(refine)
         headers = [self._header(*each) for each in zip(images, qualities, strict=True)]
         small = [i for i, header in enumerate(headers) if not refine and not header.tile_side]
         out: list[bytes | None] = [None] * len(images)
@@ -259,7 +259,7 @@ class Codec:
         if (max_bytes is None) == (target_bpp is None):
             raise CodecError("give exactly one of max_bytes and target_bpp")
         self._check_image(image)
-        _check_refine(refine)
+        check_steps(refine)
         if max_bytes is None:
             assert target_bpp is not None
             if not target_bpp > 0:
@@ -611,11 +611,6 @@ class Codec:
             return data
         exact = self._serialise_lossless(header, image)
         return exact if len(exact) <= len(data) else data
-
-
-def _check_refine(steps: int) -> None:
-    if not 0 <= steps <= MAX_STEPS:
-        raise CodecError(f"refine must be in 0..{MAX_STEPS} steps, got {steps}")
 
 
 def _scaled(positions: slice) -> slice:

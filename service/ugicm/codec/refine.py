@@ -18,6 +18,7 @@ from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.device import without_autocast
 from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
+from ugicm.codec.errors import CodecError
 from ugicm.codec.networks import Synthesis
 
 MAX_STEPS = 10_000
@@ -27,6 +28,12 @@ BETAS = (0.7, 0.95)
 WARMEST, COLDEST = 0.5, 0.15
 """Temperatures. The coldest is reached before the end: `COOLED` of the way."""
 COOLED = 0.85
+
+
+def check_steps(steps: int) -> None:
+    """``CodecError`` for a number of steps out of 0..`MAX_STEPS`."""
+    if not 0 <= steps <= MAX_STEPS:
+        raise CodecError(f"refine must be in 0..{MAX_STEPS} steps, got {steps}")
 
 
 class Frame(NamedTuple):

@@ -10,6 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ugicm.server.kubernetes import DEFAULT_PORT, VARIABLES
+
 if TYPE_CHECKING:
     from ugicm.server.engine import Codec
     from ugicm.server.settings import Settings
@@ -26,7 +28,7 @@ class Finding(NamedTuple):
     detail: str
 
 
-def health(host: str = "127.0.0.1", port: int = 8000, *, timeout_s: float = 5.0) -> Finding:
+def health(host: str = "127.0.0.1", port: int = DEFAULT_PORT, *, timeout_s: float = 5.0) -> Finding:
     """Ask the service at this address whether it is ready; standard library only, so it starts at once."""
     # Where it listens on all interfaces; we are on the same host.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)  # noqa: S104
@@ -63,13 +65,13 @@ def check(settings: Settings) -> Iterator[Finding]:
 
 def _check_names() -> Finding:
     """Variables with our prefix that no setting reads: most likely misspelt."""
-    from ugicm.server.settings import KUBERNETES, PREFIX, Settings, setting
+    from ugicm.server.settings import PREFIX, Settings, setting
 
     known = {setting(field) for field in Settings.model_fields}
     unknown = sorted(
         name
         for name in os.environ
-        if name.startswith(PREFIX) and name not in known and not KUBERNETES.fullmatch(name)
+        if name.startswith(PREFIX) and name not in known and not VARIABLES.fullmatch(name)
     )
     if unknown:
         return Finding("settings", False, f"no setting reads {', '.join(unknown)}")

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from ugicm.server.kubernetes import DEFAULT_PORT, port_or_default
+
 PREFIX = "UGICM_"
-KUBERNETES = re.compile(rf"{PREFIX}(PORT|SERVICE)_.*")
-"""Besides ``UGICM_PORT``, variables that Kubernetes sets in every pod where a Service is called ``ugicm``."""
 
 
 def _split(value: object) -> object:
@@ -20,11 +20,6 @@ def _split(value: object) -> object:
     if isinstance(value, str):
         return tuple(part for item in value.split(",") if (part := item.strip()))
     return value
-
-
-def _no_link(value: object) -> object:
-    """Port 8000 instead of what Kubernetes makes of ``UGICM_PORT`` (see `KUBERNETES`): ``tcp://10.0.0.7:8000``."""
-    return 8000 if isinstance(value, str) and re.match("(tcp|udp|sctp)://", value) else value
 
 
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
@@ -50,7 +45,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` for all interfaces (the container image sets that)."""
-    port: Annotated[int, BeforeValidator(_no_link)] = Field(default=8000, ge=0, le=65535)
+    port: Annotated[int, BeforeValidator(port_or_default)] = Field(default=DEFAULT_PORT, ge=0, le=65535)
     """TCP port to listen on; 0 lets the system choose one."""
 
     model: str = "ugicm-s"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ugicm_train.data import IMAGE_SUFFIXES, read_image
+from ugicm_train.data import is_picture, read_image
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import Image
@@ -111,9 +111,7 @@ def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarge
 
 def read_images(folder: Path) -> list[Path]:
     """Picture files under a folder, sorted; ``ValueError`` where there are none."""
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    )
+    paths = sorted(filter(is_picture, folder.rglob("*")))
     if not paths:
         raise ValueError(f"no pictures in {folder}")
     return paths

@@ -238,14 +238,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
-    from ugicm.codec.refine import MAX_STEPS
+    from ugicm.codec.refine import check_steps
     from ugicm.codec.store import load_codec, model_path
     from ugicm_train.evaluation.report import plot, table
 
     if arguments.refine_qualities and not arguments.refine:
         raise ValueError("--refine-qualities needs --refine STEPS")
-    if not 0 <= (arguments.refine or 0) <= MAX_STEPS:
-        raise ValueError(f"refine must be in 0..{MAX_STEPS} steps, got {arguments.refine}")
+    check_steps(arguments.refine or 0)
     qualities = checked_qualities(arguments.qualities, least=2)
     refined = checked_qualities(arguments.refine_qualities or qualities, least=2)
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}

@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from ugicm_train.data import IMAGE_SUFFIXES
+from ugicm_train.data import is_picture
 from ugicm_train.evaluation.metrics import Image
 
 Judgement = Any
@@ -256,8 +256,7 @@ class MeanIou:
     metric: str = "mIoU"
 
     def images(self) -> Mapping[str, Path]:
-        files = sorted(path for path in self.folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        pictures = {path.stem: path for path in files if path.is_file()}
+        pictures = {path.stem: path for path in sorted(filter(is_picture, self.folder.iterdir()))}
         masks = sorted(path.stem for path in self.masks.glob("*.png"))
         return {pictures[stem].name: pictures[stem] for stem in masks if stem in pictures}
 
