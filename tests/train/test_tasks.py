@@ -91,6 +91,11 @@ class TestTop1:
         (tmp_path / "labels.csv").write_text("file,class_index\na.png,1\n", encoding="utf-8-sig")
         assert read_labels(tmp_path / "labels.csv") == {"a.png": 1}
 
+    def test_labels_that_no_score_belongs_to(self, colours: Path) -> None:
+        task = Top1("colours", colour_scores, colours, {"red.png": 3})
+        with pytest.raises(ValueError, match=r"red\.png has class 3, colours gives scores of 0 to 2"):
+            task.judge("red.png", np.zeros((8, 8, 3), np.uint8))
+
     def test_missing_pictures_are_named(self, colours: Path) -> None:
         task = Top1("colours", colour_scores, colours, {"red.png": 0, "gone.png": 1})
         with pytest.raises(ValueError, match=r"1 pictures of colours are missing.*gone\.png"):
@@ -141,6 +146,29 @@ class TestBoxMap:
 
     def test_only_judged_pictures_count(self, instances: Path) -> None:
         assert self.score(instances, {"1.png": [10.0, 10, 50, 40]}) == pytest.approx(1)
+
+    def test_numbers_from_zero_and_what_may_be_left_out(self, instances: Path) -> None:
+        content = json.loads(instances.read_text())
+        for index, annotation in enumerate(content["annotations"]):
+            annotation["id"] = index  # for pycocotools, 0 is no object
+            del annotation["iscrowd"], annotation["area"]
+        instances.write_text(json.dumps(content))
+        right = {"1.png": [10.0, 10, 50, 40], "2.png": [5.0, 20, 35, 50]}
+        assert self.score(instances, right) == pytest.approx(1)
+
+    def test_a_plain_tuple_is_as_good(self, instances: Path) -> None:
+        box = np.array([[10.0, 10, 50, 40]])
+        task = BoxMap("boxes", lambda image: (box, np.ones(1), np.array([1])), instances.parent, instances)
+        assert task.judge("1.png", np.zeros((60, 80, 3), np.uint8)) == [[1, 1.0, 10.0, 10.0, 50.0, 40.0]]
+
+    def test_classes_and_sizes_that_do_not_fit(self, instances: Path) -> None:
+        for found in (2, -1):
+            with pytest.raises(ValueError, match=rf"boxes found class {found} in 1\.png.*has 2 categories"):
+                self.score(instances, {"1.png": [10.0, 10, 50, 40]}, classes=found)
+        nothing = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
+        task = BoxMap("boxes", lambda image: nothing, instances.parent, instances)
+        with pytest.raises(ValueError, match=r"1\.png is 60x80 \(turned upright\).* of 80x60"):
+            task.judge("1.png", np.zeros((80, 60, 3), np.uint8))
 
     def test_nothing_found(self, instances: Path) -> None:
         empty = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, np.int64))
@@ -214,6 +242,27 @@ class TestMeanIou:
         task = MeanIou("mask", lambda image: np.zeros((2, 4), np.uint8), tmp_path, tmp_path / "masks")
         assert list(task.images()) == ["a.jpg"]
 
+    def test_masks_are_no_pictures_of_their_own(self, tmp_path: Path) -> None:
+        save(tmp_path / "a.png", np.zeros((2, 4), np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((2, 4, 3), np.uint8))
+        task = MeanIou("mask", lambda image: np.zeros((2, 4), np.uint8), tmp_path, tmp_path)
+        assert list(task.images()) == ["a.jpg"]
+        save(tmp_path / "a.webp", np.zeros((2, 4, 3), np.uint8))
+        with pytest.raises(ValueError, match=r"a\.png is the mask of two pictures, a\.jpg and a\.webp"):
+            task.images()
+
+    def test_as_many_classes_as_are_said(self, tmp_path: Path) -> None:
+        save(tmp_path / "masks" / "a.png", np.array([[149, 255]], np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((1, 2, 3), np.uint8))
+        for classes in (150, 21):
+            seen = np.array([[149, 0]])
+            task = MeanIou("mask", lambda image, seen=seen: seen, tmp_path, tmp_path / "masks", classes)
+            if classes == 150:
+                assert task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8)) == [[149, 149, 1]]
+                continue
+            with pytest.raises(ValueError, match=r"a\.jpg has class 149, of 21 classes; --classes"):
+                task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8))
+
     def test_wrong_size_is_an_error(self, tmp_path: Path) -> None:
         save(tmp_path / "masks" / "a.png", np.zeros((2, 4), np.uint8))
         save(tmp_path / "a.jpg", np.zeros((2, 4, 3), np.uint8))
@@ -235,14 +284,22 @@ class TestMeanIou:
 
 
 class TestRuntimes:
-    def onnx_model(self, path: Path, nodes: list[Any], out_shape: list[int], extra: list[Any]) -> Path:
+    def onnx_model(
+        self,
+        path: Path,
+        nodes: list[Any],
+        out_shape: list[int],
+        extra: list[Any],
+        in_shape: tuple[int, ...] = (1, 3, 16, 16),
+        out_type: int = 1,
+    ) -> Path:
         from onnx import TensorProto, checker, helper, save_model
 
         graph = helper.make_graph(
             nodes,
             "tiny",
-            [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, 16, 16])],
-            [helper.make_tensor_value_info("out", TensorProto.FLOAT, out_shape)],
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, list(in_shape))],
+            [helper.make_tensor_value_info("out", out_type, out_shape)],
             extra,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
@@ -280,6 +337,51 @@ class TestRuntimes:
         assert (classes[:, :30] == 0).all()
         assert (classes[:, 34:] == 2).all()
 
+    def test_onnx_class_map_with_its_axis_kept(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        onnx = pytest.importorskip("onnx")
+        node = onnx.helper.make_node("ArgMax", ["images"], ["out"], axis=1)  # keepdims=1
+        kind = onnx.TensorProto.INT64
+        model = self.onnx_model(tmp_path / "map.onnx", [node], [1, 1, 16, 16], [], out_type=kind)
+        blue = np.full((16, 16, 3), (0, 0, 255), np.uint8)
+        assert (adaptors.load_segmenter(str(model))(blue) == 2).all()
+
+    @pytest.mark.parametrize("shape", [(8, 3, 16, 16), (1, 3, 16, 32), (1, 16, 16, 3), (1, 3)])
+    def test_onnx_models_of_another_input(self, tmp_path: Path, shape: tuple[int, ...]) -> None:
+        pytest.importorskip("onnxruntime")
+        node = pytest.importorskip("onnx").helper.make_node("Identity", ["images"], ["out"])
+        model = self.onnx_model(tmp_path / "net.onnx", [node], list(shape), [], shape)
+        with pytest.raises(adaptors.NetworkError, match=r"expected tensor\(float\) of \(1, 3, side, side\)"):
+            adaptors.load_classifier(str(model))
+
+    def test_networks_of_another_kind(self, tmp_path: Path) -> None:
+        pytest.importorskip("onnxruntime")
+        helper = pytest.importorskip("onnx").helper
+        copy, mean = tmp_path / "copy.onnx", tmp_path / "mean.onnx"
+        self.onnx_model(copy, [helper.make_node("Identity", ["images"], ["out"])], [1, 3, 16, 16], [])
+        node = helper.make_node("ReduceMean", ["images"], ["out"], axes=[2, 3], keepdims=0)
+        self.onnx_model(mean, [node], [1, 3], [])
+        picture = np.zeros((16, 16, 3), np.uint8)
+        with pytest.raises(adaptors.NetworkError, match="a classifier gives one score for each class"):
+            adaptors.load_classifier(str(copy))(picture)
+        with pytest.raises(adaptors.NetworkError, match="a segmenter gives a map"):
+            adaptors.load_segmenter(str(mean))(picture)
+        with pytest.raises(adaptors.NetworkError, match="FastestDet takes 352x352"):
+            adaptors.load_detector(f"fastestdet:{copy}", None)
+
+    def test_weights_beside_a_model_are_of_its_identity(self, tmp_path: Path) -> None:
+        (tmp_path / "net.onnx").write_bytes(b"graph")
+        identities = set()
+        for weights in (None, b"old", b"new"):
+            if weights is not None:
+                (tmp_path / "net.onnx.data").write_bytes(weights)
+            identities.add(adaptors.identity_of(str(tmp_path / "net.onnx")))
+        assert len(identities) == 3
+
+    def test_class_maps_of_many_classes(self) -> None:
+        classes = adaptors.to_original(np.full((2, 2), 299), np.zeros((4, 4, 3), np.uint8))
+        assert (classes == 299).all()
+
     def test_lite_rt_classifier_and_segmenter(self, tmp_path: Path, colours: Path) -> None:
         pytest.importorskip("ai_edge_litert")
         pytest.importorskip("flatbuffers")
@@ -292,6 +394,22 @@ class TestRuntimes:
         classes = adaptors.load_segmenter(str(largest))(blue)
         assert classes.shape == blue.shape[:2]
         assert (classes == 2).all()
+
+    def test_lite_rt_scores_are_what_their_integers_mean(self, tmp_path: Path) -> None:
+        pytest.importorskip("ai_edge_litert")
+        pytest.importorskip("flatbuffers")
+        (tmp_path / "means.tflite").write_bytes(lite_rt_model("MEAN", scale=0.5, zero=10))
+        scores = adaptors.load_classifier(str(tmp_path / "means.tflite"))(np.full((16, 16, 3), 30, np.uint8))
+        assert scores.tolist() == [10.0, 10.0, 10.0]
+
+    @pytest.mark.parametrize("free", ["side", "layout"])
+    def test_lite_rt_models_of_another_input(self, tmp_path: Path, free: str) -> None:
+        pytest.importorskip("ai_edge_litert")
+        pytest.importorskip("flatbuffers")
+        shape = (1, -1, -1, 3) if free == "side" else (1, 3, 16, 16)
+        (tmp_path / "net.tflite").write_bytes(lite_rt_model("MEAN", shape=shape))
+        with pytest.raises(adaptors.NetworkError, match=r"expected \(1, side, side, 3\)"):
+            adaptors.load_classifier(str(tmp_path / "net.tflite"))
 
     def test_fastestdet_reads_its_grid(self, tmp_path: Path) -> None:
         """A network that always answers with one object, whatever it sees."""
@@ -317,7 +435,15 @@ class TestRuntimes:
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
         onnx.save_model(model, tmp_path / "det.onnx")
-        detect = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", [])
+        detect = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", None)
+        renumbered = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", ["cat", "horse"])
+        assert renumbered(np.zeros((220, 440, 3), np.uint8)).classes.tolist() == [1]
+        cats = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", ["cat"])
+        assert len(cats(np.zeros((220, 440, 3), np.uint8)).scores) == 0
+        with pytest.raises(
+            adaptors.NetworkError, match=r"none of the annotations' categories \(Cat, Horse\)"
+        ):
+            adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", ["Cat", "Horse"])
         boxes, scores, classes, masks = detect(np.zeros((220, 440, 3), np.uint8))
         assert masks is None
         assert classes.tolist() == [17]
@@ -356,6 +482,18 @@ class TestRuntimes:
         assert classify(np.full((4, 4, 3), 7, np.uint8)).tolist() == [7, 7, 7]
         with pytest.raises(adaptors.NetworkError, match="no function 'dark'"):
             adaptors.load_classifier(f"{file}:dark")
+        (tmp_path / "beside_mine.py").write_text("answer = 3\n")
+        file.write_text(
+            "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+            "from beside_mine import answer\n"
+            "@dataclass\nclass Network:\n    value: int\n"
+            "    def __call__(self, image):\n        return self.value\n"
+            "def bright():\n    return Network(answer)\n"
+        )
+        assert adaptors.load_classifier(f"{file}:bright")(np.zeros((4, 4, 3), np.uint8)) == 3
+        (tmp_path / "lacking.py").write_text("import no_such_thing\n")
+        with pytest.raises(adaptors.NetworkError, match=r"lacking\.py cannot be imported: .*no_such_thing"):
+            adaptors.load_classifier(f"{tmp_path / 'lacking.py'}:network")
         before = adaptors.identity_of(f"{file}:bright")
         file.write_text("def bright():\n    return lambda image: image.max((0, 1))\n")
         assert (changed := adaptors.identity_of(f"{file}:bright")) != before
@@ -365,8 +503,13 @@ class TestRuntimes:
         assert adaptors.identity_of(f"{elsewhere}:bright") == changed
 
 
-def lite_rt_model(operator: str) -> bytes:
-    """A LiteRT model on uint8 (1, 16, 16, 3): MEAN over the places, or ARG_MAX over the channels."""
+def lite_rt_model(
+    operator: str, *, scale: float = 1.0, zero: int = 0, shape: tuple[int, ...] = (1, 16, 16, 3)
+) -> bytes:
+    """A LiteRT model on uint8: MEAN over the places, or ARG_MAX over the channels.
+
+    ``scale`` and ``zero``: what the integers mean; ``shape`` of the input, -1 where it is free.
+    """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -375,7 +518,7 @@ def lite_rt_model(operator: str) -> bytes:
         out.name, out.shape, out.type, out.buffer = name, shape, kind, buffer
         if kind == schema.TensorType.UINT8:
             out.quantization = schema.QuantizationParametersT()
-            out.quantization.scale, out.quantization.zeroPoint = [1.0], [0]
+            out.quantization.scale, out.quantization.zeroPoint = [scale], [zero]
         return out
 
     kinds = schema.TensorType
@@ -387,10 +530,11 @@ def lite_rt_model(operator: str) -> bytes:
     )
     subgraph = schema.SubGraphT()
     subgraph.tensors = [
-        tensor("in", [1, 16, 16, 3], kinds.UINT8, 0),
+        tensor("in", [abs(side) for side in shape], kinds.UINT8, 0),
         tensor("axes", list(axes.shape), kinds.INT32, 1),
         answer,
     ]
+    subgraph.tensors[0].shapeSignature = list(shape)
     subgraph.inputs, subgraph.outputs = [0], [2]
     step = schema.OperatorT()
     step.opcodeIndex, step.inputs, step.outputs = 0, [0, 1], [2]
@@ -429,7 +573,7 @@ class TestTorchvision:
         pytest.importorskip("torchvision")
         torch.manual_seed(0)
         name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-        model, weights = adaptors.torchvision_network(name, pretrained=False)
+        model, weights = adaptors.torchvision_network(name, "detector", pretrained=False)
         answer = {
             "boxes": torch.tensor([[0.0, 0, 5, 5], [1, 1, 9, 9], [2, 2, 3, 3]]),
             "scores": torch.tensor([0.9, 0.8, 0.7]),
@@ -459,8 +603,10 @@ class TestTorchvision:
 
     def test_unknown_and_unreachable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         models = pytest.importorskip("torchvision").models
-        with pytest.raises(adaptors.NetworkError, match="no model 'resnet1001'"):
+        with pytest.raises(adaptors.NetworkError, match="no classifier 'resnet1001'"):
             adaptors.load_classifier("torchvision:resnet1001")
+        with pytest.raises(adaptors.NetworkError, match="no classifier 'fcn_resnet50'"):
+            adaptors.load_classifier("torchvision:fcn_resnet50")
 
         def refuse(name: str, **options: object) -> None:
             raise OSError("no route")
@@ -522,6 +668,26 @@ class TestJournal:
         other = Journal(path, {"task": "1", "codec": "2"})
         assert other.get(key) is None
         other.close()
+
+    def test_keeps_what_another_run_asked_for(self, tmp_path: Path) -> None:
+        path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
+        whole = {"task": "1", "codec": "1", "peer": "1"}
+        pictures = {"task": {"a.png": "same"}}
+        first = Journal(path, whole, pictures)
+        first.add(key, Entry(0.5, 30.0, True))
+        first.add(key._replace(codec="peer"), Entry(0.1, 20.0, True))
+        first.close()
+        for identities, of in (({"task": "1", "codec": "1"}, pictures), ({"other": "1", "peer": "1"}, None)):
+            between = Journal(path, identities, of)
+            assert between.get(key._replace(codec="peer")) is None
+            between.close()
+        again = Journal(path, whole, pictures)
+        assert again.get(key) == Entry(0.5, 30.0, True)
+        assert again.get(key._replace(codec="peer")) == Entry(0.1, 20.0, True)
+        again.close()
+        assert len(path.read_text().splitlines()) == 2
+        Journal(path, {"other": "1", "peer": "2"}).close()  # another peer of that name
+        assert len(path.read_text().splitlines()) == 1
 
     def test_forgets_replaced_pictures(self, tmp_path: Path) -> None:
         path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
@@ -648,7 +814,11 @@ def test_judgements_by_other_labels_are_not_reused(
 
 
 def test_what_cannot_be_evaluated(
-    tmp_path: Path, colours: Path, tiny_store: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    colours: Path,
+    colour_network: str,
+    tiny_store: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -657,7 +827,12 @@ def test_what_cannot_be_evaluated(
     command = ["evaluate", str(tiny_store / "tiny"), "--out", str(tmp_path / "out")]
     for options, message in (
         (["--top1", "torchvision:resnet18", str(other)], "labels.csv: not rows of file, class_index"),
-        (["--map", "fastestdet:x.onnx", str(other), str(other / "captions.json")], "has no categories"),
+        (["--map", "fastestdet:x.onnx", str(other), str(other / "captions.json")], "it is no COCO file"),
+        (["--agree", "classes", "x.onnx", str(tmp_path)], "whose pictures are judged: give another"),
+        (
+            ["--top1", colour_network, str(colours), "--sheet-images", str(other)],
+            "no pictures in",
+        ),
         (["--limit", "0"], "limit must be at least 1"),
         (["--qualities", "500", "--jobs", "2"], "a quality must be in 1..100, got 500"),
         (["--sheet-quality", "0"], "a quality must be in 1..100, got 0"),
@@ -691,6 +866,20 @@ def test_jobs_judge_the_same(tmp_path: Path, colours: Path, colour_network: str,
     assert not list((tmp_path / "two").glob("*part*"))
     lines = [(tmp_path / name / "judgements.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert sorted(lines[0]) == sorted(lines[1])
+
+    # What a killed run of three left is taken, whatever this one's number.
+    left = tmp_path / "three" / "judgements.part-1-of-3.jsonl"
+    left.parent.mkdir()
+    rows = [json.loads(line) for line in lines[0]]
+    for row in rows:
+        row["entry"][0] = 0.123456  # bits per pixel
+    left.write_text("\n".join([*map(json.dumps, rows), '{"key": ["col']))
+    assert main([*command, str(tmp_path / "three")]) == 0
+    three = json.loads((tmp_path / "three" / "machine.json").read_text())
+    points = [p for task in three["tasks"].values() for line in task["curves"].values() for p in line]
+    # What its rates then leave to be measured is new.
+    assert {p["bpp"] for p in points if p["quality"] <= 50} == {0.123456}
+    assert not list((tmp_path / "three").glob("*part*"))
 
 
 def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
@@ -749,6 +938,11 @@ class TestAgreement:
         assert 0 < task.score({"red.png": moved, "blue.png": same["blue.png"]}) < 0.6
         assert task.score({"red.png": moved}) == 0
         assert task.score({"red.png": [[], moved[1]]}) == 0
+        judged = same | {"red.png": moved, "green.png": [[], moved[1]]}
+        parts = [["red.png"], ["blue.png"], ["green.png"], ["blue.png", "red.png"], list(judged)]
+        expected = [task.score({name: judged[name] for name in part}) for part in parts]
+        assert task.scores(judged, parts) == expected
+        assert expected[:3] == [0, pytest.approx(1), 0]
 
     def test_pixels_of_objects(self, colours: Path) -> None:
         def segment(image: Image) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ GREY = 128
 """Fills what a segmenter's square input has beside the picture."""
 MASK_MIN = 0.5
 """Pixels of an object are those that the network gives at least so much."""
+OTHERWISE = "other networks need a function of your own: FILE.py:FUNCTION"
+"""What an error about a network's file says at its end."""
 
 Array = NDArray[Any]
 
@@ -72,9 +75,9 @@ def normalised(image: Image) -> NDArray[np.float32]:
     return x.transpose(2, 0, 1)[None]
 
 
-def to_original(classes: Array, image: Image) -> NDArray[np.uint8]:
+def to_original(classes: Array, image: Image) -> NDArray[np.int32]:
     """Class map resized to the size of the picture, nearest neighbour."""
-    picture = PIL.Image.fromarray(classes.astype(np.uint8))
+    picture = PIL.Image.fromarray(classes.astype(np.int32))
     size = (image.shape[1], image.shape[0])
     return np.asarray(picture.resize(size, PIL.Image.Resampling.NEAREST))
 
@@ -101,7 +104,11 @@ class LiteRt(Runtime):
         self._net = Interpreter(str(path))
         self._net.allocate_tensors()
         self._input, self._output = self._net.get_input_details()[0], self._net.get_output_details()[0]
-        self.side = int(self._input["shape"][1])
+        # -1 where a side is free.
+        shape = self._input["shape_signature"].tolist()
+        self.side = shape[1] if len(shape) == 4 else 0
+        if self.side < 2 or shape[1:] != [self.side, self.side, 3]:
+            raise NetworkError(f"{path}: input of shape {shape}, expected (1, side, side, 3); {OTHERWISE}")
         if self._input["dtype"] not in (np.uint8, np.float32):
             raise NetworkError(f"{path}: input of type {self._input['dtype']}, expected uint8 or float32")
 
@@ -109,7 +116,9 @@ class LiteRt(Runtime):
         x = image if self._input["dtype"] == np.uint8 else (image / np.float32(127.5) - 1).astype(np.float32)
         self._net.set_tensor(self._input["index"], x[None])
         self._net.invoke()
-        return self._net.get_tensor(self._output["index"])[0]
+        out = self._net.get_tensor(self._output["index"])[0]
+        scale, zero = self._output["quantization"]
+        return scale * (out.astype(np.float32) - zero) if scale else out
 
 
 class Onnx(Runtime):
@@ -117,16 +126,24 @@ class Onnx(Runtime):
 
     def __init__(self, path: Path) -> None:
         self._session = onnx_session(path)
-        shape = self._session.get_inputs()[0].shape
-        if len(shape) != 4 or shape[1] != 3 or not isinstance(shape[2], int):
-            raise NetworkError(
-                f"{path}: input of shape {shape}, expected (1, 3, side, side); other networks need a "
-                "function of your own: FILE.py:FUNCTION"
-            )
-        self._name, self.side = self._session.get_inputs()[0].name, shape[2]
+        given = self._session.get_inputs()[0]
+        self._name, self.side = given.name, square_side(path, given)
 
     def __call__(self, image: Image) -> Array:
         return self._session.run(None, {self._name: normalised(image)})[0][0]
+
+
+def square_side(path: Path, given: Any) -> int:
+    """Side of an ONNX model's input; `NetworkError` where it is not float32 (1, 3, side, side)."""
+    batch, *shape = given.shape or [0]
+    side = shape[-1] if shape else None
+    one = batch == 1 or not isinstance(batch, int)  # a name: as many as are given
+    if given.type != "tensor(float)" or not isinstance(side, int) or shape != [3, side, side] or not one:
+        raise NetworkError(
+            f"{path}: input {given.type} of shape {given.shape}, expected tensor(float) of "
+            f"(1, 3, side, side); {OTHERWISE}"
+        )
+    return side
 
 
 def onnx_session(path: Path) -> Any:
@@ -148,7 +165,10 @@ def classifier(runtime: Runtime) -> Classifier:
     """ImageNet classifier; of 1001 outputs the first, the background, is dropped."""
 
     def classify(image: Image) -> Array:
-        scores = runtime(centre_crop(image, runtime.side)).reshape(-1)
+        out = runtime(centre_crop(image, runtime.side))
+        if max(out.shape, default=0) != out.size:
+            raise NetworkError(f"a classifier gives one score for each class, this network {out.shape}")
+        scores = out.reshape(-1)
         return scores[1:] if len(scores) == 1001 else scores
 
     return classify
@@ -157,9 +177,16 @@ def classifier(runtime: Runtime) -> Classifier:
 def segmenter(runtime: Runtime) -> Segmenter:
     """Segmenter whose output is a class map (h, w), or scores (h, w, classes) or (classes, h, w)."""
 
-    def segment(image: Image) -> NDArray[np.uint8]:
+    def segment(image: Image) -> NDArray[np.int32]:
         square, height, width = letterbox(image, runtime.side)
         out = runtime(square)
+        if out.ndim == 3 and 1 in (out.shape[0], out.shape[2]) and np.issubdtype(out.dtype, np.integer):
+            out = out.squeeze(0 if out.shape[0] == 1 else 2)
+        if out.ndim not in (2, 3) or (out.ndim == 3 and 1 in (out.shape[0], out.shape[2])):
+            raise NetworkError(
+                "a segmenter gives a map of classes or one of scores for each class, this network "
+                f"{out.dtype} of shape {out.shape}"
+            )
         if out.ndim == 3:
             # What a square picture gives is square.
             out = out.argmax(0 if out.shape[1] == out.shape[2] else 2)
@@ -170,11 +197,42 @@ def segmenter(runtime: Runtime) -> Segmenter:
     return segment
 
 
-def fastestdet(path: Path, *, min_score: float = 0.001, max_iou: float = 0.45) -> Detector:
-    """FastestDet (dog-qiuqiu/FastestDet) as ONNX: (1, 3, 352, 352) BGR in 0..1 -> (1, 85, 22, 22)."""
+def class_indexes(own: Sequence[str], categories: Sequence[str] | None) -> NDArray[np.int64]:
+    """Where a detector's classes are among those of the annotations, by name; -1 where they are not.
+
+    Raises:
+        NetworkError: none is.
+    """
+    if categories is None:
+        return np.arange(len(own))
+    indexes = np.array([categories.index(name) if name in categories else -1 for name in own], np.int64)
+    if (indexes < 0).all():
+        raise NetworkError(
+            f"the detector knows none of the annotations' categories ({', '.join(categories)}); its own are "
+            f"{', '.join(own)}"
+        )
+    return indexes
+
+
+def fastestdet(
+    path: Path, *, categories: Sequence[str] | None = None, min_score: float = 0.001, max_iou: float = 0.45
+) -> Detector:
+    """FastestDet (dog-qiuqiu/FastestDet) as ONNX: (1, 3, 352, 352) BGR in 0..1 -> (1, 85, 22, 22).
+
+    ``categories``: as in `torchvision_detector`; its own are COCO's 80.
+    """
+    from torchvision.models import get_model_weights
     from torchvision.ops import batched_nms
 
     session = onnx_session(path)
+    side, shape = square_side(path, session.get_inputs()[0]), session.get_outputs()[0].shape
+    if side != 352 or shape[1:] != [85, 22, 22]:
+        raise NetworkError(
+            f"{path}: from {side}x{side} pixels to {shape}; FastestDet takes 352x352 to (1, 85, 22, 22)"
+        )
+    # COCO's names in the order of their ids; torchvision has them with the ids that COCO left out.
+    coco = get_model_weights("fasterrcnn_resnet50_fpn").DEFAULT.meta["categories"]
+    indexes = class_indexes([name for name in coco if name not in ("__background__", "N/A")], categories)
 
     def detect(image: Image) -> Detections:
         x = torch.from_numpy(image[..., ::-1].copy()).permute(2, 0, 1)[None].float() / 255
@@ -192,7 +250,9 @@ def fastestdet(path: Path, *, min_score: float = 0.001, max_iou: float = 0.45) -
         boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
         first = batched_nms(boxes, scores, classes, max_iou)[:100]
         boxes = boxes[first].clamp(min=0).minimum(size.repeat(2))
-        return Detections(boxes.numpy(), scores[first].numpy(), classes[first].numpy())
+        found = indexes[classes[first].numpy()]
+        known = found >= 0
+        return Detections(boxes.numpy()[known], scores[first].numpy()[known], found[known])
 
     return detect
 
@@ -200,17 +260,19 @@ def fastestdet(path: Path, *, min_score: float = 0.001, max_iou: float = 0.45) -
 # ------------------------------------------------------------------ torchvision
 
 
-def torchvision_network(name: str, *, pretrained: bool = True) -> tuple[Any, Any]:
+def torchvision_network(name: str, kind: str, *, pretrained: bool = True) -> tuple[Any, Any]:
     """A model of torchvision in evaluation mode and the description of its default weights.
 
     Args:
         name: as in ``torchvision.models.list_models()``.
+        kind: classifier, detector or segmenter.
         pretrained: load the weights, which torchvision fetches once; False leaves random ones.
     """
     from torchvision import models
 
-    if name not in models.list_models():
-        raise NetworkError(f"torchvision has no model {name!r}; see torchvision.models.list_models()")
+    modules = {"classifier": models, "detector": models.detection, "segmenter": models.segmentation}
+    if name not in (known := models.list_models(module=modules[kind])):
+        raise NetworkError(f"torchvision has no {kind} {name!r}; it has {', '.join(known)}")
     weights = models.get_model_weights(name).DEFAULT
     options: dict[str, Any] = {"weights": weights if pretrained else None}
     if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
@@ -227,7 +289,7 @@ def torchvision_network(name: str, *, pretrained: bool = True) -> tuple[Any, Any
 
 def torchvision_classifier(name: str, *, pretrained: bool = True) -> Classifier:
     """With torchvision's own preprocessing, as its published accuracies."""
-    model, weights = torchvision_network(name, pretrained=pretrained)
+    model, weights = torchvision_network(name, "classifier", pretrained=pretrained)
     preprocess = weights.transforms()
 
     @torch.inference_mode()
@@ -243,15 +305,14 @@ def torchvision_detector(name: str, *, categories: Sequence[str] | None, pretrai
     `categories` are the class names of the annotations, in their order; torchvision's classes that are not
     among them are dropped. None keeps all, by torchvision's own index.
     """
-    model, weights = torchvision_network(name, pretrained=pretrained)
+    model, weights = torchvision_network(name, "detector", pretrained=pretrained)
     preprocess = weights.transforms()
-    categories = weights.meta["categories"] if categories is None else categories
-    index = [categories.index(n) if n in categories else -1 for n in weights.meta["categories"]]
+    indexes = class_indexes(weights.meta["categories"], categories)
 
     @torch.inference_mode()
     def detect(image: Image) -> Detections:
         found = model([preprocess(_tensor(image))])[0]
-        classes = np.array([index[label] for label in found["labels"].tolist()], np.int64)
+        classes = indexes[found["labels"].numpy()]
         known = classes >= 0
         masks = (found["masks"][:, 0] > MASK_MIN).numpy()[known] if "masks" in found else None
         return Detections(
@@ -263,11 +324,11 @@ def torchvision_detector(name: str, *, categories: Sequence[str] | None, pretrai
 
 def torchvision_segmenter(name: str, *, pretrained: bool = True) -> Segmenter:
     """DeepLabv3, FCN, LR-ASPP with the 21 classes of Pascal VOC."""
-    model, weights = torchvision_network(name, pretrained=pretrained)
+    model, weights = torchvision_network(name, "segmenter", pretrained=pretrained)
     preprocess = weights.transforms()
 
     @torch.inference_mode()
-    def segment(image: Image) -> NDArray[np.uint8]:
+    def segment(image: Image) -> NDArray[np.int32]:
         scores = model(preprocess(_tensor(image))[None])["out"][0]
         return to_original(scores.argmax(0).numpy(), image)
 
@@ -297,7 +358,7 @@ def load_detector(spec: str, categories: Sequence[str] | None) -> Detector:
     if spec.startswith("torchvision:"):
         return torchvision_detector(spec.removeprefix("torchvision:"), categories=categories)
     if spec.startswith("fastestdet:"):
-        return fastestdet(_file(spec.removeprefix("fastestdet:")))
+        return fastestdet(_file(spec.removeprefix("fastestdet:")), categories=categories)
     raise NetworkError(f"no detector {spec!r}: give fastestdet:PATH, torchvision:NAME or FILE.py:FUNCTION")
 
 
@@ -311,11 +372,15 @@ def load_segmenter(spec: str) -> Segmenter:
 
 
 def identity_of(spec: str) -> str:
-    """The name and, where it is of a file, the file's SHA-256; wherever the file lies."""
+    """The name and, where it is of a file, the file's SHA-256; wherever the file lies.
+
+    So for a file of weights that an ONNX model has beside it, by the names that exporters give it.
+    """
     for part in (spec, spec.partition(":")[2], spec.rpartition(":")[0]):
         if part and (path := Path(part)).is_file():
             name = spec.replace(part, path.name)
-            return f"{name} {content(path)}"
+            files = (path, *(path.with_name(other) for other in (f"{path.name}.data", f"{path.name}_data")))
+            return " ".join([name, *(content(file) for file in files if file.is_file())])
     return spec
 
 
@@ -344,11 +409,17 @@ def _own(spec: str) -> Callable[[Image], Any] | None:
     file, _, function = spec.rpartition(":")
     if not file.endswith(".py"):
         return None
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, _file(file))
+    module_spec = importlib.util.spec_from_file_location(f"_networks_{Path(file).stem}", _file(file))
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    # As for a script: what lies beside it can be imported, and dataclasses find their module.
+    sys.modules[module_spec.name] = module
+    sys.path.append(str(Path(file).resolve().parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except ImportError as error:
+        raise NetworkError(f"{file} cannot be imported: {error}") from error
     if not hasattr(module, function):
         raise NetworkError(f"{file} has no function {function!r}")
     network: Callable[[Image], Any] = getattr(module, function)()

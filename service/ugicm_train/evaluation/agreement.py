@@ -8,7 +8,7 @@ class, and no picture needs a label.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from ugicm_train.data import read_image
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image
-from ugicm_train.evaluation.tasks import Detections, Judgement, box_edges, coco_box, coco_map, kept_rows
+from ugicm_train.evaluation.tasks import (
+    Detections,
+    Judgement,
+    Scored,
+    box_edges,
+    coco_box,
+    coco_maps,
+    kept_rows,
+)
 
 SURE = 0.3
 """Detections on the original count as objects from this score on."""
@@ -34,7 +42,7 @@ def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Agreement(Scored):
     """What the three tasks share."""
 
     name: str
@@ -84,7 +92,7 @@ class SameBoxes(Agreement):
 
     def answer(self, image: Image) -> list[list[float]]:
         """[class, score, left, top, right, bottom] of each box."""
-        found: Detections = self.network(image)
+        found = Detections(*self.network(image))
         return kept_rows(found, box_edges(found))
 
     def judge(self, name: str, image: Image) -> Judgement:
@@ -92,6 +100,12 @@ class SameBoxes(Agreement):
         return [[row for row in self.expected(name) if row[1] >= SURE], self.answer(image)]
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
+        (score,) = self.scores(judgements, [judgements])
+        return score
+
+    def scores(
+        self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
+    ) -> Sequence[float]:
         classes = sorted({int(row[0]) for truth, found in judgements.values() for row in (*truth, *found)})
         ids = {name: index for index, name in enumerate(judgements, 1)}
         annotations = [
@@ -110,7 +124,7 @@ class SameBoxes(Agreement):
             for name, (_, found) in judgements.items()
             for c, score, *edges in found
         ]
-        return coco_map(dataset, results, "bbox", list(ids.values())) if annotations else 0.0
+        return coco_maps(dataset, results, "bbox", [[ids[name] for name in part] for part in parts])
 
 
 class SamePixels(Agreement):

@@ -38,7 +38,9 @@ class Journal:
         identities: Mapping[str, str],
         pictures: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Lines that were made with other tasks, codecs or pictures are dropped.
+        """Lines of tasks and codecs that have changed, or of changed pictures, are dropped.
+
+        Those of tasks and codecs that are not named here are kept, for a later run that names them.
 
         Args:
             path: of the file.
@@ -47,6 +49,7 @@ class Journal:
         """
         self._identities, self._pictures = identities, pictures or {}
         self._entries: dict[Key, Entry] = {}
+        others: list[str] = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -54,10 +57,14 @@ class Journal:
                 except json.JSONDecodeError:  # cut off by a kill
                     continue
                 key = Key(*row["key"])
-                if row["of"] == self._of(key):
+                of = self._of(key)
+                if row["of"] == of:
                     self._entries[key] = Entry(*row["entry"])
+                elif all(mine in (None, theirs) for mine, theirs in zip(of, row["of"], strict=False)):
+                    others.append(line)
         with written_whole(path) as beside:
             self._file = beside.open("w", encoding="utf-8")
+            self._file.writelines(f"{line}\n" for line in dict.fromkeys(others))
             for key, entry in self._entries.items():
                 self._write(key, entry)
             self._file.flush()

@@ -18,7 +18,6 @@ alone (`--plain`).
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import io
@@ -27,7 +26,8 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,16 +58,18 @@ from ugicm_train.evaluation.machine_report import (
 )
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image, psnr_db
-from ugicm_train.evaluation.parts import Part, measure_parts
+from ugicm_train.evaluation.parts import Part, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.evaluation.rate_distortion import describe_machine
 from ugicm_train.evaluation.tasks import (
     BoxMap,
+    CocoMap,
     MaskMap,
     MeanIou,
     Task,
     Top1,
     check_images,
+    read_instances,
     read_labels,
 )
 
@@ -152,17 +154,35 @@ def judge_picture(uses: Sequence[Use], coder: Coder, quality: float, path: Path,
 
 
 def point_of(
-    task: Task, codec: str, quality: float, strength: float, names: Iterable[str], journal: Journal
+    task: Task, codec: str, quality: float, strength: float, names: Collection[str], journal: Journal
 ) -> Point:
     """A point of a curve from what the journal has of the named pictures."""
+    (point,) = points_of(task, codec, quality, strength, [names], journal)
+    return point
+
+
+def points_of(
+    task: Task,
+    codec: str,
+    quality: float,
+    strength: float,
+    parts: Sequence[Collection[str]],
+    journal: Journal,
+) -> list[Point]:
+    """`point_of` for each of several choices of pictures."""
+    names = dict.fromkeys(name for part in parts for name in part)
     entries = {name: journal[Key(task.name, codec, quality, strength, name)] for name in names}
-    return Point(
-        quality,
-        strength,
-        statistics.fmean(entry.bpp for entry in entries.values()),
-        statistics.fmean(entry.psnr_db for entry in entries.values()),
-        task.score({name: entry.judgement for name, entry in entries.items()}),
-    )
+    scores = task.scores({name: entry.judgement for name, entry in entries.items()}, parts)
+    return [
+        Point(
+            quality,
+            strength,
+            statistics.fmean(entries[name].bpp for name in part),
+            statistics.fmean(entries[name].psnr_db for name in part),
+            score,
+        )
+        for part, score in zip(parts, scores, strict=True)
+    ]
 
 
 def measure_curves(
@@ -213,13 +233,16 @@ def bd_rate_errors(
         for name, points in curves.items()
         if name != ORIGINAL
     }
+    if len(names) < 2 * GROUPS:
+        return {}
+    parts = [[name for index, name in enumerate(names) if index % GROUPS != group] for group in range(GROUPS)]
+    points_of_parts = {
+        name: [points_of(task, name, p.quality, p.strength, parts, journal) for p in points]
+        for name, points in views.items()
+    }
     rates: dict[str, list[float | None]] = {}
-    for group in range(GROUPS if len(names) >= 2 * GROUPS else 0):
-        kept = [name for index, name in enumerate(names) if index % GROUPS != group]
-        part = {
-            name: [point_of(task, name, p.quality, p.strength, kept, journal) for p in points]
-            for name, points in views.items()
-        }
+    for group in range(GROUPS):
+        part = {name: [points[group] for points in lines] for name, lines in points_of_parts.items()}
         for reference, rate in compare(part, ours)["bd_rate_percent"].items():
             rates.setdefault(reference, []).append(rate)
     errors: dict[str, float | None] = {}
@@ -284,13 +307,13 @@ def chosen_images(tasks: Sequence[Task], limit: int | None, part: Part | None) -
     return images
 
 
-def take_parts(folder: Path, parts: Sequence[Part]) -> None:
-    """Add what the parts judged to the journal in `folder`."""
+def take_parts(folder: Path) -> None:
+    """Add what parts judged to the journal in `folder`."""
     path = folder / JUDGEMENTS
-    for part in parts:
-        own = part.file(path)
+    for own in part_files(path):
         with path.open("a", encoding="utf-8") as journal:
-            journal.write(own.read_text(encoding="utf-8"))
+            # The last line may have been cut off by a kill.
+            journal.writelines(f"{line}\n" for line in own.read_text(encoding="utf-8").splitlines())
         own.unlink()
 
 
@@ -370,7 +393,7 @@ def evaluate(
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that ``--top1``, ``--map``, ``--mask-map``, ``--miou`` and ``--agree`` name."""
-    tasks: list[Task] = []
+    tasks: list[Top1 | CocoMap | MeanIou | SameBoxes | SameClasses | SamePixels] = []
     # One network for all tasks that name it, so that it sees a picture once.
     classifier = functools.cache(lambda network: remembered(adaptors.load_classifier(network)))
     segmenter = functools.cache(lambda network: remembered(adaptors.load_segmenter(network)))
@@ -392,10 +415,15 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             tasks.append(kind(name + suffix, detect, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
         name, identity = describe(network, Path(folder).name, identity_of_data(Path(masks)))
-        tasks.append(MeanIou(name, segmenter(network), Path(folder), Path(masks), identity=identity))
+        classes = arguments.classes
+        tasks.append(MeanIou(name, segmenter(network), Path(folder), Path(masks), classes, identity))
     for kind, network, folder in arguments.agree:
         name, identity = describe(network, Path(folder).name)
         images = Path(folder)
+        if images.resolve() in (arguments.out.resolve(), *arguments.out.resolve().parents):
+            raise ValueError(
+                f"--out {arguments.out} is within {images}, whose pictures are judged: give another"
+            )
         name, identity = f"{name} agreement, {images.name}", f"{kind} {identity}"
         match kind:
             case "classes":
@@ -407,12 +435,18 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
             case _:
                 raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
     names = [task.name for task in tasks]
+    # One network on several folders.
+    tasks = [
+        replace(task, name=f"{task.name}, {task.folder.name}") if names.count(task.name) > 1 else task
+        for task in tasks
+    ]
+    names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ValueError(
             "give tasks of different names with --top1, --map, --mask-map, --miou, --agree; "
             f"got {names or 'none'}"
         )
-    return tasks
+    return [*tasks]
 
 
 def remembered(network: Callable[[Image], Any]) -> Callable[[Image], Any]:
@@ -438,10 +472,7 @@ def identity_of_data(path: Path) -> str:
 
 def categories_of(instances: Path) -> tuple[str, ...]:
     """Names of the categories of a COCO file, in the order of their ids."""
-    content = json.loads(instances.read_text(encoding="utf-8"))
-    if "categories" not in content:
-        raise ValueError(f"{instances} has no categories: it is no COCO file of instances")
-    categories = sorted(content["categories"], key=lambda category: category["id"])
+    categories = sorted(read_instances(instances)["categories"], key=lambda category: category["id"])
     return tuple(category["name"] for category in categories)
 
 
@@ -465,7 +496,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         parser.add_argument(option, action="append", default=[], nargs=len(names), metavar=names, help=text)
-    parser.add_argument("--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100")
+    parser.add_argument(
+        "--classes",
+        type=int,
+        default=21,
+        help="of the masks of --miou, the background included (default: 21, Pascal VOC's); 255 is never one",
+    )
+    parser.add_argument(
+        "--qualities",
+        type=float,
+        nargs="+",
+        default=DEFAULT_QUALITIES,
+        help=f"1..100; one codec's end with the first of more than {MAX_BPP:g} bit per pixel in the mean",
+    )
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=(0.0, 1.0), help="0 and 1 are always decoded"
     )
@@ -502,17 +545,24 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong := [strength for strength in strengths if not 0 <= strength <= 1]:
         raise ValueError(f"a strength must be in 0..1, got {wrong[0]:g}")
     part: Part | None = arguments.part
-    if part is None:
-        take_parts(arguments.out, measure_parts(arguments.argv, arguments.jobs))
     tasks = tasks_of(arguments)
+    images: Mapping[str, Path]
+    if arguments.sheet_images:
+        images = {path.name: path for path in read_images(arguments.sheet_images)}
+    else:
+        images = tasks[0].images()
+    if part is None:
+        take_parts(arguments.out)  # of a run that was interrupted, with however many of them
+        measure_parts(arguments.argv, arguments.jobs)
+        take_parts(arguments.out)
     ours, *plain = (
         ugicm_coder(load_codec(path, device=arguments.device, precision=arguments.precision), path, qualities)
         for path in paths
     )
-    ours = dataclasses.replace(ours, views={f"strength {strength:g}": strength for strength in strengths})
-    peers = [dataclasses.replace(coder, name=f"plain {coder.name}", views=HUMAN_ONLY) for coder in plain]
+    ours = replace(ours, views={f"strength {strength:g}": strength for strength in strengths})
+    peers = [replace(coder, name=f"plain {coder.name}", views=HUMAN_ONLY) for coder in plain]
     peers += [
-        dataclasses.replace(pillow_coder(name), qualities=PEER_QUALITIES[name])
+        replace(pillow_coder(name), qualities=PEER_QUALITIES[name])
         for name in arguments.peers
         if name != "jxl"
     ]
@@ -523,11 +573,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if part is not None:
         return 0
-    images: Mapping[str, Path]
-    if arguments.sheet_images:
-        images = {path.name: path for path in read_images(arguments.sheet_images)}
-    else:
-        images = tasks[0].images()
     first = list(images)[:: max(1, len(images) // SHEET_PICTURES)][:SHEET_PICTURES]
     contact_sheet(
         ours, arguments.sheet_quality, {name: images[name] for name in first}, arguments.out / SHEET

@@ -7,6 +7,7 @@ output, from where the first one takes it; an interrupted one goes on there.
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import signal
 import subprocess
@@ -35,6 +36,11 @@ class Part:
         return whole.with_name(f"{whole.stem}.part-{self.index}-of-{self.count}{whole.suffix}")
 
 
+def part_files(whole: Path) -> list[Path]:
+    """What parts left beside the results of the whole, also of an interrupted run with other ``--jobs``."""
+    return sorted(whole.parent.glob(f"{glob.escape(whole.stem)}.part-*-of-*{whole.suffix}"))
+
+
 def _part(text: str) -> Part:
     index, _, count = text.partition("/")
     return Part(int(index), int(count))
@@ -53,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
-    """Run `command` of ``ugicm-train`` for each part at once, and wait; none if `jobs` is 1.
+    """Run `command`, arguments of ``ugicm-train``, for each part at once, and wait; none if `jobs` is 1.
 
     The process itself uses one thread from here on, as theirs do.
 
@@ -71,9 +77,11 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
     running: list[subprocess.Popen[bytes]] = []
     try:
         for part in parts:
+            # After the subcommand: at the end it could stand behind a `--`.
+            arguments = [*command[:1], "--part", f"{part.index}/{part.count}", *command[1:]]
             running.append(
                 subprocess.Popen(  # noqa: S603  this very program
-                    [sys.executable, "-m", "ugicm_train", *command, "--part", f"{part.index}/{part.count}"],
+                    [sys.executable, "-m", "ugicm_train", *arguments],
                     env=os.environ | {THREADS: "1"},
                 )
             )

@@ -42,8 +42,8 @@ from ugicm_train.evaluation.measurement import (
     measure,
     rounded,
 )
+from ugicm_train.evaluation.parts import Part, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
-from ugicm_train.evaluation.parts import measure_parts
 from ugicm_train.files import written_whole
 
 FORMAT = 2
@@ -250,8 +250,9 @@ def run(arguments: argparse.Namespace) -> int:
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
     out: Path = arguments.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [arguments.part] if arguments.part else measure_parts(arguments.argv, arguments.jobs)
-    part_files = [part.file(out) for part in parts]
+    part: Part | None = arguments.part
+    if part is None:
+        measure_parts(arguments.argv, arguments.jobs)
     folder = model_path(arguments.model)
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
     ours = ugicm_coder(codec, folder, qualities)
@@ -276,18 +277,20 @@ def run(arguments: argparse.Namespace) -> int:
             "rate_targets": [target._asdict() for target in measured.targets],
         }
         report = head | {"images": measured.images} | results | lists
-        write_report(part_files[0] if arguments.part else out, report)
+        write_report(part.file(out) if part else out, report)
         return report
 
     measured = measure(
         coders,
         arguments.data,
-        part=arguments.part,
+        part=part,
         butteraugli=arguments.butteraugli,
-        known=joined(read_measurement(file, head["codecs"], head["machine"]) for file in (out, *part_files)),
+        known=joined(
+            read_measurement(file, head["codecs"], head["machine"]) for file in (out, *part_files(out))
+        ),
         save=save,
     )
-    if arguments.part:
+    if part:
         return 0
     curves = mean_curves(measured.rows)
     report = save(
@@ -297,8 +300,8 @@ def run(arguments: argparse.Namespace) -> int:
         curves=curves,
         anchors={name: [point._asdict() for point in points] for name, points in anchors.items()},
     )
-    for file in part_files:
-        file.unlink(missing_ok=True)
+    for file in part_files(out):
+        file.unlink()
     text = table(report)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     plot([report], out.with_suffix(".png"))

@@ -133,9 +133,10 @@ def run(arguments: argparse.Namespace) -> int:
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
     results = list(measure(ugicm_coder(codec, folder), pillow_coder("jpeg"), synthetic_pictures()))
     text = table(results)
-    if arguments.out:
-        arguments.out.write_text(text, encoding="utf-8")
     print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text, encoding="utf-8")
     return 0 if all(result.passed for result in results) else 1
 
 

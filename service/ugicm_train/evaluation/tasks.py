@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -43,6 +44,7 @@ class Detections(NamedTuple):
 Classifier = Callable[[Image], NDArray[Any]]
 """Picture -> scores of the classes."""
 Detector = Callable[[Image], Detections]
+"""Picture -> `Detections`, or a tuple of the same."""
 Segmenter = Callable[[Image], NDArray[np.integer[Any]]]
 """Picture (H, W, 3) -> class of each pixel (H, W)."""
 
@@ -75,9 +77,27 @@ class Task(Protocol):
         """Score in 0..1, higher is better, over the pictures judged."""
         ...
 
+    def scores(
+        self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
+    ) -> Sequence[float]:
+        """`score` of each of several choices among the pictures judged."""
+        ...
+
+
+class Scored:
+    """`Task.scores` of tasks that score fast."""
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        raise NotImplementedError
+
+    def scores(
+        self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
+    ) -> Sequence[float]:
+        return [self.score({name: judgements[name] for name in part}) for part in parts]
+
 
 @dataclass(frozen=True)
-class Top1:
+class Top1(Scored):
     """Share of pictures whose best-scored class is the labelled one."""
 
     name: str
@@ -92,7 +112,10 @@ class Top1:
         return {name: self.folder / name for name in self.labels}
 
     def judge(self, name: str, image: Image) -> Judgement:
-        return int(np.argmax(self.classify(image))) == self.labels[name]
+        scores, label = self.classify(image), self.labels[name]
+        if not 0 <= label < len(scores):
+            raise ValueError(f"{name} has class {label}, {self.name} gives scores of 0 to {len(scores) - 1}")
+        return int(np.argmax(scores)) == label
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
         return float(np.mean(list(judgements.values())))
@@ -129,17 +152,45 @@ class CocoMap:
         """The field of a COCO result that a kept shape fills."""
         raise NotImplementedError
 
+    @functools.cached_property
+    def _dataset(self) -> dict[str, Any]:
+        return read_instances(self.instances)
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the pictures that were annotated, where the file says so."""
+        images = self._dataset["images"]
+        return {i["file_name"]: (i["height"], i["width"]) for i in images if {"height", "width"} <= i.keys()}
+
     def images(self) -> Mapping[str, Path]:
-        images = json.loads(self.instances.read_text(encoding="utf-8"))["images"]
-        return {image["file_name"]: self.folder / image["file_name"] for image in images}
+        names = [image["file_name"] for image in self._dataset["images"]]
+        return {name: self.folder / name for name in names}
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[class, score, *shape] of each object."""
-        found = self.detect(image)
+        (height, width), expected = image.shape[:2], self._sizes.get(name)
+        if expected not in (None, (height, width)):
+            raise ValueError(
+                f"{name} is {width}x{height} (turned upright), its annotations are for a picture of "
+                f"{expected[1]}x{expected[0]}"
+            )
+        found = Detections(*self.detect(image))
+        count = len(self._dataset["categories"])
+        if wrong := [c for c in found.classes.tolist() if not 0 <= c < count]:
+            raise ValueError(
+                f"{self.name} found class {wrong[0]} in {name}; {self.instances} has {count} categories, "
+                "whose indexes in the order of their ids a detector gives"
+            )
         return kept_rows(found, self.shapes(name, found))
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        dataset = json.loads(self.instances.read_text(encoding="utf-8"))
+        (score,) = self.scores(judgements, [judgements])
+        return score
+
+    def scores(
+        self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
+    ) -> Sequence[float]:
+        dataset = self._dataset
         categories = sorted(category["id"] for category in dataset["categories"])
         ids = {image["file_name"]: image["id"] for image in dataset["images"]}
         results = [
@@ -147,7 +198,18 @@ class CocoMap:
             for name, rows in judgements.items()
             for c, score, *shape in rows
         ]
-        return coco_map(dataset, results, self.kind, [ids[name] for name in judgements])
+        return coco_maps(dataset, results, self.kind, [[ids[name] for name in part] for part in parts])
+
+
+def read_instances(path: Path) -> dict[str, Any]:
+    """Content of a COCO file of instances; ``ValueError`` where it is none."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+        raise ValueError(f"{path} lacks images, annotations or categories: it is no COCO file of instances")
+    return content
 
 
 def kept_rows(found: Detections, shapes: Sequence[list[Any]]) -> list[list[Any]]:
@@ -167,35 +229,51 @@ def coco_box(edges: Sequence[float]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def coco_map(
-    dataset: dict[str, Any], results: list[dict[str, Any]], kind: str, image_ids: Sequence[int]
-) -> float:
-    """COCO's mAP over IoU .5 to .95.
+def coco_maps(
+    dataset: dict[str, Any], results: list[dict[str, Any]], kind: str, parts: Sequence[Collection[int]]
+) -> list[float]:
+    """COCO's mAP over IoU .5 to .95, of several choices of pictures.
 
     Args:
         dataset: content of a COCO annotation file.
         results: in COCO's format of results.
         kind: pycocotools' name of what is compared.
-        image_ids: the pictures that count.
+        parts: for each choice, the ids of the pictures that count.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     if not results:
-        return 0.0
+        return [0.0] * len(parts)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = dataset
+        # For pycocotools an object of number 0 is none, and what COCO's own files always say must be said.
+        annotations = [
+            {"iscrowd": 0, "area": 0, **annotation, "id": number}
+            for number, annotation in enumerate(dataset["annotations"], 1)
+        ]
+        truth.dataset = dataset | {"annotations": annotations}
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), kind)
-        evaluation.params.imgIds = image_ids
+        evaluation.params.imgIds = sorted(set().union(*parts))
         # Of the areas that COCO tells apart only the first, all of them, counts here.
         evaluation.params.areaRng = evaluation.params.areaRng[:1]
         evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return max(0.0, float(evaluation.stats[0]))
+        # What takes time, the matches of each class in each picture, is made once.
+        ids = np.array(evaluation.params.imgIds)
+        matches = np.array(evaluation.evalImgs, object).reshape(-1, len(ids))
+        scores = []
+        for part in parts:
+            chosen = np.isin(ids, list(part))
+            evaluation.evalImgs = matches[:, chosen].ravel().tolist()
+            for params in (evaluation.params, evaluation._paramsEval):
+                params.imgIds = ids[chosen].tolist()
+            evaluation.accumulate()
+            evaluation.summarize()
+            # -1 where there was nothing to find.
+            scores.append(max(0.0, float(evaluation.stats[0])))
+    return scores
 
 
 class BoxMap(CocoMap):
@@ -217,7 +295,7 @@ class MaskMap(CocoMap):
     kind, metric = "segm", "mask mAP"
 
     def images(self) -> Mapping[str, Path]:
-        content = json.loads(self.instances.read_text(encoding="utf-8"))
+        content = self._dataset
         bare = {a["image_id"] for a in content["annotations"] if not a.get("segmentation")}
         drawn = {a["image_id"] for a in content["annotations"]} - bare
         names = {image["file_name"] for image in content["images"] if image["id"] in drawn}
@@ -239,11 +317,15 @@ class MaskMap(CocoMap):
         return {"segmentation": {"size": size, "counts": counts}}
 
 
+UNKNOWN = 255
+"""In a mask: of no class that counts."""
+
+
 @dataclass(frozen=True)
-class MeanIou:
+class MeanIou(Scored):
     """Mean intersection over union of the classes that occur in the masks.
 
-    One confusion matrix over all pictures. Mask values of `classes` and above (255) are ignored.
+    One confusion matrix over all pictures. Pixels whose mask says `UNKNOWN` are ignored.
     """
 
     name: str
@@ -256,9 +338,16 @@ class MeanIou:
     metric: str = "mIoU"
 
     def images(self) -> Mapping[str, Path]:
-        pictures = {path.stem: path for path in sorted(filter(is_picture, self.folder.iterdir()))}
-        masks = sorted(path.stem for path in self.masks.glob("*.png"))
-        return {pictures[stem].name: pictures[stem] for stem in masks if stem in pictures}
+        masks = {path.stem: path for path in sorted(self.masks.glob("*.png"))}
+        pictures: dict[str, Path] = {}
+        for path in sorted(filter(is_picture, self.folder.iterdir())):
+            mask = masks.get(path.stem)
+            if mask is None or path.samefile(mask):
+                continue
+            if other := pictures.get(path.stem):
+                raise ValueError(f"{mask} is the mask of two pictures, {other.name} and {path.name}")
+            pictures[path.stem] = path
+        return {path.name: path for path in pictures.values()}
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[true class, predicted class, pixels] of each pair that occurs."""
@@ -267,12 +356,16 @@ class MeanIou:
         predicted = self.segment(image)
         if predicted.shape != truth.shape:
             raise ValueError(f"{name}: the segmenter returned {predicted.shape} for a mask of {truth.shape}")
-        known = truth < self.classes
+        known = truth != UNKNOWN
+        if known.any() and (largest := int(truth[known].max())) >= self.classes:
+            raise ValueError(
+                f"the mask of {name} has class {largest}, of {self.classes} classes; --classes sets how many"
+            )
         seen = predicted[known]
         if ((seen < 0) | (seen >= self.classes)).any():
             raise ValueError(
                 f"{name}: the segmenter returned classes {seen.min()} to {seen.max()} for masks of "
-                f"{self.classes} classes"
+                f"{self.classes} classes; --classes sets how many"
             )
         pairs = truth[known].astype(np.int64) * self.classes + seen
         values, counts = np.unique(pairs, return_counts=True)
