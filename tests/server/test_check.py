@@ -35,6 +35,10 @@ def test_a_misspelt_variable_is_named(tiny_settings: Settings, monkeypatch: pyte
     # Of Kubernetes, where a Service is called ugicm.
     monkeypatch.setenv("UGICM_SERVICE_HOST", "10.96.0.7")
     monkeypatch.setenv("UGICM_PORT_8000_TCP_PROTO", "tcp")
+    monkeypatch.setenv("UGICM_CACHE_SERVICE_HOST", "10.96.0.8")
+    monkeypatch.setenv("UGICM_CACHE_SERVICE_PORT_REDIS", "6379")
+    monkeypatch.setenv("UGICM_CACHE_PORT", "tcp://10.96.0.8:6379")
+    monkeypatch.setenv("UGICM_CACHE_PORT_6379_TCP", "tcp://10.96.0.8:6379")
     assert next(check(tiny_settings)) == ("settings", False, "no setting reads UGICM_MAX_PIXEL")
 
 

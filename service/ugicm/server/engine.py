@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -104,8 +105,9 @@ class Engine:
             limit=settings.queue_pixels,
             on_batch=self._on_batch,
         )
-        self._pool = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="ugicm-pool")
-        self._headers = ThreadPoolExecutor(settings.pool_threads, thread_name_prefix="ugicm-header")
+        threads = settings.pool_threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ugicm-pool")
+        self._headers = ThreadPoolExecutor(threads, thread_name_prefix="ugicm-header")
         self._failed = False
         metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
         metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)

@@ -1,4 +1,4 @@
-"""What Kubernetes sets in every pod beside a Service called ``ugicm``: variables that look like ours.
+"""What Kubernetes sets in pods where a Service is called ``ugicm`` or ``ugicm-…``, which looks like ours.
 
 Standard library only, as `ugicm health` needs it.
 """
@@ -10,8 +10,8 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-VARIABLES = re.compile("UGICM_(PORT|SERVICE)_.*")
-"""Besides ``UGICM_PORT``."""
+VARIABLES = re.compile(r"UGICM_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)")
+"""``UGICM_PORT``, which is a setting as well, among them."""
 DEFAULT_PORT = 8000
 
 

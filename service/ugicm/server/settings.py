@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -74,8 +73,9 @@ class Settings(BaseSettings):
     """Pixels of all the pictures in the service at once; beyond it the answer is 503 with a computed
     Retry-After. Low refuses sooner, high lets clients wait longer and takes more memory. A single larger
     picture is still accepted when the service is idle."""
-    pool_threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    """Threads for reading and writing images and for entropy coding; unset: one per processor."""
+    pool_threads: int | None = Field(default=None, ge=1)
+    """Threads for reading and writing images and for entropy coding; unset: one for each processor that the
+    process may use."""
     max_requests: int = Field(default=256, ge=1)
     """Requests in flight, uploads included; more are answered 503 at once. Bodies take at most twice
     this many times ``max_bytes`` of memory, a file system in memory at /tmp included. Health checks do not
