@@ -171,13 +171,30 @@ def write_model(
         "model": config.to_dict(),
         "digest": bitstream_digest(config, tensors).hex(),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "training": training,
+        "training": told_once(training, set()),
     }
     text = json.dumps(description, indent=2) + "\n"
     # Both are written before one replaces what may be there.
     with written_whole(folder / CONFIG_FILE) as config_file, written_whole(folder / WEIGHTS_FILE) as weights:
         config_file.write_text(text, encoding="utf-8")
         weights.write_bytes(data)
+
+
+def told_once(record: Any, told: set[str]) -> Any:
+    """The record, with what came before a model (named by its ``weights``) left out where it was told above.
+
+    A mean of models that came from one another would repeat their past as often as it has branches.
+    """
+    if isinstance(record, list):
+        return [told_once(item, told) for item in record]
+    if not isinstance(record, dict):
+        return record
+    if "weights" in record:
+        text = json.dumps(record, sort_keys=True)
+        if text in told:
+            return {name: record[name] for name in ("share", "weights") if name in record}
+        told.add(text)
+    return {name: told_once(value, told) for name, value in record.items()}
 
 
 def read_training(folder: Path) -> dict[str, Any]:

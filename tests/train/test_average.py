@@ -49,6 +49,31 @@ def test_weights_are_the_means(tmp_path: Path, photo: NDArray[np.uint8]) -> None
     assert record == {"mean": [{"weights": m.weights_sha256, "steps": 3} for m in (first, second)]}
 
 
+def test_a_common_past_is_told_once(tmp_path: Path) -> None:
+    past = {"steps": 3, "start": {"weights": "first", "steps": 9}}
+    for name, seed in (("a", 5), ("b", 6)):
+        model = nudged(seed)
+        write_model(tmp_path / name, model.config, model_tensors(model), {"start": {"weights": "x"} | past})
+    assert main(["average", str(tmp_path / "c"), str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert main(["average", str(tmp_path / "d"), str(tmp_path / "c"), str(tmp_path / "b")]) == 0
+    first, second, third = (read_model(tmp_path / name).weights_sha256 for name in "abc")
+    record = json.loads((tmp_path / "d" / "config.json").read_text())["training"]
+    whole = {"weights": "x"} | past
+    assert record == {
+        "mean": [
+            {
+                "weights": third,
+                "mean": [
+                    {"weights": first, "start": whole},
+                    {"weights": second, "start": {"weights": "x"}},
+                ],
+            },
+            # Not told in these words before, but for what it started from.
+            {"weights": second, "start": {"weights": "x"}},
+        ]
+    }
+
+
 def test_the_mean_of_a_model_with_itself_is_that_model(tmp_path: Path) -> None:
     model = str(write_tiny_model(tmp_path / "a"))
     assert main(["average", str(tmp_path / "b"), model, model]) == 0
