@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| $(PYTHON) -m venv --clear $(VENV)
 	# CompressAI, other codecs to compare with, has to be compiled.
-	if command -v c++ >/dev/null && $(BIN)/python -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))'; \
+	if command -v c++ >/dev/null && $(BIN)/python -c 'import sysconfig as s; open(s.get_path("include") + "/Python.h")'; \
 	then extras=dev,bench; \
 	else extras=dev; echo "no C++ compiler or no Python.h: CompressAI is left out (only ugicm bench --learned needs it)"; \
 	fi 2>/dev/null; $(BIN)/python -m pip install --quiet --editable ".[$$extras]"

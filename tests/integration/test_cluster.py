@@ -136,12 +136,15 @@ class Cluster:
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
         # Ray stops its processes one after the other, and now and then waits for one for ever.
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self.process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.temporary.cleanup()
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.temporary.cleanup()
 
 
 @pytest.fixture

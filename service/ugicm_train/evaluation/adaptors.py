@@ -180,9 +180,10 @@ def segmenter(runtime: Runtime) -> Segmenter:
     def segment(image: Image) -> NDArray[np.int32]:
         square, height, width = letterbox(image, runtime.side)
         out = runtime(square)
-        if out.ndim == 3 and 1 in (out.shape[0], out.shape[2]) and np.issubdtype(out.dtype, np.integer):
+        single = out.ndim == 3 and 1 in (out.shape[0], out.shape[2])
+        if single and np.issubdtype(out.dtype, np.integer):
             out = out.squeeze(0 if out.shape[0] == 1 else 2)
-        if out.ndim not in (2, 3) or (out.ndim == 3 and 1 in (out.shape[0], out.shape[2])):
+        elif single or out.ndim not in (2, 3):
             raise NetworkError(
                 "a segmenter gives a map of classes or one of scores for each class, this network "
                 f"{out.dtype} of shape {out.shape}"

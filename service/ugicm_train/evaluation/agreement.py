@@ -99,10 +99,6 @@ class SameBoxes(Agreement):
         """[boxes of the original, boxes of this picture]."""
         return [[row for row in self.expected(name) if row[1] >= SURE], self.answer(image)]
 
-    def score(self, judgements: Mapping[str, Judgement]) -> float:
-        (score,) = self.scores(judgements, [judgements])
-        return score
-
     def scores(
         self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
     ) -> Sequence[float]:

@@ -545,16 +545,12 @@ def run(arguments: argparse.Namespace) -> int:
     if wrong := [strength for strength in strengths if not 0 <= strength <= 1]:
         raise ValueError(f"a strength must be in 0..1, got {wrong[0]:g}")
     part: Part | None = arguments.part
-    tasks = tasks_of(arguments)
-    images: Mapping[str, Path]
-    if arguments.sheet_images:
-        images = {path.name: path for path in read_images(arguments.sheet_images)}
-    else:
-        images = tasks[0].images()
+    sheet = read_images(arguments.sheet_images) if arguments.sheet_images else []
     if part is None:
         take_parts(arguments.out)  # of a run that was interrupted, with however many of them
         measure_parts(arguments.argv, arguments.jobs)
         take_parts(arguments.out)
+    tasks = tasks_of(arguments)
     ours, *plain = (
         ugicm_coder(load_codec(path, device=arguments.device, precision=arguments.precision), path, qualities)
         for path in paths
@@ -573,6 +569,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if part is not None:
         return 0
+    images = {path.name: path for path in sheet} or tasks[0].images()
     first = list(images)[:: max(1, len(images) // SHEET_PICTURES)][:SHEET_PICTURES]
     contact_sheet(
         ours, arguments.sheet_quality, {name: images[name] for name in first}, arguments.out / SHEET

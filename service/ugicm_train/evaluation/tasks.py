@@ -85,10 +85,11 @@ class Task(Protocol):
 
 
 class Scored:
-    """`Task.scores` of tasks that score fast."""
+    """`Task.score` and `Task.scores`, each by the other: a task defines one of them."""
 
     def score(self, judgements: Mapping[str, Judgement]) -> float:
-        raise NotImplementedError
+        (score,) = self.scores(judgements, [judgements])
+        return score
 
     def scores(
         self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
@@ -131,7 +132,7 @@ def read_labels(path: Path) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class CocoMap:
+class CocoMap(Scored):
     """COCO's mAP over IoU .5 to .95, by pycocotools; what is compared is the subclass's."""
 
     name: str
@@ -182,10 +183,6 @@ class CocoMap:
                 "whose indexes in the order of their ids a detector gives"
             )
         return kept_rows(found, self.shapes(name, found))
-
-    def score(self, judgements: Mapping[str, Judgement]) -> float:
-        (score,) = self.scores(judgements, [judgements])
-        return score
 
     def scores(
         self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
