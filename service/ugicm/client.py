@@ -13,7 +13,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, Self
 
@@ -81,11 +82,11 @@ def _encode_params(
 
 
 def _encode_call(image: bytes, params: Mapping[str, Any]) -> _Call:
-    return _Call("POST", "/encode", params, content=image, headers=_OCTETS)
+    return _Call("POST", "/encode", params, content=bytes(image), headers=_OCTETS)
 
 
 def _batch_call(images: Iterable[bytes], params: Mapping[str, Any]) -> _Call:
-    return _Call("POST", "/encode/batch", params, files=[("images", image) for image in images])
+    return _Call("POST", "/encode/batch", params, files=[("images", bytes(image)) for image in images])
 
 
 def _decode_call(
@@ -94,7 +95,7 @@ def _decode_call(
     params = {"preference": preference, "format": format, **_given({"strength": strength})}
     if isinstance(source, str):
         return _Call("POST", "/decode", params, json={"id": source})
-    return _Call("POST", "/decode", params, content=source, headers=_OCTETS)
+    return _Call("POST", "/decode", params, content=bytes(source), headers=_OCTETS)
 
 
 def _path(id: str) -> str:
@@ -114,12 +115,38 @@ def _encoded(body: Mapping[str, Any]) -> Encoded:
     return Encoded(**{field.name: body[field.name] for field in fields(Encoded)})
 
 
+@contextmanager
+def _understood(response: httpx2.Response) -> Iterator[None]:
+    """A success that does not read as one of this service's is a problem, too: of a wrong address."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        raise _unknown(response) from None
+
+
+def _unknown(response: httpx2.Response) -> ProblemError:
+    return ProblemError(response.status_code, "unknown", response.text[:200], {})
+
+
+def _result(response: httpx2.Response) -> Encoded:
+    with _understood(response):
+        return _encoded(response.json())
+
+
 def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
-    lines = [json.loads(line) for line in response.content.splitlines()]
-    return [
-        _encoded(line["result"]) if "result" in line else _problem(line["problem"]["status"], line["problem"])
-        for line in lines
-    ]
+    with _understood(response):
+        lines = [json.loads(line) for line in response.content.splitlines()]
+        return [
+            _encoded(line["result"])
+            if "result" in line
+            else _problem(line["problem"]["status"], line["problem"])
+            for line in lines
+        ]
+
+
+def _object(response: httpx2.Response) -> dict[str, Any]:
+    with _understood(response):
+        return dict(response.json())
 
 
 def _problem(status: int, body: Mapping[str, Any]) -> ProblemError:
@@ -145,8 +172,7 @@ def _checked(response: httpx2.Response) -> httpx2.Response:
     try:
         raise _problem(response.status_code, response.json())
     except (ValueError, KeyError, TypeError):
-        text = response.text[:200]
-        raise ProblemError(response.status_code, "unknown", text, {}) from None
+        raise _unknown(response) from None
 
 
 def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
@@ -165,7 +191,8 @@ class Client:
             asked again, after the wait it names.
         transport: of httpx2, for tests.
 
-    Every method raises `ProblemError` for an answer that is not a success, and httpx2's errors for none.
+    Every method raises `ProblemError` for an answer that is no success of this service's, and httpx2's errors
+    for none.
     """
 
     def __init__(
@@ -201,7 +228,7 @@ class Client:
     ) -> Encoded:
         """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
         call = _encode_call(image, _encode_params(quality, target_bpp, max_bytes, store))
-        return _encoded(self._send(call).json())
+        return _result(self._send(call))
 
     def encode_batch(
         self,
@@ -240,8 +267,7 @@ class Client:
 
     def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
-        body: dict[str, Any] = self._send(_Call("GET", "/info", {})).json()
-        return body
+        return _object(self._send(_Call("GET", "/info", {})))
 
     def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
@@ -288,7 +314,7 @@ class AsyncClient:
     ) -> Encoded:
         """Encode an image file (PNG, JPEG, WebP ...); a size, if given, overrides the quality."""
         call = _encode_call(image, _encode_params(quality, target_bpp, max_bytes, store))
-        return _encoded((await self._send(call)).json())
+        return _result(await self._send(call))
 
     async def encode_batch(
         self,
@@ -327,8 +353,7 @@ class AsyncClient:
 
     async def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
-        body: dict[str, Any] = (await self._send(_Call("GET", "/info", {}))).json()
-        return body
+        return _object(await self._send(_Call("GET", "/info", {})))
 
     async def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):

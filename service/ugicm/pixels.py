@@ -80,13 +80,31 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _says_srgb(profile: bytes) -> bool:
+    """Whether an ICC profile's description begins so.
+
+    Not asked of lcms, which believes how many translations it is told there are, and makes room for them.
+    """
+    tags = min(100, int.from_bytes(profile[128:132]))
+    for at in range(132, 132 + 12 * tags, 12):
+        tag = profile[at : at + 12]
+        if tag[:4] == b"desc":
+            start = int.from_bytes(tag[4:8])
+            description = profile[start : start + int.from_bytes(tag[8:12])]
+            if description[:4] == b"mluc":  # since version 4; the first translation
+                text = int.from_bytes(description[24:28])
+                return description[text : text + 8] == "sRGB".encode("utf-16-be")
+            return description[12:16] == b"sRGB"
+    return False
+
+
 def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
     """RGB from a picture of mode L, RGB or CMYK."""
     if isinstance(profile, bytes):  # a TIFF's may be anything
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]
-            if fits and not ImageCms.getProfileDescription(source).startswith("sRGB"):
+            if fits and not _says_srgb(profile):
                 return ImageCms.profileToProfile(
                     image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
                 ) or image.convert("RGB")

@@ -88,6 +88,9 @@ def test_shared_caches_keep_nothing_that_needs_a_key_or_has_expired(
     client: Any, make_client: Any, links: dict[str, str], image_file: Any
 ) -> None:
     free = make_client()
+    assert client.get("/info", headers=KEY).headers["cache-control"] == "no-store"
+    described = links["bitstream"].partition("?")[0] + "/info"
+    assert client.get(described, headers=KEY).headers["cache-control"].startswith("private, max-age=")
     for name, age_s in (("bitstream", 31536000), ("human", 3600)):
         path = links[name].partition("?")[0]
         keyed = client.get(path, headers=KEY).headers["cache-control"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from redis.asyncio import SSLConnection
 
 from tests.live import free_port
@@ -25,6 +26,7 @@ from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings
 
 pytestmark = pytest.mark.anyio
+BLOCK = FileCache.BLOCK
 
 
 def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -132,7 +134,18 @@ def test_the_url_decides(url: str, kind: type[object]) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "cache", "ftp://x", "file://", "file://host/path", "redis:", "redis://h:abc", "redis://[h", "s3:x"],
+    [
+        "",
+        "cache",
+        "ftp://x",
+        "file://",
+        "file://host/path",
+        "file:relative",
+        "redis:",
+        "redis://h:abc",
+        "redis://[h",
+        "s3:x",
+    ],
 )
 def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
     with pytest.raises(ValueError, match="UGICM_CACHE_URL"):
@@ -175,52 +188,107 @@ async def store(cache: BitstreamCache, *bitstreams: bytes) -> list[str]:
     return ids
 
 
+def room_taken(folder: Path) -> int:
+    """Bytes of the disk, by whole blocks."""
+    return sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files(folder))
+
+
+async def swept(cache: FileCache) -> None:
+    await asyncio.wrap_future(cache._sweeper.submit(lambda: None))
+
+
 async def test_files_survive_the_process(tmp_path: Path) -> None:
-    (id,) = await store(FileCache(tmp_path, 1000), b"bits")
-    assert await FileCache(tmp_path, 1000).get(id) == b"bits"
+    (id,) = await store(FileCache(tmp_path, 10 * BLOCK), b"bits")
+    assert await FileCache(tmp_path, 10 * BLOCK).get(id) == b"bits"
 
 
 async def test_the_longest_unused_files_go_first(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 1000)
-    ids = await store(cache, *(bytes([i]) * 200 for i in range(4)))
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    ids = await store(cache, *(bytes([i]) * 2 * BLOCK for i in range(4)))
+    await swept(cache)
     for age, id in enumerate(reversed(ids)):
         os.utime(tmp_path / id[:2] / id, (1000 - age, 1000 - age))
     await cache.get(ids[0])  # used again
-    ids += await store(cache, b"x" * 300)
+    ids += await store(cache, b"x" * 3 * BLOCK)
+    await swept(cache)
     kept = {path.name for path in files(tmp_path)}
     assert kept == {ids[0], ids[2], ids[3], ids[4]}
 
 
 async def test_an_entry_that_a_sweep_would_delete_is_not_written(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 1000)
-    (id,) = await store(cache, b"x" * 300)
-    for size in (901, 1001):
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    (id,) = await store(cache, b"x" * 3 * BLOCK)
+    for size in (9 * BLOCK + 1, 10 * BLOCK + 1):
         assert await cache.put(bitstream_id(bytes(size)), bytes(size)) is None
     assert [path.name for path in files(tmp_path)] == [id]
-    assert await cache.put(bitstream_id(bytes(900)), bytes(900)) is False
-    assert [path.name for path in files(tmp_path)] == [bitstream_id(bytes(900))]
+    await swept(cache)
+    largest = bytes(9 * BLOCK)
+    assert await cache.put(bitstream_id(largest), largest) is False
+    await swept(cache)
+    assert [path.name for path in files(tmp_path)] == [bitstream_id(largest)]
 
 
 async def test_the_limit_holds_over_files_of_an_earlier_process(tmp_path: Path) -> None:
-    await store(FileCache(tmp_path, 10_000), *(bytes([i]) * 900 for i in range(5)))
-    await store(FileCache(tmp_path, 1000), b"new")
-    assert sum(path.stat().st_size for path in files(tmp_path)) <= 1000
+    await store(FileCache(tmp_path, 100 * BLOCK), *(bytes([i]) * 9 * BLOCK for i in range(5)))
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    await store(cache, b"new")
+    await swept(cache)
+    assert room_taken(tmp_path) <= 10 * BLOCK
+
+
+async def test_small_files_count_as_what_they_take(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    for i in range(40):
+        await store(cache, bytes([i]))
+        await swept(cache)
+    assert 9 <= len(files(tmp_path)) <= 10
+    assert cache.size == len(files(tmp_path)) * BLOCK
+
+
+async def test_nothing_waits_for_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = threading.Event()
+    slow = FileCache._delete_oldest
+    monkeypatch.setattr(FileCache, "_delete_oldest", lambda cache: there.wait(60) and slow(cache))
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    ids = await asyncio.wait_for(store(cache, *(bytes([i]) for i in range(20))), 30)
+    assert await asyncio.wait_for(cache.get(ids[0]), 30) == bytes([0])
+    there.set()
+    await swept(cache)
+    assert len(files(tmp_path)) == 9
+    assert cache.size >= 20 * BLOCK  # what came meanwhile counts twice, until the next one
+    await store(cache, b"next")
+    await swept(cache)
+    assert cache.size == 10 * BLOCK
+
+
+async def test_a_sweep_that_fails_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cache: FileCache) -> int:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(FileCache, "_delete_oldest", refuse)
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    with structlog.testing.capture_logs() as logs:
+        await store(cache, b"bits")
+        await swept(cache)
+    assert [line["event"] for line in logs] == ["the folder of bitstreams cannot be swept"]
+    assert cache._sweeping is False
 
 
 async def test_processes_that_share_a_folder_keep_its_limit(tmp_path: Path) -> None:
-    caches = [FileCache(tmp_path, 10_000) for _ in range(4)]
+    caches = [FileCache(tmp_path, 20 * BLOCK) for _ in range(4)]
     peak = 0
     for i in range(60):
-        await store(caches[i % 4], bytes([i]) * 500)
-        peak = max(peak, sum(path.stat().st_size for path in files(tmp_path)))
-    assert peak <= 1.5 * 10_000
+        await store(caches[i % 4], bytes([i]) * BLOCK)
+        await swept(caches[i % 4])
+        peak = max(peak, room_taken(tmp_path))
+    assert peak <= 1.5 * 20 * BLOCK
 
 
 async def test_files_that_others_own_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(path)
 
-    cache = FileCache(tmp_path, 1000)
+    cache = FileCache(tmp_path, 10 * BLOCK)
     (id,) = await store(cache, b"bits")
     assert files(tmp_path)[0].stat().st_mode & 0o777 == 0o666 & ~umask()
     monkeypatch.setattr(os, "utime", refuse)
@@ -233,7 +301,7 @@ async def test_a_full_disk_fails_the_check(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            await FileCache(tmp_path, 1000).check()
+            await FileCache(tmp_path, 10 * BLOCK).check()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files(tmp_path) == []
@@ -242,7 +310,7 @@ async def test_a_full_disk_fails_the_check(tmp_path: Path) -> None:
 async def test_files_that_hang_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = threading.Event()
     monkeypatch.setattr(Path, "read_bytes", lambda path: there.wait(60) and b"")
-    cache = FileCache(tmp_path, 1000)
+    cache = FileCache(tmp_path, 10 * BLOCK)
     hanging = [asyncio.create_task(cache.get("0" * 64)) for _ in range(64)]
     try:
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "answer"), 30) == "answer"
@@ -252,7 +320,7 @@ async def test_files_that_hang_hold_up_nothing_else(tmp_path: Path, monkeypatch:
 
 
 async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 1000)
+    cache = FileCache(tmp_path, 10 * BLOCK)
     (id,) = await store(cache, b"whole bitstream")
     (tmp_path / id[:2] / id).write_bytes(b"whole")
     assert await cache.get(id) is None
@@ -262,7 +330,7 @@ async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [b"whole", b"whole" + bytes(10)])
 async def test_a_torn_file_is_written_anew(tmp_path: Path, left: bytes) -> None:
-    cache = FileCache(tmp_path, 1000)
+    cache = FileCache(tmp_path, 10 * BLOCK)
     (id,) = await store(cache, b"whole bitstream")
     (tmp_path / id[:2] / id).write_bytes(left)
     assert await cache.put(id, b"whole bitstream") is False
@@ -275,7 +343,9 @@ async def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
-    await store(FileCache(tmp_path, 1000), b"bits")
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    await store(cache, b"bits")
+    await swept(cache)
     assert not old.exists()
     assert new.exists()  # another process may be writing it
 
@@ -283,8 +353,12 @@ async def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
 async def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     for folder in ("photos", "ab"):
         (tmp_path / folder / "more").mkdir(parents=True)
-        (tmp_path / folder / "wedding.jpg").write_bytes(bytes(2000))
-    ids = await store(FileCache(tmp_path, 1000), *(bytes([i]) * 400 for i in range(4)))
+        (tmp_path / folder / "wedding.jpg").write_bytes(bytes(20 * BLOCK))
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    ids = []
+    for i in range(4):
+        ids += await store(cache, bytes([i]) * 4 * BLOCK)
+        await swept(cache)
     assert {path.name for path in files(tmp_path)} == {"wedding.jpg", *ids[2:]}
 
 

@@ -118,9 +118,9 @@ async def test_memory_cache() -> None:
 def test_what_is_not_kept_is_not_called_stored(
     make_client: Any, image_file: Any, tmp_path: Path, url: str
 ) -> None:
-    client = make_client(cache_url=url.format(tmp_path), cache_bytes=2000)
-    small, large = (client.post("/encode", content=image_file(side, 8)) for side in (4, 200))
-    assert large.json()["size"] > 2000
+    client = make_client(cache_url=url.format(tmp_path), cache_bytes=5000)
+    small, large = (client.post("/encode", content=image_file(side, 8)) for side in (4, 600))
+    assert large.json()["size"] > 5000
     assert (large.status_code, large.json()["stored"], large.json()["cached"]) == (200, False, False)
     assert "location" not in large.headers
     assert client.get(f"/bitstreams/{large.json()['id']}").status_code == 404

@@ -174,3 +174,22 @@ async def test_the_asynchronous_client_does_the_same(
     async with AsyncClient(transport=httpx2.MockTransport(Overloaded(2, {}))) as client:
         assert await client.decode("0" * 64) == b"picture"
     assert [wait for wait in waits if wait] == [0.5, 1.0]  # asyncio itself sleeps for 0
+
+
+def test_another_server_is_a_problem() -> None:
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, text="<html>Welcome"))
+    with Client(transport=transport) as client:
+        for call in (
+            client.info,
+            lambda: client.encode(b"picture"),
+            lambda: client.encode_batch([b"picture"]),
+        ):
+            with pytest.raises(ProblemError, match="200 unknown: <html>Welcome"):
+                call()
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_any_bytes_will_do(client: Client, image_file: Any, kind: Any) -> None:
+    encoded = client.encode(kind(image_file()))
+    assert client.encode_batch([kind(image_file())]) == [dataclasses.replace(encoded, cached=True)]
+    assert client.decode(kind(client.bitstream(encoded.id))) == client.decode(encoded.id)

@@ -133,7 +133,7 @@ async def test_a_header_that_takes_long_holds_up_nobody_else(
         assert answered.wait(10)
         return 1, 1
 
-    monkeypatch.setattr("ugicm.server.engine._size_of_image", slow)
+    monkeypatch.setattr("ugicm.server.engine.size_of_image", slow)
     (work,) = start([client.post("/encode", content=image_file())])
     await asyncio.sleep(0)
     assert (await client.get("/livez")).status_code == 200
@@ -184,7 +184,7 @@ async def test_images_that_are_refused_do_not_wait_for_each_other(
         time.sleep(0.02)
         return 48, 32
 
-    monkeypatch.setattr("ugicm.server.engine._size_of_image", slow)
+    monkeypatch.setattr("ugicm.server.engine.size_of_image", slow)
     (batch,) = start([client.post("/encode/batch", **batch_of(*(image_file(seed=i) for i in range(5))))])
     await until(lambda: batch.done() or len(headers) > 20)
     assert len(headers) == 5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -24,6 +26,7 @@ from ugicm.server.images import (
     MalformedImageError,
     UnsupportedImageError,
     read_image,
+    size_of_image,
     write_image,
 )
 
@@ -261,6 +264,20 @@ def test_icc_profile_with_alpha_and_palette() -> None:
     assert np.abs(read(file(palette, "PNG", icc_profile=swapped)).astype(int) - [0, 255, 0]).max() <= 4
 
 
+def test_a_profile_that_claims_much_takes_little() -> None:
+    claims = bytearray(profile())
+    claims[(at := claims.index(b"mluc") + 8) : at + 4] = struct.pack(">I", (511 << 20) // 24)
+    data = file(Image.fromarray(RAMP), "PNG", icc_profile=bytes(claims))
+    # Of a process of its own: what lcms takes is seen in the highest resident size alone.
+    code = (
+        "import resource, sys; from ugicm.server.images import read_image\n"
+        "data = sys.stdin.buffer.read(); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); read_image(data, max_pixels=10**6); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert int(done.stdout) < 100 << 10  # KiB; it was 256 MiB
+
+
 def test_srgb_profile_changes_nothing() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert np.array_equal(read(file(Image.fromarray(RAMP), "PNG", icc_profile=srgb)), RAMP)
@@ -390,6 +407,69 @@ def test_more_pixels_than_pillow_would_allow() -> None:
     data = file(Image.new("1", (20_000, 9_000)), "TIFF", compression="group4")
     with pytest.raises(LimitExceededError, match="20000x9000 image: 180000000"):
         read(data)
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def in_pieces(format: str, pieces: int) -> bytes:
+    """A tiny picture with that many pieces in its header which say nothing."""
+    data = file(Image.new("RGB", (16, 16)), format)
+    at, piece = {
+        "PNG": (33, chunk(b"abCd")),
+        "JPEG": (2, b"\xff\xfe\x00\x02"),
+        "GIF": (13 + 3 * (2 << (data[10] & 7)), b"\x21\xfe\x01a\x00"),
+    }[format]
+    return data[:at] + pieces * piece + data[at:]
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF"])
+def test_headers_in_many_pieces_are_refused_soon(format: str) -> None:
+    assert read(in_pieces(format, 1000)).shape == (16, 16, 3)
+    many = in_pieces(format, 50_000)
+    with pytest.raises(MalformedImageError, match="in too many pieces: more than 20000 reads"):
+        read(many)
+    assert size_of_image(many) == (0, 0)
+
+
+def test_pixels_in_many_pieces_are_refused_soon() -> None:
+    data = png(8, 2, RAMP)
+    start = data.index(b"IDAT") - 4
+    length = int.from_bytes(data[start : start + 4])
+    pixels, rest = data[start + 8 : start + 8 + length], data[start + 12 + length :]
+    whole = data[:start] + b"".join(chunk(b"IDAT", pixels[i : i + 1]) for i in range(length)) + rest
+    assert np.array_equal(read(whole), RAMP)
+    empty = data[:start] + 100_000 * chunk(b"IDAT") + data[start:]
+    with pytest.raises(MalformedImageError, match="in too many pieces"):
+        read(empty)
+
+
+def test_compressed_bmp() -> None:
+    """Pillow reads every run on its own."""
+    end_of_line = bytes(2)
+    runs = b"".join(bytes((1, x % 256)) + (x % 200 == 199) * end_of_line for x in range(200 * 200))
+    palette = b"".join(bytes((i, i, i, 0)) for i in range(256))
+    offset = 14 + 40 + len(palette)
+    head = b"BM" + struct.pack("<IHHI", offset + len(runs), 0, 0, offset)
+    info = struct.pack("<IiiHHIIiiII", 40, 200, 200, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    expected = (np.arange(200 * 200) % 256).reshape(200, 200)[::-1]
+    assert np.array_equal(read(head + info + palette + runs)[..., 0], expected)
+
+
+def tiled_tiff(tile: int) -> bytes:
+    """One grey pixel in a deflated tile of that many pixels a side."""
+    pixels = zlib.compress(bytes(tile * tile))
+    tags = [(256, 1), (257, 1), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile)]
+    tags += [(324, 8 + 2 + 12 * (len(tags) + 2) + 4), (325, len(pixels))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + pixels
+
+
+def test_tiles_much_larger_than_the_picture() -> None:
+    assert read(tiled_tiff(2048)).shape == (1, 1, 3)
+    with pytest.raises(MalformedImageError, match="tiles of 2064x2064 pixels are larger than the 1x1 image"):
+        read(tiled_tiff(2064))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import structlog
 import uvicorn
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -251,6 +252,22 @@ async def test_what_is_cut_off_while_stopping_is_told(metrics: Metrics) -> None:
     assert start["status"] == 503
     assert (b"retry-after", b"1") in start["headers"]
     assert b'"code":"stopping"' in body["body"]
+
+
+async def test_an_answer_that_has_begun_breaks_off_while_stopping(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    lifecycle, client = Lifecycle(), Client()
+    lifecycle.draining = True
+    task = asyncio.create_task(RequestContext(app, metrics, lifecycle)(scope(), client.receive, client.send))
+    await asyncio.sleep(0)
+    task.cancel()
+    with structlog.testing.capture_logs() as logs:
+        await task
+    assert [message["type"] for message in client.received] == ["http.response.start"]
+    assert logs[0]["event"] == "an answer breaks off, as the service stops"
 
 
 async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:

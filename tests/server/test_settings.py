@@ -44,6 +44,8 @@ def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyP
         ("max_bytes", 0),
         ("precision", "float16"),
         ("api_keys", "short"),
+        ("api_keys", " , "),
+        ("url_keys", ","),
         ("api_keys", "schlüssel-geheim"),
         ("cors_origins", "app.example.com"),
         ("cors_origins", "https://app.example.com/"),

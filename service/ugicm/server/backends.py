@@ -10,25 +10,30 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+import structlog
+
 from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings, setting
 
 Result = TypeVar("Result")
+_log = structlog.get_logger(__name__)
 
 
 class FileCache:
     """Files in a folder, written atomically; the least recently used go first when it grows too large.
 
     Several processes may share the folder; each notices what the others wrote at its next sweep. What else
-    lies in the folder is left alone.
+    lies in the folder is left alone. Files count in whole blocks, as on the disk.
     """
 
+    BLOCK = 4096
+    """Bytes in which most file systems allot room."""
     THREADS = 8
     """Of its own: on a file system that hangs they hang, and nothing else may wait for them."""
     KEEP = 0.9
@@ -42,9 +47,12 @@ class FileCache:
         self._folder, self._max_bytes = folder, max_bytes
         self._size: int | None = None
         self._written = 0
-        """Bytes since the last sweep; others who share the folder may have written as many."""
+        """Bytes since the last sweep began; others who share the folder may have written as many."""
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="files")
+        # Sweeping takes seconds where there are many files: nobody waits for it.
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
+        self._sweeping = self._closed = False
 
     @property
     def size(self) -> int:
@@ -65,8 +73,11 @@ class FileCache:
         await self._in_thread(self._check)
 
     async def close(self) -> None:
-        """Do not wait for what hangs."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Do not wait for what hangs; a sweep ends early."""
+        with self._lock:
+            self._closed = True
+        for pool in (self._pool, self._sweeper):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[..., Result], *args: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
@@ -94,7 +105,8 @@ class FileCache:
                 return True
         except FileNotFoundError:
             pass
-        if len(bitstream) > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
+        room = self._room(len(bitstream))
+        if room > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{self._TEMPORARY}{secrets.token_hex(8)}")
@@ -106,16 +118,22 @@ class FileCache:
             temporary.unlink(missing_ok=True)
             raise
         with self._lock:
-            self._written += len(bitstream)
+            self._written += room
             if self._size is not None:
-                self._size += len(bitstream)
-            if (
+                self._size += room
+            due = (
                 self._size is None
                 or self._size > self._max_bytes
                 or self._written > (1 - self.KEEP) * self._max_bytes
-            ):
-                self._size, self._written = self._sweep(), 0
+            )
+            if due and not self._sweeping and not self._closed:
+                self._sweeping, self._written = True, 0
+                self._sweeper.submit(self._sweep)
         return False
+
+    def _room(self, size: int) -> int:
+        """Bytes that a file of this size takes on the disk."""
+        return -(-size // self.BLOCK) * self.BLOCK
 
     def _touch(self, path: Path) -> None:
         """Note the use, where that can be noted: others may own the file, or the disk be read-only."""
@@ -125,13 +143,13 @@ class FileCache:
     def _delete(self, id: str) -> bool:
         path = self._path(id)
         try:
-            size = path.stat().st_size
+            room = self._room(path.stat().st_size)
             path.unlink()
         except FileNotFoundError:
             return False
         with self._lock:
             if self._size is not None:
-                self._size = max(0, self._size - size)
+                self._size = max(0, self._size - room)
         return True
 
     def _check(self) -> None:
@@ -140,28 +158,50 @@ class FileCache:
             file.write(bytes(self.PROBE_BYTES))
             file.flush()
 
-    def _sweep(self) -> int:
-        """Delete the longest unused files if all together are too large; bytes that are left."""
+    def _sweep(self) -> None:
+        """Delete the longest unused files if all together are too large, and note what is left."""
+        try:
+            left = self._delete_oldest()
+            with self._lock:
+                # Files written meanwhile may have been seen, too: counted twice until the next sweep.
+                self._size = left + self._written
+        except OSError:
+            _log.exception("the folder of bitstreams cannot be swept", folder=str(self._folder))
+        finally:
+            with self._lock:
+                self._sweeping = False
+
+    def _delete_oldest(self) -> int:
+        """What the files take that are left, in bytes."""
         files = []
-        for path in self._folder.glob("[0-9a-f][0-9a-f]/*"):
+        for entry in self._entries():
             try:
-                status = path.stat()
+                status = entry.stat()
             except FileNotFoundError:
                 continue
-            if re.fullmatch(ID_PATTERN, path.name):
-                files.append((status.st_mtime_ns, status.st_size, path))
-            elif not path.name.startswith(self._TEMPORARY):
+            if re.fullmatch(ID_PATTERN, entry.name):
+                files.append((status.st_mtime_ns, self._room(status.st_size), entry.path))
+            elif not entry.name.startswith(self._TEMPORARY):
                 continue
             elif time.time() - status.st_mtime > self._STALE_S:  # left behind by a killed process
-                path.unlink(missing_ok=True)
-        size = sum(size for _, size, _ in files)
+                Path(entry.path).unlink(missing_ok=True)
+        size = sum(room for _, room, _ in files)
         if size > self._max_bytes:
-            for _, file_size, path in sorted(files):
-                path.unlink(missing_ok=True)
-                size -= file_size
-                if size <= self.KEEP * self._max_bytes:
+            for _, room, path in sorted(files):
+                if self._closed or size <= self.KEEP * self._max_bytes:
                     break
+                Path(path).unlink(missing_ok=True)
+                size -= room
         return size
+
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        """Of the subfolders, until the cache is closed."""
+        for folder in self._folder.glob("[0-9a-f][0-9a-f]/"):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if self._closed:
+                        return
+                    yield entry
 
 
 class RedisCache:
@@ -259,7 +299,7 @@ def open_cache(settings: Settings) -> BitstreamCache:
         match url.scheme:
             case "memory":
                 return MemoryCache(settings.cache_bytes)
-            case "file" if url.path.strip("/") and url.netloc in ("", "localhost"):
+            case "file" if re.match("/+[^/]", url.path) and url.netloc in ("", "localhost"):
                 return FileCache(Path(unquote(url.path)), settings.cache_bytes)
             case "redis" | "rediss" | "valkey" | "valkeys" if url.hostname:
                 return RedisCache(settings.cache_url, ttl_s=settings.cache_ttl_s)

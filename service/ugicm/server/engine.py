@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import math
 import os
 import threading
@@ -16,13 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
 
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import padded_size
 from ugicm.codec.errors import CodecError
 from ugicm.server.batching import MicroBatcher
-from ugicm.server.images import FORMATS, ImageFormat, check_side, read_image, write_image
+from ugicm.server.images import ImageFormat, check_side, read_image, size_of_image, write_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings
@@ -136,7 +134,7 @@ class Engine:
         async with self.deadline():
             # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
             # that a refusal does not wait.
-            weight = self._weight(*await _run_in(self._headers, lambda: _size_of_image(data)))
+            weight = self._weight(*await _run_in(self._headers, lambda: size_of_image(data)))
             with self.batcher.admit(weight):
                 on_admitted()
                 image = await self._pooled(
@@ -296,12 +294,3 @@ async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Resul
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: waiting.pop()())
     finally:
         waiting.clear()
-
-
-def _size_of_image(data: bytes) -> tuple[int, int]:
-    """Width and height by the image's header; 0 if unreadable, `read_image` then says what is wrong."""
-    try:
-        with PillowImage.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.width, image.height
-    except Exception:
-        return 0, 0

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
 from ugicm.pixels import Pixels, to_rgb
@@ -34,6 +35,16 @@ ACCEPTED_MEDIA_TYPES = tuple(f"image/{name.lower()}" for name in FORMATS)
 MAX_SIDE: Mapping[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
 """Largest width or height in pixels that a format can hold."""
 
+READS_TO_OPEN = 20_000
+"""Most reads of a file until its header is understood; photographs need 6 to 40. Pillow takes a header apart
+in Python, piece by piece: millions of empty pieces would keep a core busy for minutes."""
+BYTES_PER_READ = 128
+"""What a file must have for each further read while its pixels are loaded."""
+BMP_READS = 4_000_000
+"""Most further reads of a BMP file instead: two for each run of a compressed one; some four seconds."""
+TILE_PIXELS = 1 << 22
+"""Largest tile of a TIFF file that is smaller than one: a whole one is decoded."""
+
 _SAVE_OPTIONS: Mapping[ImageFormat, Mapping[str, object]] = {
     "png": {"compress_level": 1},  # level 6 is 4 % smaller at best and takes 3 times as long
     "webp": {"lossless": True, "quality": 0, "method": 0},  # 25 % smaller than the PNG, and faster
@@ -51,12 +62,35 @@ class UnsupportedImageError(CodecError):
     """The bytes are not an image of an accepted format."""
 
 
+class _BoundedReads(io.BytesIO):
+    """A file that can be read `limit` times; more often raises `MalformedImageError`."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.limit, self._reads = READS_TO_OPEN, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._reads += 1
+        if self._reads > self.limit:
+            raise MalformedImageError(f"the image is in too many pieces: more than {self.limit} reads")
+        return super().read(size)
+
+
+def size_of_image(data: bytes) -> tuple[int, int]:
+    """Width and height by the image's header; 0 if unreadable, `read_image` then says what is wrong."""
+    try:
+        with Image.open(_BoundedReads(data), formats=FORMATS) as image:
+            return image.width, image.height
+    except Exception:
+        return 0, 0
+
+
 def read_image(data: bytes, *, max_pixels: int) -> Pixels:
     """Decode an image file to uint8 RGB (H, W, 3).
 
     Raises:
         UnsupportedImageError: none of the formats in `FORMATS`.
-        MalformedImageError: damaged or truncated.
+        MalformedImageError: damaged, truncated, or in so many pieces that reading them would take long.
         LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
     """
     image = _open(data, max_pixels)
@@ -98,8 +132,9 @@ def write_image(rgb: Pixels, format: ImageFormat) -> bytes:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The image with its pixels loaded."""
+    file = _BoundedReads(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise LimitExceededError(
@@ -108,6 +143,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
                 actual=width * height,
                 setting=MAX_PIXELS_SETTING,
             )
+        _check_tiles(image)
+        file.limit += BMP_READS if image.format == "BMP" else len(data) // BYTES_PER_READ
         image.load()
     except (CodecError, MemoryError):
         raise
@@ -120,6 +157,18 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:  # on damaged files, Pillow's parsers raise nearly anything
         raise MalformedImageError(f"the image is damaged or truncated ({error})") from error
     return image
+
+
+def _check_tiles(image: Image.Image) -> None:
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(TiffImagePlugin.TILEWIDTH):
+        width, height = (
+            int(image.tag_v2.get(tag, 0)) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
+        )
+        if width * height > max(TILE_PIXELS, image.width * image.height):
+            raise MalformedImageError(
+                f"tiles of {width}x{height} pixels are larger than the {image.width}x{image.height} image "
+                f"and than {TILE_PIXELS} pixels"
+            )
 
 
 def _starts_like_an_image(data: bytes) -> bool:

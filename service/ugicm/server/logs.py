@@ -11,6 +11,13 @@ from structlog.typing import Processor
 from ugicm.server.settings import Settings
 
 
+class _SaidAlready(logging.Filter):
+    """Drops what uvicorn says of answers that `ugicm.server.middleware` broke off, with a line of its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.getMessage() != "ASGI callable returned without completing response."
+
+
 def configure(settings: Settings) -> None:
     """Set up structlog and the root logger of this process, once, before serving."""
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
@@ -41,4 +48,5 @@ def configure(settings: Settings) -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
+    logging.getLogger("uvicorn.error").addFilter(_SaidAlready())
     root.setLevel(settings.log_level.upper())

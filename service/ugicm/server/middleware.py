@@ -71,9 +71,12 @@ class RequestContext:
             try:
                 await self.app(scope, receive, send_with_context)
             except asyncio.CancelledError:
-                if status or not self.lifecycle.draining:
+                if not self.lifecycle.draining:
                     raise
                 # The server cancels what is left when its time to stop is over.
+                if status:
+                    _log.warning("an answer breaks off, as the service stops", path=scope["path"])
+                    return
                 await stopped().response(scope)(scope, receive, send_with_context)
             except Exception as error:
                 _log.exception("request failed", path=scope["path"])

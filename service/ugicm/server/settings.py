@@ -21,7 +21,15 @@ def _split(value: object) -> object:
     return value
 
 
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+def _split_secrets(value: object) -> object:
+    """As `_split`, but at least one: a template that was rendered wrong would open the service."""
+    secrets = _split(value)
+    if value and not secrets:
+        raise ValueError("no key in it; leave it unset to ask for none")
+    return secrets
+
+
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_secrets)]
 Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Bytes = Annotated[ByteSize, Field(gt=0)]
@@ -89,7 +97,8 @@ class Settings(BaseSettings):
     proxy in front keeps unused connections (60 seconds usually), or now and then a request meets one that is
     just being closed, and the proxy answers 502."""
     request_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504."""
+    """Longest time from the end of an upload to the answer, in seconds; beyond it the answer is 504. In a
+    batch, for each image from when its turn comes."""
 
     cache_url: str = "memory:"
     """Where bitstreams are kept between encode and decode: ``memory:``, ``file:///path``,

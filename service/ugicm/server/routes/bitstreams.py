@@ -64,8 +64,12 @@ async def get_bitstream(request: Request, id: Id, services: ServicesDep, timings
     description="Read from the bitstream's header; no network runs.",
     responses=problems(*_READING),
 )
-async def get_bitstream_info(id: Id, services: ServicesDep, timings: TimingsDep) -> BitstreamInfo:
-    return describe(id, await kept(services, id, timings))
+async def get_bitstream_info(
+    request: Request, response: Response, id: Id, services: ServicesDep, timings: TimingsDep
+) -> BitstreamInfo:
+    info = describe(id, await kept(services, id, timings))
+    response.headers["Cache-Control"] = _cache_control(request, services, BITSTREAM_AGE_S)
+    return info
 
 
 @router.head("/image", include_in_schema=False)

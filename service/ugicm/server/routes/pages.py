@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
@@ -32,7 +33,12 @@ class WholeFile(FileResponse):
 
 
 class WholeFiles(StaticFiles):
-    """Files of a folder, never parts of them."""
+    """Files of a folder, never parts of them, and never older ones than the page that wants them."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["Cache-Control"] = HEADERS["Cache-Control"]
+        return response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await super().__call__(_without_range(scope), receive, send)

@@ -29,7 +29,8 @@ _READ = ["GET", "HEAD"]
 
 @info_router.head("/info", include_in_schema=False)
 @info_router.get("/info", operation_id="getInfo", summary="Model, device and limits", responses=problems())
-async def get_info(services: ServicesDep) -> Info:
+async def get_info(response: Response, services: ServicesDep) -> Info:
+    response.headers.update(NO_STORE)
     codec, settings = services.engine.codec, services.settings
     return Info(
         version=__version__,
