@@ -9,7 +9,9 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -152,6 +154,12 @@ def encode(
     if bpp is not None and not bpp > 0:
         raise typer.BadParameter(f"--bpp must be positive, got {bpp:g}")
     jobs = _plan(photos, output, bitstream.SUFFIX)
+    from ugicm.codec.refine import check_steps
+
+    try:
+        check_steps(refine)
+    except CodecError as error:
+        raise typer.BadParameter(str(error)) from None
     codec = _load(model, model_store, device, precision, max_pixels)
     from ugicm.server.images import read_image
 
@@ -308,6 +316,7 @@ def bench(
     model_store: ModelStore = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    max_pixels: MaxPixels = DEFAULT_MAX_PIXELS,
 ) -> None:
     """Measure the codec's speed here, stage by stage, beside other codecs and the processor's peak."""
     try:
@@ -317,7 +326,7 @@ def bench(
         raise typer.BadParameter(f"sizes and batches are comma-separated numbers: {error}") from None
     if not all(0 < number < math.inf for number in (*sizes, *counts)):
         raise typer.BadParameter("sizes and batches are above zero and finite")
-    codec = _load(model, model_store, device, precision, DEFAULT_MAX_PIXELS)
+    codec = _load(model, model_store, device, precision, max_pixels)
     from ugicm.bench.peers import LEARNED
     from ugicm.bench.run import Options, run, table
 
@@ -327,8 +336,8 @@ def bench(
     options = Options(sizes, counts, quality, threads, peers, networks)
     try:
         report = run(codec, photos or [], options)
-    except (CodecError, OSError) as error:
-        raise _failed("bench", error) from None
+    except (CodecError, OSError, MemoryError, RuntimeError) as error:
+        raise _failed("bench", _expected(error)) from None
     for line in [json.dumps(report)] if as_json else table(report):
         typer.echo(line)
 
@@ -365,6 +374,8 @@ def _plan(sources: Sequence[Path], output: str, suffix: str) -> list[_Job]:
 
     Links are followed, as they are when writing.
     """
+    if not output:
+        raise typer.BadParameter("the name of the output is empty")
     target = Path(output)
     if _is_folder(sources, output):
         try:
@@ -414,12 +425,12 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
             try:
                 result, note = work(source.read_bytes())
                 _write(target, result)
-            except (CodecError, OSError) as error:
-                _failed(source, error)
+            except (CodecError, OSError, MemoryError, RuntimeError) as error:
+                _failed(source, _expected(error))
                 failures += 1
             else:
-                # Into a pipe, which may be standard output itself, go the data alone.
-                typer.echo(f"{source} -> {target}  {note}", err=_is_device(target))
+                # Into a pipe, or into standard output itself, go the data alone.
+                typer.echo(f"{source} -> {target}  {note}", err=_is_stream(target))
     if failures:
         raise typer.Exit(1)
 
@@ -427,9 +438,14 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
 def _write(path: Path, data: bytes) -> None:
     """Write all or nothing: an existing file is replaced only by a whole one.
 
-    Links are followed; pipes and devices are written to, not replaced. Raises ``OSError`` that names `path`.
+    It keeps its permissions. Links are followed; pipes and devices are written to, not replaced; open files
+    (``/dev/stdout``) go on from where they are. Raises ``OSError`` that names `path`.
     """
-    if _is_device(path):
+    if (descriptor := _descriptor(path)) is not None:
+        with os.fdopen(os.dup(descriptor), "wb") as stream:
+            stream.write(data)
+        return
+    if _is_stream(path):
         path.write_bytes(data)
         return
     file = Path(os.path.realpath(path))
@@ -437,6 +453,8 @@ def _write(path: Path, data: bytes) -> None:
     temporary = file.with_name(f".ugicm.{os.urandom(8).hex()}.tmp")
     try:
         temporary.write_bytes(data)
+        if file.exists():
+            temporary.chmod(stat.S_IMODE(file.stat().st_mode))
         temporary.replace(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -445,9 +463,31 @@ def _write(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _is_device(path: Path) -> bool:
-    """Or a pipe, or a socket."""
-    return path.exists() and not path.is_file()
+def _is_stream(path: Path) -> bool:
+    """A device, a pipe, a socket, or an open file."""
+    return (path.exists() and not path.is_file()) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> int | None:
+    """Number of this process's open file that a name such as ``/dev/stdout`` or ``/dev/fd/3`` stands for."""
+    own = Path(f"/proc/{os.getpid()}/fd")
+    for _ in range(40):  # as many links as the system would follow
+        if path.name.isdigit() and Path(os.path.realpath(path.parent)) == own:
+            return int(path.name)
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
+    return None
+
+
+def _expected(error: Exception) -> Exception:
+    """One that is no fault of the program; others are raised."""
+    if isinstance(error, CodecError | OSError):
+        return error
+    # Torch says so in words; on a GPU, in a class of its own.
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        return MemoryError("not enough memory for a picture of this size")
+    raise error
 
 
 def _failed(what: object, error: Exception) -> typer.Exit:

@@ -136,3 +136,15 @@ def test_watching_leaves_no_trace(tiny_codec: Codec, photo: NDArray[Any]) -> Non
     count = len(stages)
     assert tiny_codec.encode([photo]) == watched
     assert len(stages) == count
+
+
+def test_sizes_over_the_limit_are_refused_at_once(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(run, "resized")
+    for limit in (["--max-pixels", "90000"], []):
+        if not limit:
+            monkeypatch.setenv("UGICM_MAX_PIXELS", "90000")
+        result = CliRunner().invoke(app, [*arguments, *limit])
+        assert result.exit_code == 1
+        assert "100000 is over the limit of 90000; UGICM_MAX_PIXELS changes it" in result.stderr

@@ -12,9 +12,11 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
@@ -236,11 +238,12 @@ def test_unknown_model(photos: list[Path], tmp_path: Path) -> None:
     assert result.stderr.startswith("ugicm: large: no model 'large' in ")
 
 
-def test_unknown_device(photos: list[Path], tmp_path: Path) -> None:
-    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--device", "abacus")
+@pytest.mark.parametrize("device", ["abacus", "meta", "mps", "hpu", "privateuseone"])
+def test_unknown_device(photos: list[Path], tmp_path: Path, device: str) -> None:
+    result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--device", device)
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert "abacus" in result.stderr
+    assert device in result.stderr
 
 
 def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
@@ -270,6 +273,8 @@ def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
         (("encode", "a.png", "-o", "none/out.ugic"), "there is no folder none for out.ugic"),
         (("encode", "a.png", "-o", f"{'long' * 100}/out.ugic"), "there is no folder long"),
         (("encode", "a.png", "-o", "out.ugic", "--quality", "nan"), "nan is not a number"),
+        (("encode", "a.png", "-o", ""), "the name of the output is empty"),
+        (("encode", "a.png", "-o", "out", "--refine", "20000"), "refine must be in 0..10000 steps"),
         (("decode", "a.ugic", "-o", "out.png", "--strength", "nan"), "nan is not a number"),
         (("transcode",), "No such command"),
     ],
@@ -323,6 +328,66 @@ def test_a_pipe_is_written_to_and_stays(photos: list[Path], tmp_path: Path, bits
         assert os.read(reader, 1 << 16) == bitstream_50
     finally:
         os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_goes_on_from_where_it_is(
+    photos: list[Path], tmp_path: Path, bitstream_50: bytes, name: str
+) -> None:
+    """A file that is open there is neither replaced nor emptied."""
+    out = tmp_path / "both"
+    command = [sys.executable, "-m", "ugicm", "encode", photos[0], "-o", name]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with out.open("wb") as file:
+        file.write(b"before")
+        file.flush()
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, env=environment, check=True)
+        file.write(b"after")
+    assert out.read_bytes() == b"before" + bitstream_50 + b"after"
+    assert b" bpp" in done.stderr
+    assert names(tmp_path) == ["both", "photos"]
+
+
+def test_a_replaced_file_keeps_its_permissions(photos: list[Path], encoded: Path) -> None:
+    encoded.chmod(0o600)
+    assert ugicm_("encode", photos[1], "-o", encoded).exit_code == 0
+    assert stat.S_IMODE(encoded.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 34.3 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    ],
+)
+def test_a_picture_too_large_for_memory_does_not_lose_the_others(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    encode = Codec.encode
+
+    def first_fails(codec: Codec, images: list[NDArray[np.uint8]], *rest: Any, **options: Any) -> Any:
+        if images[0].shape == pixels(photos[0]).shape:
+            raise error
+        return encode(codec, images, *rest, **options)
+
+    monkeypatch.setattr(Codec, "encode", first_fails)
+    result = ugicm_("encode", *photos, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == f"ugicm: {photos[0]}: not enough memory for a picture of this size\n"
+    assert names(tmp_path / "out") == ["b.ugic", "c.ugic"]
+
+
+def test_other_errors_of_torch_are_not_hidden(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **options: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(Codec, "encode", fails)
+    with pytest.raises(RuntimeError, match="mat1"):
+        ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic")
 
 
 def test_the_longest_name(photos: list[Path], tmp_path: Path) -> None:

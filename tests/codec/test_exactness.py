@@ -189,6 +189,20 @@ def test_products_that_lose_digits_are_noticed(
         assert random_symbols(model) != expected
 
 
+def test_many_pictures_without_onednn() -> None:
+    """torch then convolves 16 or more by Winograd's algorithm, which rounds."""
+    config = dataclasses.replace(PRESETS["ugicm-s"], context_blocks=1)
+    model = EntropyModel(config, largest_tensors(config), torch.device("cpu"))
+    single, double = (
+        model._weights[torch.float32].to(dtype).layers["trunk.0.spatial"]
+        for dtype in (torch.float32, torch.float64)
+    )
+    x = torch.randint(4096, (16, 8, 8, config.entropy_channels), generator=torch.Generator().manual_seed(7))
+    with torch.backends.mkldnn.flags(enabled=False):
+        sums = model._convolved(x.float(), single)
+    assert torch.equal(sums.double(), model._convolved(x.double(), double))
+
+
 def test_skipped_symbols_are_zero(stored: StoredModel) -> None:
     model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
     z = torch.full((1, 2, 2, stored.config.hyper_channels), -300.0)

@@ -79,6 +79,17 @@ def test_a_budget_is_kept_and_buys_more(tiny_codec: Codec, crop: Image) -> None:
     assert errors[1] < errors[0]
 
 
+def test_drawn_pictures_are_not_refined_for_nothing(
+    tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    (plain,) = tiny_codec.encode([stripes], QUALITY)
+    assert peek(plain).lossless
+    monkeypatch.delattr(Codec, "_refine_each")
+    assert tiny_codec.encode([stripes], QUALITY, refine=STEPS) == [plain]
+
+
 @pytest.mark.parametrize("steps", [-1, 10_001])
 def test_steps_out_of_range(tiny_codec: Codec, crop: Image, steps: int) -> None:
     with pytest.raises(CodecError, match=rf"refine must be in 0\.\.10000 steps, got {steps}"):

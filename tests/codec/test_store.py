@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 from ugicm.codec.codec import Codec
+from ugicm.codec.config import ModelConfig
 from ugicm.codec.errors import CodecError, ModelStoreError
-from ugicm.codec.store import available, find_store, load_codec, read_model
+from ugicm.codec.store import available, bitstream_digest, find_store, load_codec, read_model
 
 
 @pytest.fixture
@@ -137,3 +140,79 @@ def test_absent_device(tiny_store: Path, device: str) -> None:
 def test_unknown_precision(tiny_store: Path) -> None:
     with pytest.raises(CodecError, match="precision must be auto, float32 or bfloat16, got 'float16'"):
         load_codec("tiny", store=tiny_store, device="cpu", precision="float16")
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **model: object) -> None:
+    """A model with these contents, and hashes that belong to them."""
+    description = json.loads((folder / "config.json").read_text())
+    description["model"].update(model)
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    (folder / "weights.safetensors").write_bytes(data)
+    computed = {
+        name: value.float() if value.is_floating_point() else value for name, value in tensors.items()
+    }
+    digest = bitstream_digest(ModelConfig.from_dict(description["model"]), computed)
+    description.update(sha256=hashlib.sha256(data).hexdigest(), digest=digest.hex())
+    (folder / "config.json").write_text(json.dumps(description))
+
+
+def without(prefix: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            del tensors[name]
+
+    return change
+
+
+def one_table_less(tensors: dict[str, torch.Tensor]) -> None:
+    lengths = tensors["tables.y.lengths"] = tensors["tables.y.lengths"][:-1]
+    tensors["tables.y.frequencies"] = tensors["tables.y.frequencies"][: int(lengths.sum())]
+
+
+def a_wrong_sum(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["tables.y.frequencies"] = tensors["tables.y.frequencies"].clone()
+    tensors["tables.y.frequencies"][0] += 1
+
+
+def another_shape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["entropy.base.weight"] = tensors["entropy.base.weight"][:-1]
+
+
+def a_foreign_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for kind in ("weight", "bias", "bits"):
+        tensors[f"entropy.trunk.9.expand.{kind}"] = tensors[f"entropy.base.{kind}"].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("tables.y"), r"is not valid: KeyError\('tables.y.frequencies'\)"),
+        (without("tables.z"), "is not valid: KeyError"),
+        (without("entropy.base.bias"), "is not valid: KeyError"),
+        (without("entropy.base"), "is not valid: KeyError"),
+        (another_shape, "entropy layer base of tiny has not the shape of its config"),
+        (a_foreign_layer, "knows nothing of: .*trunk.9.expand"),
+        (one_table_less, "tiny has 63 tables of y, not 64"),
+        (a_wrong_sum, "must be at least 1 and sum to"),
+        (lambda tensors: None, None),
+    ],
+)
+def test_contents_that_do_not_fit(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str | None
+) -> None:
+    """Of a folder that somebody made, not one that was damaged."""
+    tensors = load((folder / "weights.safetensors").read_bytes())
+    change(tensors)
+    rewrite(folder, tensors)
+    if message is None:
+        load_codec(folder, device="cpu")
+    else:
+        with pytest.raises(ModelStoreError, match=message):
+            load_codec(folder, device="cpu")
+
+
+def test_a_config_with_more_blocks(folder: Path) -> None:
+    tensors = load((folder / "weights.safetensors").read_bytes())
+    rewrite(folder, tensors, context_blocks=read_model(folder).config.context_blocks + 1)
+    with pytest.raises(ModelStoreError, match=r"KeyError\('entropy.trunk.1"):
+        load_codec(folder, device="cpu")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import google_crc32c
-from hypothesis import given
+from hypothesis import find, given
 from hypothesis import strategies as st
 
 from ugicm.codec.bitstream import MAGIC, MAX_HEADER_BYTES, Bitstream, Header, parse, peek, serialise
@@ -63,17 +61,55 @@ def test_splices_are_refused_or_harmless(value: Bitstream, data: st.DataObject) 
         assert mutated != original
 
 
-@given(st.binary(max_size=200), st.booleans())
-def test_hostile_bodies_with_a_valid_checksum(body: bytes, tiled: bool) -> None:
-    """Past magic, version and flags anything may follow; what parses is written back identically."""
-    data = MAGIC + bytes([1, tiled]) + body
-    data += google_crc32c.value(data).to_bytes(4, "little")
-    with contextlib.suppress(*REFUSED):
+def varint(value: int, padding: int = 0) -> bytes:
+    """LEB128, with so many bytes more than it needs."""
+    parts = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)] + [0] * padding
+    return bytes([*(part | 0x80 for part in parts[:-1]), parts[-1]])
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> bytes:
+    """Fields of about the right sizes, with a checksum that is right."""
+    flags = draw(st.integers(0, 3))
+    sides = draw(st.lists(st.integers(0, 300), min_size=2 + (flags & 1), max_size=2 + (flags & 1)))
+    tile = sides[2] if flags & 1 and sides[2] else max(1, *sides)
+    count = -(-sides[0] // tile) * -(-sides[1] // tile)
+    count = max(0, count + draw(st.sampled_from([0, 0, 0, -1, 1])))
+    lengths = draw(st.lists(st.integers(0, 9), min_size=min(count, 99), max_size=min(count, 99)))
+    padding = draw(st.sampled_from([0, 0, 0, 1]))
+    size = max(0, sum(lengths) + draw(st.sampled_from([0, 0, 0, -1, 1])))
+    data = MAGIC + bytes([1, flags]) + draw(st.integers(0, 26_000)).to_bytes(2, "little")
+    data += draw(st.binary(min_size=8, max_size=8)) + b"".join(varint(side) for side in sides[:-1])
+    data += varint(sides[-1], padding) + b"".join(map(varint, lengths))
+    data += draw(st.binary(min_size=size, max_size=size))
+    return data + google_crc32c.value(data).to_bytes(4, "little")
+
+
+def parses(data: bytes) -> bool:
+    try:
+        parse(data, max_pixels=MAX_PIXELS)
+    except REFUSED:
+        return False
+    return True
+
+
+@given(hostile())
+def test_what_parses_is_written_back(data: bytes) -> None:
+    if parses(data):
         assert serialise(*parse(data, max_pixels=MAX_PIXELS)) == data
 
 
-@given(st.binary(max_size=200))
+def test_some_of_it_parses() -> None:
+    for flags in range(3):
+        find(hostile(), lambda data, flags=flags: parses(data) and data[9] == flags)
+
+
+@given(st.binary(max_size=200) | st.binary(max_size=40).map(MAGIC.__add__) | hostile())
 def test_foreign_bytes(data: bytes) -> None:
-    with contextlib.suppress(MalformedBitstreamError):
-        peek(data)
-        assert data.startswith(MAGIC)
+    """Only what begins as a header does is taken for one."""
+    try:
+        header = peek(data)
+    except MalformedBitstreamError:
+        return
+    assert data.startswith(MAGIC + bytes([header.version]))
+    assert header.model_digest == data[12:20]

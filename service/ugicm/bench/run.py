@@ -26,7 +26,7 @@ from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.dense import dense
-from ugicm.codec.errors import CodecError
+from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
 from ugicm.server.images import read_image, write_image
 
 Image = NDArray[np.uint8]
@@ -178,7 +178,14 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
     """Time the codec, its stages and its peers.
 
     Returns one object for JSON: ``results`` has a row for every codec, operation, size and batch.
+
+    Raises:
+        CodecError: a photo cannot be read, or a size is over the codec's limit.
     """
+    if (largest := round(1e6 * max(options.megapixels))) > codec.max_pixels:  # before a picture of it is made
+        raise LimitExceededError(
+            "pixels of the largest size", limit=codec.max_pixels, actual=largest, setting=MAX_PIXELS_SETTING
+        )
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     device = torch.device(codec.device)

@@ -171,7 +171,12 @@ class Codec:
         self._reach = model.tensors.get("reach")
         self._largest = model.tensors.get("largest")
         self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
-        self._entropy = EntropyModel(config, model.tensors, self._device)
+        try:
+            self._entropy = EntropyModel(config, model.tensors, self._device)
+        except ModelStoreError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelStoreError(f"the entropy model of {config.name} is not valid: {error!r}") from error
         # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
         self._cpu_entropy = (
             self._entropy
@@ -215,9 +220,7 @@ class Codec:
         for index, image in enumerate(images):
             if out[index] is None:
                 # Tile by tile, so that a large picture's integers are never all in memory.
-                header = headers[index]
-                data = self._serialise(header, self._analyse_image(image, header, refine))
-                out[index] = self._smaller(data, header, image)
+                out[index] = self._encode_tiles(image, headers[index], refine)
         return [data for data in out if data is not None]
 
     def decode(self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0) -> list[Image]:
@@ -604,6 +607,18 @@ class Codec:
     def _serialise_lossless(self, header: Header, image: Image) -> bytes:
         header = dataclasses.replace(header, tile_side=0, lossless=True)
         return container.serialise(header, [lossless.compress(image)])
+
+    def _encode_tiles(self, image: Image, header: Header, refine: int) -> bytes:
+        """One picture's bitstream, its integers made tile by tile."""
+        if refine and lossless.promising(image):
+            exact = self._serialise_lossless(header, image)
+            plain = self._serialise(header, self._analyse_image(image, header))
+            # Refinement saves some percent: it would be minutes for nothing.
+            if 2 * len(exact) <= len(plain):
+                return exact
+        return self._smaller(
+            self._serialise(header, self._analyse_image(image, header, refine)), header, image
+        )
 
     def _smaller(self, data: bytes, header: Header, image: Image | None) -> bytes:
         """The bitstream, or the picture's lossless one if that is worth a try and no larger."""

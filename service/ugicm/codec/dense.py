@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+@cache
+def has_onednn() -> bool:
+    """Whether this torch was built with oneDNN."""
+    return torch.backends.mkldnn.is_available()
+
+
 def has_bfloat16() -> bool:
     """Whether oneDNN takes it on this processor, where it may be emulated all the same."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fused_types() -> frozenset[torch.dtype]:
     """Types in which this processor has a matrix product with a clamp behind it."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not has_onednn() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return frozenset()
     return frozenset([torch.float32, torch.bfloat16] if has_bfloat16() else [torch.float32])
 

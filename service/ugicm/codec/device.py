@@ -48,6 +48,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
         torch.empty(1, device=device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]

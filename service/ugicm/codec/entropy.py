@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
 from ugicm.codec.config import STEP_XOR, ModelConfig
-from ugicm.codec.dense import dense
+from ugicm.codec.dense import dense, has_onednn
+from ugicm.codec.entropy_twin import EntropyNetwork
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import (
     BASE,
@@ -48,6 +49,9 @@ SCALE_COUNT = 64
 SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
 Z_LIMIT = 511
+PROBE_BATCH = 16
+"""Pictures at a time in the probe of exactness; libraries choose other algorithms for many than for one."""
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 MEAN_UNIT = 1 << MEAN.bits
 SEEN_STEP = 1 << (MEAN.bits - SEEN.bits)
 
@@ -96,12 +100,16 @@ class _Weights(NamedTuple):
 def _load_weights(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> _Weights:
     """Prove that the sums of the stored integers are exact, then scale and arrange them."""
     layers = {}
-    prefix, suffix = "entropy.", ".weight"
-    for key in tensors:
-        if not (key.startswith(prefix) and key.endswith(suffix)):
-            continue
-        name = key.removeprefix(prefix).removesuffix(suffix)
-        weight, bias, bits = (tensors[f"{prefix}{name}.{kind}"] for kind in ("weight", "bias", "bits"))
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in EntropyNetwork(config).state_dict().items()}
+    stored = {key.removeprefix("entropy.") for key in tensors if key.startswith("entropy.")}
+    if unknown := sorted(key for key in stored - set(shapes) if not key.endswith(".bits")):
+        raise ModelStoreError(f"entropy layers of {config.name} that its config knows nothing of: {unknown}")
+    for name in [key.removesuffix(".weight") for key in shapes if key.endswith(".weight")]:
+        weight, bias, bits = (tensors[f"entropy.{name}.{kind}"] for kind in ("weight", "bias", "bits"))
+        wanted = (shapes[f"{name}.weight"], shapes[f"{name}.bias"], shapes[f"{name}.bias"])
+        if (weight.shape, bias.shape, bits.shape) != wanted:
+            raise ModelStoreError(f"entropy layer {name} of {config.name} has not the shape of its config")
         fewest, most = int(bits.min()), int(bits.max())
         largest = int(largest_sums(name, weight, bias, bits).max())
         if fewest < BITS_MIN or most > BITS_MAX or largest >= SUM_LIMIT:
@@ -173,12 +181,12 @@ class EntropyModel:
         """
         self.config = config
         self.device = device
-        # Not every processor's convolution is a plain sum: some use Winograd's algorithm for 3x3.
-        self._convolve = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
         self._weights = {torch.float32: _load_weights(config, tensors, device)}
         self._float32_is_exact = self._probe()
         self.hyper_prior = HyperPrior(tensors)
         self.y_tables = Tables(tensors["tables.y.frequencies"].numpy(), tensors["tables.y.lengths"].numpy())
+        if (count := len(self.y_tables.tables)) != SCALE_COUNT:
+            raise ModelStoreError(f"{config.name} has {count} tables of y, not {SCALE_COUNT}")
 
     # What carries the integers
 
@@ -188,7 +196,7 @@ class EntropyModel:
         width = self.config.entropy_channels
         generator = torch.Generator().manual_seed(0)
         # Activations of 12 bits, one more than TF32 keeps.
-        x = torch.randint(min(TRUNK.end, HIDDEN.end), (1, 16, 16, width), generator=generator)
+        x = torch.randint(min(TRUNK.end, HIDDEN.end), (PROBE_BATCH, 8, 8, width), generator=generator)
         x = x.to(self.device)
         results: list[tuple[Tensor, ...]] = []
         for dtype in (torch.float32, torch.float64):
@@ -224,7 +232,9 @@ class EntropyModel:
     def _convolved(self, x: Tensor, layer: _Layer) -> Tensor:
         """Depthwise 3x3 with zero padding."""
         weight, bias = layer
-        if self._convolve:
+        # Not every convolution is a plain sum: on other processors, or without oneDNN (NNPACK, from 16
+        # pictures on), it may be by Winograd's algorithm.
+        if self.device.type == "cpu" and _IS_X86 and torch.backends.mkldnn.enabled and has_onednn():
             sums = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(bias))
             return sums.permute(0, 2, 3, 1)
         height, width = x.shape[1:3]
