@@ -24,11 +24,11 @@ from ugicm.codec.codec import Codec
 from ugicm.codec.config import HYPER_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.soften import size_of
-from ugicm.codec.store import model_path, read_model
+from ugicm.codec.store import model_path
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.export import narrow_table, read_training, write_model
 from ugicm_train.model import TrainableCodec
-from ugicm_train.restore import restore
+from ugicm_train.restore import read_stored, restore
 
 RADIUS = 64
 """Symbols beyond are escapes in every table."""
@@ -122,7 +122,7 @@ def calibrate(
     source: Path, folder: Path, data: list[Path], *, crops: int, size: int, tables: int, seed: int
 ) -> None:
     """Write the model in `source` with tables counted on `crops` of `size` pixels a side to `folder`."""
-    stored = read_model(source)
+    stored = read_stored(source)
     photos = [photo for _, photo in read_photos(data, min_side=size)]
     counts = count(Codec(stored), CropSampler(photos, size=size, seed=seed), crops)
     shape = counts.shape[:-1]

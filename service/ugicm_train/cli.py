@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -50,7 +51,9 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="train, or continue a run")
     run.add_argument(
-        "--config", type=_config, help="preset name or config.json (default: ugicm-s, or the checkpoint's)"
+        "--config",
+        type=_config,
+        help="preset name or config.json (default: that of the checkpoint or of --start, else ugicm-s)",
     )
     run.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
     run.add_argument("--out", type=Path, required=True, help="run folder (checkpoints, log)")
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.teacher:
                 from ugicm_train.teachers import parse_teacher
 
-                teacher = parse_teacher(arguments.teacher)
+                teacher = parse_teacher(arguments.teacher, arguments.precision)
             return train(
                 arguments.config,
                 options,
@@ -149,4 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"ugicm-train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ugicm-train: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

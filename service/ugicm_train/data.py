@@ -6,8 +6,9 @@ Needs only torch, numpy, Pillow and safetensors.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ugicm.pixels import Pixels, to_rgb
+from ugicm_train.files import written_whole
 from ugicm_train.synthetic import draw_synthetic
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -49,6 +51,19 @@ def _decode(path: Path) -> Tensor:
     return torch.from_numpy(read_image(path)).permute(2, 0, 1).contiguous()
 
 
+def _decoded(paths: Sequence[Path]) -> Iterator[Tensor]:
+    """Photos in this order, decoded on all processors, few ahead: all may be more than memory holds."""
+    count = os.cpu_count() or 1
+    ahead: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(count) as pool:
+        for path in paths:
+            ahead.append(pool.submit(_decode, path))
+            if len(ahead) > 2 * count:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
 def is_picture(path: Path) -> bool:
     """Whether it is a file that is called like a picture."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -72,7 +87,8 @@ def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str
     `sources` are folders of images, folders of shards, or single files.
 
     Raises:
-        DataError: no such source, nothing in any, or a file that is damaged; the message names it.
+        DataError: no such source, nothing in any, or a file that is damaged or of another kind; the message
+            names it.
     """
     listed = [(source, _files(source)) for source in sources]
     if not any(files for _, files in listed):
@@ -85,21 +101,30 @@ def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str
             except SafetensorError as error:
                 raise DataError(f"{shard} is damaged ({error}): pack the photos again") from error
             for name, photo in packed.items():
+                if photo.dtype != torch.uint8 or photo.ndim != 3 or len(photo) != 3:
+                    kind = f"{tuple(photo.shape)} of {photo.dtype}"
+                    raise DataError(
+                        f"{shard} holds no photos: {name} is {kind}, not (3, H, W) of torch.uint8"
+                    )
                 if min(photo.shape[1:]) >= min_side:
                     yield name, photo
         images = [path for path in files if path not in set(shards)]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for path, photo in zip(images, pool.map(_decode, images), strict=True):
-                if min(photo.shape[1:]) >= min_side:
-                    yield str(path.relative_to(source)) if source.is_dir() else path.name, photo
+        for path, photo in zip(images, _decoded(images), strict=True):
+            if min(photo.shape[1:]) >= min_side:
+                yield str(path.relative_to(source)) if source.is_dir() else path.name, photo
 
 
 def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -> list[Path]:
     """Write the photos as shards of at most about `max_bytes` each; returns the shard paths.
 
     Raises:
-        DataError: no photos, or `out` holds shards of before, which would be read with the new ones.
+        DataError: no photos, `out` holds shards of before, which would be read with the new ones, or lies
+            in a source, which would then hold its photos twice.
+        OSError: a shard cannot be written.
     """
+    for source in sources:
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise DataError(f"{out} lies in {source}, which would hold its photos twice: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob(f"*{SHARD_SUFFIX}")):
         raise DataError(f"{out} holds shards already: remove them, or give another --out")
@@ -110,8 +135,13 @@ def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -
     def flush() -> None:
         nonlocal pending, size
         if pending:
-            shards.append(out / f"{len(shards):05d}{SHARD_SUFFIX}")
-            save_file(pending, shards[-1])
+            shard = out / f"{len(shards):05d}{SHARD_SUFFIX}"
+            with written_whole(shard) as beside:
+                try:
+                    save_file(pending, beside)
+                except SafetensorError as error:  # a full disk, too
+                    raise OSError(f"cannot write {shard}: {error}") from error
+            shards.append(shard)
             pending, size = {}, 0
 
     for name, photo in read_photos(sources, min_side=min_side):

@@ -29,6 +29,7 @@ from ugicm.codec.fixed_point import (
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
+from ugicm_train.signals import uninterrupted
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
@@ -158,14 +159,21 @@ def write_model(
 
     The transforms are rounded to float16, an eighth of the error of bfloat16, in which most machines compute
     them.
+
+    What is there stays whole, or is replaced as a whole, unless the process is killed between two renames;
+    ``config.tmp`` is then the ``config.json`` that belongs to the weights.
+
+    Raises:
+        ValueError: a tensor has values that are not finite, perhaps in float16 alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    data = save(
-        {
-            name: tensor.half() if name.partition(".")[0] in HALF_PRECISION else tensor
-            for name, tensor in tensors.items()
-        }
-    )
+    stored = {
+        name: tensor.half() if name.partition(".")[0] in HALF_PRECISION else tensor
+        for name, tensor in tensors.items()
+    }
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite, or too large: nothing is written")
+    data = save(stored)
     description = {
         "format": FORMAT,
         "model": config.to_dict(),
@@ -174,8 +182,13 @@ def write_model(
         "training": told_once(training, set()),
     }
     text = json.dumps(description, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
     # Both are written before one replaces what may be there.
-    with written_whole(folder / CONFIG_FILE) as config_file, written_whole(folder / WEIGHTS_FILE) as weights:
+    with (
+        uninterrupted(),
+        written_whole(folder / CONFIG_FILE) as config_file,
+        written_whole(folder / WEIGHTS_FILE) as weights,
+    ):
         config_file.write_text(text, encoding="utf-8")
         weights.write_bytes(data)
 

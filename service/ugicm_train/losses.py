@@ -98,10 +98,12 @@ def rate_distortion_loss(
     weighted = weight * loss
     # By value, too, an outlier is the worse the larger it is.
     told = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
+    # No picture that is shown has a larger error than 1: one sample that explodes is not all that is told.
+    shown_human, shown_machine = human.detach().clamp(max=1.0), machine.detach().clamp(max=1.0)
     return LossTerms(
         (weighted + told - weighted.detach()).mean(),
         output.bpp.mean().detach(),
-        human.mean().detach(),
-        machine.mean().detach() if count else x.new_zeros(()),
+        shown_human.mean(),
+        shown_machine.mean() if count else x.new_zeros(()),
         judged,
     )

@@ -8,6 +8,7 @@ of the base; its bitstreams do not change.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ugicm.codec.store import model_path, read_model
+from ugicm.codec.store import model_path
 from ugicm_train.export import read_training, write_model
 from ugicm_train.model import PREFERENCE
-from ugicm_train.restore import RATE_FIELDS
+from ugicm_train.restore import read_stored
 
 GRAIN, REACH = "grain", "reach"
 MACHINE_RECORD = ("polish", "grain", "mixed", "reach")
@@ -55,17 +56,17 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
     ``reach``: how much of the machine view there is at each level, 0..1, in place of what the views have.
 
     Raises:
-        ValueError: two models of different shapes or reach, or a reach that is none.
+        ValueError: two models of different shapes, rates or reach, or a reach that is none.
     """
-    stored = read_model(base)
-    shape = {name: value for name, value in stored.config.to_dict().items() if name not in RATE_FIELDS}
+    stored = read_stored(base)
     mixed: dict[str, Tensor] = {}
     tables = []
     records = []
     for view in views:
-        model = read_model(view.model)
-        if any(model.config.to_dict()[name] != value for name, value in shape.items()):
-            raise ValueError(f"{view.model} and {base} have different shapes")
+        model = read_stored(view.model)
+        # What a view and its grain are at a level belongs to that level's rate.
+        if dataclasses.replace(model.config, name=stored.config.name) != stored.config:
+            raise ValueError(f"{view.model} and {base} have different shapes or rates")
         tables.append(model.tensors.get(REACH, torch.ones(stored.config.levels)))
         for name, tensor in model.tensors.items():
             if _is_preference(name) or name == GRAIN:

@@ -38,9 +38,10 @@ class FactorizedPrior(nn.Module):
         location = self.location[None, :, None, None]
         scale = self.log_scale.exp()[None, :, None, None]
         weight = self.logits.softmax(-1)[None, :, None, None]
-        upper = torch.sigmoid((z + 0.5 - location) / scale)
-        lower = torch.sigmoid((z - 0.5 - location) / scale)
-        return (weight * (upper - lower)).sum(-1)
+        # abs() keeps both arguments in the accurate tail.
+        distance = (z - location).abs()
+        mass = torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale)
+        return (weight * mass).sum(-1)
 
     def bits(self, z: Tensor) -> Tensor:
         return -torch.log2(self.mass(z).clamp_min(LIKELIHOOD_MIN))

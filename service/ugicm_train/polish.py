@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ugicm.codec.conditioning import at_level
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.store import model_path, read_model
+from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.data import CropSampler
 from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
-from ugicm_train.restore import restore
+from ugicm_train.restore import read_stored, restore
 from ugicm_train.train import (
     CHECKPOINT,
     LEARN,
@@ -50,6 +50,8 @@ GRAIN = 0.1
 """Default share of the error that comes back as grain."""
 GRAIN_CROPS = 64
 """Crops that the error is measured on, the same at each level."""
+BATCH = 8
+"""So many of them at a time."""
 LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
 
@@ -179,7 +181,8 @@ def polish(
         Exit status of `Trainer.run`; nothing is written where that was stopped.
 
     Raises:
-        ValueError: no such grain, or the checkpoint is of a polish with other options or of another model.
+        ValueError: no such grain, the checkpoint is of a polish with other options or of another model, or
+            the polish has diverged; nothing is written then.
     """
     if not 0 <= grain < math.inf:
         raise ValueError(f"grain must be finite and at least 0, got {grain}")
@@ -234,12 +237,15 @@ def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
 
     That of the median crop: one that is unlike any photo can come out as anything at all.
     """
-    errors = []
+    usual = []
     x = sampler.batch(GRAIN_CROPS)
     for level in range(model.config.levels):
-        human = model(x, x.new_full((len(x),), level), machine_count=0, noise=False).human
-        errors.append((human - x).square().mean((1, 2, 3)).median().sqrt())
-    return torch.stack(errors).cpu()
+        errors = []
+        for crops in x.split(BATCH):
+            human = model(crops, crops.new_full((len(crops),), level), machine_count=0, noise=False).human
+            errors.append((human - crops).square().mean((1, 2, 3)))
+        usual.append(torch.cat(errors).median().sqrt())
+    return torch.stack(usual).cpu()
 
 
 def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
@@ -249,7 +255,7 @@ def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str,
         model = load_average(state)
         return model.config, model_tensors(model), run_record(state), model
     path = model_path(source)
-    stored = read_model(path)
+    stored = read_stored(path)
     return stored.config, stored.tensors, read_training(path), restore(stored.config, stored.tensors)
 
 
@@ -327,7 +333,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.run or whole.with_name(f"{whole.name}.polish"),
         view=arguments.view,
         restart=arguments.restart,
-        teacher=parse_teacher(arguments.teacher),
+        teacher=parse_teacher(arguments.teacher, arguments.precision),
         teacher_name=arguments.teacher,
         grain=arguments.grain,
         resume=arguments.resume,

@@ -15,9 +15,10 @@ from ugicm.codec.conditioning import Gains, at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.entropy_twin import float_weights
 from ugicm.codec.networks import between_rates, moved_weights, weights_of
-from ugicm.codec.store import read_model
+from ugicm.codec.store import WEIGHTS_FILE, StoredModel, read_model
 from ugicm_train.export import read_training
 from ugicm_train.model import FactorizedPrior, TrainableCodec
+from ugicm_train.train import CHECKPOINT, LOG
 
 PRIOR_STEPS = 400
 RATE_FIELDS = ("name", "lambda_min", "lambda_max")
@@ -44,13 +45,24 @@ def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
     return model
 
 
+def read_stored(folder: Path) -> StoredModel:
+    """As `read_model`, but says of a run's folder what to do with it.
+
+    Raises:
+        ValueError: a run, or no whole model.
+    """
+    if not (folder / WEIGHTS_FILE).exists() and any((folder / name).exists() for name in (CHECKPOINT, LOG)):
+        raise ValueError(f"{folder} is a run, not a model: ugicm-train export {folder} MODEL makes one of it")
+    return read_model(folder)
+
+
 def read_trainable(folder: Path) -> tuple[TrainableCodec, dict[str, Any]]:
     """A stored model as `restore` makes it, and the hash of its weights with what it says about its training.
 
     Raises:
         ValueError: it shows only a part of its machine view.
     """
-    stored = read_model(folder)
+    stored = read_stored(folder)
     if (reach := stored.tensors.get("reach")) is not None and not bool((reach == 1).all()):
         # What is decoded there would be trained, and exported, as if nothing were held back.
         shares = " ".join(f"{value:.4g}" for value in reach.tolist())

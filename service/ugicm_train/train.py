@@ -10,20 +10,18 @@ import csv
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.device import pick_device, pick_precision
-from ugicm.codec.store import model_path
+from ugicm.codec.store import WEIGHTS_FILE, model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
@@ -33,6 +31,7 @@ from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
+from ugicm_train.signals import caught
 from ugicm_train.start import start_from_dct
 
 CHECKPOINT, CONFIG, LOG = "checkpoint.pt", "config.json", "log.csv"
@@ -45,6 +44,11 @@ LEARN = ("weights", "scales")
 """What of a model learns: its weights, or `ugicm_train.scales` of those that it has."""
 DIVERGED = 5.0
 """A run whose rate has grown this many times over its least is stopped: no budget brings it back."""
+COLLAPSED_DB, NOTHING_DB = 15.0, 3.0
+"""So is one that has a view so far below its best PSNR, or below a PSNR at which half of the pictures show
+nothing."""
+LOGGED = 50
+"""Steps of a row of the log."""
 DRAWN_BEFORE = 1000
 """Drawn crops that a GPU, which needs some a step, chooses from; each takes milliseconds to draw."""
 FULL_STRENGTH_SHARE = 0.85
@@ -140,7 +144,8 @@ def load_checkpoint(run: Path, name: str = CHECKPOINT, *, needs: Sequence[str] =
     """The training state of a run folder (tensors and plain values only).
 
     Raises:
-        ValueError: the file is damaged, or lacks a part that the caller `needs`.
+        ValueError: the file is damaged, lacks a part that the caller `needs`, does not fit its config, or has
+            values that are not finite.
     """
     path = run / name
     if not path.exists():
@@ -153,7 +158,29 @@ def load_checkpoint(run: Path, name: str = CHECKPOINT, *, needs: Sequence[str] =
         raise ValueError(f"{path} is no checkpoint, or a damaged one") from error
     if missing := [part for part in needs if part not in state]:
         raise ValueError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
+    try:
+        different = _different_tensors(state)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no model: {error}") from error
+    if different:
+        raise ValueError(f"{path} does not fit its config: {len(different)} tensors, first {different[0]}")
+    for name, value in state["average"].items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite: take a checkpoint of before")
     return state
+
+
+def _different_tensors(state: dict[str, Any]) -> list[str]:
+    """Those that are missing, of another shape or too many, of a checkpoint's models and its config."""
+    different = set()
+    for part in ("average", "model"):
+        if part in state:
+            with torch.device("meta"):  # shapes alone
+                model = TrainableCodec(ModelConfig.from_dict(state["config"]))
+            model.learn_scales(scaled_parts(state[part]))
+            wanted = {(name, value.shape) for name, value in model.state_dict().items()}
+            different |= wanted ^ {(name, value.shape) for name, value in state[part].items()}
+    return sorted({name for name, _ in different})
 
 
 class Trainer:
@@ -186,6 +213,8 @@ class Trainer:
         """The signal that did, 0 for none."""
         self.least_bpp = math.inf
         """Of the rows of the log."""
+        self.best_psnr = {"human": -math.inf, "machine": -math.inf}
+        """Likewise."""
         self.warm_from = 0
         """Step from which the warm-up counts: the learning rate also warms up after a resume."""
 
@@ -315,38 +344,75 @@ class Trainer:
         self.step += 1
         return sums
 
-    def _check(self, row: dict[str, Any]) -> None:
-        """Stop a run that is lost; its last checkpoint stays.
+    def _row(self, sums: dict[str, Any], count: int, factor: float, seconds: float) -> dict[str, Any]:
+        """Of the log: means of the last `count` steps, which took so long."""
+        means = {name: float(value) / count for name, value in sums.items()}
+        return {
+            "step": self.step,
+            "minutes": round(self.minutes, 2),
+            "loss": round(means["loss"], 5),
+            "bpp": round(means["bpp"], 4),
+            "psnr_human": round(_psnr(means["mse_human"]), 3),
+            "psnr_machine": round(_psnr(means["mse_machine"]), 3),
+            "teacher": round(means["teacher"], 5),
+            "skipped": round(means["skipped"] * count),
+            "lr_factor": round(factor, 4),
+            "crops_per_s": round(count * self.options.batch * self.processes.count / seconds, 1),
+        }
+
+    def _check(self, row: dict[str, Any], count: int) -> None:
+        """Stop a run that is lost, by a row of `count` steps; its last checkpoint stays.
 
         Raises:
-            DivergedError: the rate has exploded, or is no number.
+            DivergedError: the rate has exploded or a view collapsed, the loss is no number, or every step was
+                skipped.
         """
-        bpp = row["bpp"]
+        bpp, loss = row["bpp"], row["loss"]
         if not (math.isfinite(bpp) and bpp <= DIVERGED * self.least_bpp):
-            before = f", and has had {self.least_bpp}" if math.isfinite(self.least_bpp) else ""
-            raise DivergedError(
-                f"the run has diverged at step {row['step']}: {bpp} bits per pixel{before}; start again with "
-                f"a lower --matrix-lr than {self.options.matrix_lr}, or --resume from a checkpoint of before"
-            )
+            self._diverged(row, f"{bpp} bits per pixel", self.least_bpp)
+        if not math.isfinite(loss):
+            self._diverged(row, f"a loss of {loss}")
+        for view, best in self.best_psnr.items():
+            # Infinite where it is not decoded.
+            psnr = row[f"psnr_{view}"]
+            if not psnr >= max(NOTHING_DB, best - COLLAPSED_DB):
+                self._diverged(row, f"a {view} view of {psnr} dB", best)
+            if math.isfinite(psnr):
+                self.best_psnr[view] = max(best, psnr)
+        if row["skipped"] == count > 1:  # one alone may be out of line
+            self._diverged(row, f"no usable gradient in {count} steps")
         self.least_bpp = min(self.least_bpp, bpp)
+
+    def _diverged(self, row: dict[str, Any], sign: str, before: float = math.inf) -> NoReturn:
+        had = f", and has had {before}" if math.isfinite(before) else ""
+        rates = f"--matrix-lr than {self.options.matrix_lr} and --other-lr than {self.options.other_lr}"
+        raise DivergedError(
+            f"the run has diverged at step {row['step']}: {sign}{had}; start again with a lower {rates}, or "
+            "--resume from a checkpoint of before"
+        )
 
     def run(self, sampler: CropSampler, teacher: Teacher | None = None) -> int:
         """Train until the budget of the options is used up, or until SIGINT or SIGTERM.
 
         Returns:
             Exit status, the same in all processes: 0, or that of the signal.
+
+        Raises:
+            DivergedError: the run is lost; nothing more is written.
         """
 
         def stop(number: int, _: object) -> None:
             self.asked_to_stop = number
 
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, stop)
-            signal.signal(signal.SIGTERM, stop)
+        with caught(stop):
+            return self._run(sampler, teacher)
+
+    def _run(self, sampler: CropSampler, teacher: Teacher | None) -> int:
         options = self.options
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
-        saved, logged, count = start, start, 0
+        saved, logged, count, factor = start, start, 0, 0.0
         sums: dict[str, Any] = {}
+        row_sums, row_count = sums, count
         writes = self.processes.first
         stable_saved = False
         with (
@@ -362,12 +428,14 @@ class Trainer:
                     done = elapsed / options.minutes
                 else:
                     done = (self.step - first) / (options.steps or 1)
-                stopped_by = self.asked_to_stop
-                done = self.processes.agree(1.0 if stopped_by else done)
+                done = self.processes.agree(1.0 if self.asked_to_stop else done)
                 if done >= 1:
                     break
                 if not stable_saved and writes and done >= 1 - options.decay:
-                    _save(self.out / STABLE_CHECKPOINT, self.state())
+                    stable = self.out / STABLE_CHECKPOINT
+                    # A run that decays from its beginning has no better state than one that is there.
+                    if self.step > first or not stable.exists():
+                        _save(stable, self.state())
                     stable_saved = True
                 factor = learning_rate_factor(self.step - self.warm_from, done, options)
                 terms = self.train_step(sampler.batch(options.batch), factor, teacher)
@@ -378,37 +446,31 @@ class Trainer:
                 now = time.monotonic()
                 if not writes:
                     continue
-                if self.step % 50 == 0:
+                if self.step % LOGGED == 0:
                     if self.graph_step is not None:
                         sums = self.graph_step.take_sums()
-                    means = {name: float(value) / count for name, value in sums.items()}
-                    row = {
-                        "step": self.step,
-                        "minutes": round(self.minutes, 2),
-                        "loss": round(means["loss"], 5),
-                        "bpp": round(means["bpp"], 4),
-                        "psnr_human": round(_psnr(means["mse_human"]), 3),
-                        "psnr_machine": round(_psnr(means["mse_machine"]), 3),
-                        "teacher": round(means["teacher"], 5),
-                        "skipped": round(means["skipped"] * count),
-                        "lr_factor": round(factor, 4),
-                        "crops_per_s": round(
-                            count * options.batch * self.processes.count / (now - logged), 1
-                        ),
-                    }
+                    row = self._row(sums, count, factor, now - logged)
                     log.writerow(row)
                     log_file.flush()
-                    self._check(row)
+                    self._check(row, count)
                     # Nothing is known yet where the first step of a resumed run is logged.
                     remaining_s = elapsed * 60 * (1 / done - 1) if done else math.inf
                     progress.update(row, done=done, remaining_s=remaining_s)
+                    row_sums, row_count = sums, count
                     logged, sums, count = now, {}, 0
                 if now - saved > options.checkpoint_minutes * 60:
                     _save(self.out / CHECKPOINT, self.state())
                     saved = now
         if writes:
+            if count:
+                if self.graph_step is not None:
+                    sums = self.graph_step.take_sums()
+                # With those of the last row: a single picture that explodes tells nothing of few steps.
+                sums = {name: value + row_sums.get(name, 0.0) for name, value in sums.items()}
+                count += row_count
+                self._check(self._row(sums, count, factor, time.monotonic() - start), count)
             _save(self.out / CHECKPOINT, self.state())
-        stopped_by = int(self.processes.agree(stopped_by))
+        stopped_by = int(self.processes.agree(self.asked_to_stop))
         if not stopped_by:
             return 0
         progress.say(f"stopped at step {self.step}: go on with --resume")
@@ -432,14 +494,14 @@ def train(
 ) -> int:
     """Train in folder `out`; returns the exit status of `Trainer.run`.
 
-    `config` is that of the checkpoint, or ``ugicm-s``, if None. `resume` names the checkpoint file in `out`
-    to continue from; `start` is a stored model (name or folder) whose weights a new run begins with;
-    `teacher_name` is kept in the model's record.
+    `config` is that of the checkpoint or of `start`, else ``ugicm-s``, if None. `resume` names the checkpoint
+    file in `out` to continue from; `start` is a stored model (name or folder) whose weights a new run begins
+    with; `teacher_name` is kept in the model's record.
 
     Raises:
         ValueError: the options contradict each other, or the checkpoint.
+        OSError: `out` holds something that the run would write over, or no checkpoint to resume.
     """
-    out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -450,8 +512,18 @@ def train(
         )
     if options.learn == "scales" and start is None and resume is None:
         raise ValueError("--learn scales moves weights that are trained already: give --start")
-    if resume is None and (out / CHECKPOINT).exists():
-        raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
+    if (out / WEIGHTS_FILE).exists():
+        raise FileExistsError(f"{out} holds a model, which a run would write over: give another --out")
+    if resume is None:
+        if (out / CHECKPOINT).exists():
+            raise FileExistsError(f"{out} holds a run already: use --resume, or another --out")
+        if _has_rows(out / LOG):
+            raise FileExistsError(
+                f"{out} holds the log of a run without {CHECKPOINT}: one that still runs, or that was ended "
+                f"before it wrote any; give another --out, or remove {LOG}"
+            )
+    elif not (out / resume).exists():
+        raise FileNotFoundError(f"no {resume} in {out} to go on from: begin without --resume, or check --out")
     if resume and start is not None:
         raise ValueError("--resume goes on with the weights of the checkpoint: leave out --start")
     state = load_checkpoint(out, resume, needs=RESUMED) if resume else None
@@ -462,7 +534,6 @@ def train(
             values = [f"{name} {own[name]}, got {given[name]}" for name in own if own[name] != given[name]]
             raise ValueError(f"the checkpoint is of another --config: {'; '.join(values)}")
         config = stored
-    config = config or PRESETS["ugicm-s"]
     torch.manual_seed(options.seed)
     record: dict[str, Any] = {}
     if start is not None:
@@ -470,12 +541,13 @@ def train(
         from ugicm_train.restore import read_trainable, start_from
 
         trained, record["start"] = read_trainable(model_path(start))
-        model = start_from(trained, config)
+        model = start_from(trained, config or trained.config)
     else:
-        model = TrainableCodec(config)
+        model = TrainableCodec(config or PRESETS["ugicm-s"])
         start_from_dct(model)
     if options.learn == "scales":
         model.learn_scales(SCALED)
+    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, options, out)
     trainer.record = record | {"learned": options.learn}
     if state is not None:
@@ -483,8 +555,14 @@ def train(
     if teacher is not None:
         said = {"teacher": teacher_name, "weight": options.teacher_weight}
         trainer.record["teachers"] = [*trainer.record.get("teachers", []), said]
+    sampler = trainer.read(data)
     if trainer.processes.first:
-        (out / CONFIG).write_text(
-            json.dumps({"model": config.to_dict(), "options": dataclasses.asdict(options)}, indent=2)
-        )
-    return trainer.run(trainer.read(data), teacher)
+        described = {"model": model.config.to_dict(), "options": dataclasses.asdict(options)}
+        with written_whole(out / CONFIG) as beside:
+            beside.write_text(json.dumps(described, indent=2), encoding="utf-8")
+    return trainer.run(sampler, teacher)
+
+
+def _has_rows(log: Path) -> bool:
+    """Whether a run wrote more there than the header."""
+    return log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 1

@@ -98,3 +98,20 @@ def test_a_part_of_a_machine_view_has_no_mean(tmp_path: Path, capsys: pytest.Cap
     assert main(["mix", model, model, model, "--reach", "1", "1", "0.5"]) == 0
     assert main(["average", str(tmp_path / "c"), model]) == 1
     assert "shows only a part of its machine view" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", ["checkpoint.pt", "log.csv"])
+def test_a_run_is_to_be_exported_first(tmp_path: Path, left: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, work = str(write_tiny_model(tmp_path / "model")), tmp_path / "run"
+    work.mkdir()
+    (work / "config.json").write_text("{}")
+    (work / left).touch()
+    out, data = str(tmp_path / "out"), ["--data", str(tmp_path)]
+    for command in (
+        ["average", out, model, str(work)],
+        ["calibrate", str(work), *data],
+        ["mix", out, model, str(work)],
+        ["run", "--start", str(work), *data, "--out", out, "--steps", "1"],
+    ):
+        assert main(command) == 1
+        assert f"{work} is a run, not a model: ugicm-train export {work}" in capsys.readouterr().err

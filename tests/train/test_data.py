@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
+from safetensors.torch import save_file
 
 from ugicm.server import images as server_images
+from ugicm_train.cli import main
 from ugicm_train.data import CropSampler, DataError, pack, read_image, read_photos
 from ugicm_train.evaluation.measurement import read_images
 
@@ -152,3 +156,56 @@ def test_drawn_crops_may_be_drawn_before(folder: Path) -> None:
     sampler = CropSampler(photos, size=64, seed=3, synthetic_share=1.0, drawn_before=2)
     kinds = {crop.numpy().tobytes() for _ in range(4) for crop in sampler.batch(8)}
     assert len(kinds) == 2
+
+
+def test_photos_are_decoded_few_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02d}.png").touch()
+    decoded = []
+
+    def decode(path: Path) -> torch.Tensor:
+        decoded.append(path.name)
+        return torch.zeros(3, 1, 1, dtype=torch.uint8)
+
+    monkeypatch.setattr("ugicm_train.data._decode", decode)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    photos = read_photos([tmp_path], min_side=1)
+    names = [next(photos)[0]]
+    time.sleep(0.2)
+    assert len(decoded) <= 5
+    names += [name for name, _ in photos]
+    assert names == sorted(decoded) == [f"{number:02d}.png" for number in range(30)]
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        options = ["--max-mb", "0.02", "--min-side", "64"]
+        code = main(["pack", str(folder), "--out", str(tmp_path / "shards"), *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert f"cannot write {tmp_path / 'shards' / '00001.shard.safetensors'}: " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["00000.shard.safetensors"]
+
+
+def test_shards_are_of_photos(tmp_path: Path) -> None:
+    shard = tmp_path / "a.shard.safetensors"
+    for photo, message in (
+        (torch.zeros(3, 70, 70), "of torch.float32"),
+        (torch.zeros(70, 70, dtype=torch.uint8), r"w is \(70, 70\) of"),
+        (torch.zeros(70, 70, 3, dtype=torch.uint8), r"w is \(70, 70, 3\) of"),
+    ):
+        save_file({"w": photo}, shard)
+        with pytest.raises(DataError, match=rf"{shard.name} holds no photos: .*{message}"):
+            list(read_photos([shard], min_side=1))
+
+
+def test_shards_lie_beside_their_source(folder: Path) -> None:
+    for out in (folder / "shards", folder / "sub" / ".." / "shards", folder):
+        with pytest.raises(DataError, match="would hold its photos twice"):
+            pack([folder], out, max_bytes=1000, min_side=1)
+    assert not (folder / "shards").exists()

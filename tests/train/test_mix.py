@@ -85,7 +85,11 @@ def test_what_cannot_be_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = dataclasses.replace(tiny_trainable().config, decoder_blocks=1)
     write_model(tmp_path / "small", config, model_tensors(TrainableCodec(config)), {})
     assert main(["mix", str(tmp_path / "out"), str(base), f"{tmp_path / 'small'}*1"]) == 1
-    assert "different shapes" in capsys.readouterr().err
+    assert "different shapes or rates" in capsys.readouterr().err
+    config = dataclasses.replace(tiny_trainable().config, lambda_max=0.02)
+    write_model(tmp_path / "low", config, model_tensors(TrainableCodec(config)), {})
+    assert main(["mix", str(tmp_path / "out"), str(base), str(tmp_path / "low")]) == 1
+    assert "different shapes or rates" in capsys.readouterr().err
     reached = tmp_path / "reached"
     assert main(["mix", str(reached), str(base), str(base), "--reach", "1", "1", "0.5"]) == 0
     assert main(["mix", str(tmp_path / "out"), str(base), str(base), str(reached)]) == 1

@@ -26,7 +26,7 @@ from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, make_zero
 from ugicm_train.polish import VIEWS, PolishedCodec, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
-from ugicm_train.train import LEARN, TrainOptions, train
+from ugicm_train.train import LEARN, DivergedError, TrainOptions, train
 
 OPTIONS = TrainOptions(
     steps=24, batch=2, crop=128, matrix_lr=0.002, other_lr=0.002, warmup_steps=1, ema=0.5, device="cpu"
@@ -147,7 +147,7 @@ def test_polishes_the_checkpoint_of_a_run(
     trained, plain, polished = (tmp_path / name for name in ("trained", "plain", "polished"))
     train(TINY, dataclasses.replace(OPTIONS, steps=2), [data], trained)
     export(trained, plain)
-    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: MeanColour())
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda *_: MeanColour())
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     common = ["--teacher", "mean colour", "--data", str(data), "--steps", "2", "--crop", "128"]
@@ -187,6 +187,29 @@ class Stopping(MeanColour):
         return super().draw()
 
 
+class NoNumber(MeanColour):
+    @staticmethod
+    def distance(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        return MeanColour.distance(machine, original) * math.nan
+
+
+def test_a_polish_that_diverges_writes_nothing(tmp_path: Path, data: Path) -> None:
+    source = write_tiny_model(tmp_path / "model")
+    before = read_model(source).weights_sha256
+    options = dataclasses.replace(OPTIONS, steps=4, batch=1, crop=64, decay=0.0)
+    for change, teacher, message in (
+        ({"matrix_lr": 3.0}, MeanColour(), "a machine view of .* dB; start again"),
+        ({}, NoNumber(), "a loss of nan; start again"),
+    ):
+        with pytest.raises(DivergedError, match=message):
+            polish(
+                source, source, dataclasses.replace(options, **change), [data], tmp_path / "run",
+                teacher=teacher, grain=0.1,
+            )  # fmt: skip
+        assert read_model(source).weights_sha256 == before
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
+
+
 @pytest.mark.parametrize("learn", LEARN)
 def test_a_resumed_polish_is_the_same(
     tmp_path: Path, data: Path, learn: str, capsys: pytest.CaptureFixture[str]
@@ -220,7 +243,7 @@ def test_a_model_in_the_current_folder_is_polished(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(write_tiny_model(tmp_path / "model"))
-    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda spec: MeanColour())
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", lambda *_: MeanColour())
     command = ["polish", ".", "--out", ".", "--teacher", "mean colour", "--data", str(data)]
     assert main([*command, "--steps", "1", "--batch", "1", "--crop", "64"]) == 0
     assert (tmp_path / "model.polish" / "log.csv").exists()
@@ -255,6 +278,15 @@ def test_grain_follows_the_error(
     usual = usual_error(model, sampler)
     monkeypatch.setattr(sampler, "batch", lambda count: wild)
     torch.testing.assert_close(usual_error(model, sampler), usual, rtol=0.2, atol=0)
+    # Few at a time, and as if they came together.
+    sizes = []
+    monkeypatch.setattr(sampler, "batch", lambda count: crops)
+    model.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
+    usual_error(model, sampler)
+    assert max(sizes) == 8
+    with torch.no_grad():
+        human = model(crops, torch.zeros(64), machine_count=0, noise=False).human
+    torch.testing.assert_close((human - crops).square().mean((1, 2, 3)).median().sqrt(), usual[0])
     # A model can be polished again, and lose its grain.
     polish(after, after, options, [data], tmp_path / "run")
     assert "grain" not in read_model(after).tensors

@@ -120,6 +120,18 @@ def test_a_run_starts_with_the_weights_of_a_model(tmp_path: Path, photo: NDArray
         train(other, options, [data], tmp_path / "run2", start=str(tmp_path / "model"))
 
 
+def test_a_run_has_the_config_of_the_model_that_it_starts_from(
+    tmp_path: Path, photo: NDArray[np.uint8]
+) -> None:
+    data = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(data)
+    wide = dataclasses.replace(TINY, name="wide", lambda_max=2.0)
+    write_model(tmp_path / "model", wide, model_tensors(start_from(tiny_trainable(), wide)), {})
+    options = TrainOptions(steps=1, batch=1, crop=64, device="cpu")
+    train(None, options, [data], tmp_path / "run", start=str(tmp_path / "model"))
+    assert load_checkpoint(tmp_path / "run")["config"] == wide.to_dict()
+
+
 def test_decoded_views_are_those_that_were_trained(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
     stored = read_model(tiny_store / "tiny")
     model = restore(stored.config, stored.tensors).eval()

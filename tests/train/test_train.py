@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from PIL import Image
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
+from ugicm.codec.config import ModelConfig
+from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.store import load_codec, read_model
 from ugicm_train.cli import main
+from ugicm_train.data import DataError
 from ugicm_train.export import export, model_tensors, write_model
 from ugicm_train.losses import Judge, level_of, rate_distortion_loss
-from ugicm_train.model import PREFERENCE, CodecOutput
+from ugicm_train.model import PREFERENCE, CodecOutput, FactorizedPrior
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.train import (
@@ -106,6 +110,105 @@ def test_a_second_run_in_the_same_folder_needs_resume(photos: Path, tmp_path: Pa
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(FileExistsError, match="--resume"):
         train(TINY, OPTIONS, [photos], tmp_path)
+
+
+def test_a_run_does_not_write_over_a_model(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    command = ["run", "--data", str(photos), "--out", str(model), "--steps", "1", "--device", "cpu"]
+    for more in ([], ["--start", str(model)], ["--resume"]):
+        assert main([*command, *more]) == 1
+        assert f"{model} holds a model, which a run would write over" in capsys.readouterr().err
+    read_model(model)
+
+
+def test_nothing_is_written_before_photos_are_read(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("of another")
+    with pytest.raises(DataError, match="neither a folder nor a file"):
+        train(TINY, OPTIONS, [photos / "none"], tmp_path)
+    assert (tmp_path / "config.json").read_text() == "of another"
+    train(TINY, dataclasses.replace(OPTIONS, steps=1, batch=1), [photos], tmp_path)
+    assert ModelConfig.from_json(tmp_path / "config.json") == TINY
+
+
+def test_a_run_that_left_no_checkpoint_is_noticed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--data", str(photos), "--out", str(tmp_path), "--steps", "1", "--device", "cpu"]
+    assert main([*command, "--resume"]) == 1
+    assert f"no checkpoint.pt in {tmp_path} to go on from: begin without --resume" in capsys.readouterr().err
+    log = "step,loss\n50,1.0\n"
+    (tmp_path / "log.csv").write_text(log)
+    assert main(command) == 1
+    assert "holds the log of a run without checkpoint.pt" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    assert (tmp_path / "log.csv").read_text() == log
+
+
+def test_a_run_that_diverges_between_rows_writes_nothing(photos: Path, tmp_path: Path) -> None:
+    class NoNumber:
+        def draw(self) -> Judge:
+            return lambda machine, original: (machine - original).mean((1, 2, 3)) * math.nan
+
+    options = dataclasses.replace(OPTIONS, steps=2, batch=1, decay=0.0)
+    with pytest.raises(DivergedError, match="step 2: a loss of nan"):
+        train(TINY, options, [photos], tmp_path, teacher=NoNumber())
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("late", [1, 5])
+def test_the_last_steps_of_a_run_are_judged_with_those_before(
+    photos: Path, tmp_path: Path, late: int
+) -> None:
+    options = dataclasses.replace(OPTIONS, steps=50 + late, batch=16, decay=0.0)
+    trainer = Trainer(tiny_trainable(), options, tmp_path)
+
+    def step(x: torch.Tensor, factor: float, teacher: object) -> dict[str, torch.Tensor]:
+        trainer.step += 1
+        wild = trainer.step > 50
+        told = {"loss": 0.8, "bpp": 3.0 if wild else 0.5, "mse_human": 1e-3, "teacher": 0.0, "skipped": wild}
+        # One picture of the batch in a single step, or all of them in several.
+        told["mse_machine"] = 1e-3 + wild * (1 / 16 if late == 1 else 1.0)
+        return {name: torch.tensor(value) for name, value in told.items()}
+
+    trainer.train_step = step  # type: ignore[method-assign, assignment]
+    if late == 1:
+        assert trainer.run(trainer.read([photos])) == 0
+    else:
+        with pytest.raises(DivergedError, match=r"step 55: a machine view of .* dB, and has had 30\.0"):
+            trainer.run(trainer.read([photos]))
+    assert (tmp_path / "checkpoint.pt").exists() is (late == 1)
+    assert [row["step"] for row in rows(tmp_path)] == [50]
+
+
+def test_one_picture_that_explodes_is_not_all_that_is_told() -> None:
+    x, level = torch.full((4, 3, 64, 64), 0.5), torch.full((4,), 1.0)
+    view = x + torch.tensor([0.0, 0.0, 0.0, 1000.0]).view(4, 1, 1, 1)
+    terms = rate_distortion_loss(TINY, CodecOutput(view, view, torch.full((4,), 0.1)), x, level)
+    assert float(terms.mse_human) == float(terms.mse_machine) == 0.25
+
+
+def test_signals_are_as_before_after_a_run(photos: Path, tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, steps=1, batch=1), tmp_path)
+    inside = []
+    trainer.model.register_forward_hook(lambda *_: inside.extend(map(signal.getsignal, numbers)))
+    trainer.run(trainer.read([photos]))
+    assert not set(inside) & set(before)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_is_interrupted_while_it_reads(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ugicm_train.data._decode", lambda path: signal.raise_signal(signal.SIGINT))
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps({"model": TINY.to_dict()}))
+    command = ["run", "--config", str(config), "--data", str(photos), "--out", str(tmp_path / "run")]
+    assert main([*command, "--steps", "1", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err == "ugicm-train: interrupted\n"
 
 
 def test_a_teacher_needs_a_machine_view(photos: Path, tmp_path: Path) -> None:
@@ -206,6 +309,52 @@ def test_damaged_checkpoints_are_named(
         assert capsys.readouterr().err.endswith(f"{checkpoint} is no whole checkpoint: it lacks {lacks}\n")
 
 
+def test_checkpoints_that_fit_no_config_are_named(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, model = tmp_path / "checkpoint.pt", tmp_path / "model"
+    options = ["--data", str(photos), "--steps", "1", "--batch", "1", "--crop", "64", "--device", "cpu"]
+    whole, config = tiny_trainable().state_dict(), TINY.to_dict()
+    adam = {"adam": {"state": {}}, "step": 1, "minutes": 0.0}
+    part = {name: value for name, value in whole.items() if name != "gains.log_gain"}
+    for weights, shape, message in (
+        (part, config, "does not fit its config: 1 tensors, first gains.log_gain"),
+        (whole, config | {"channels": 32}, "does not fit its config: "),
+        (whole, config | {"width": 3}, "describes no model: unknown keys in the model config: width"),
+        (whole, {"channels": 32}, "describes no model: "),
+    ):
+        torch.save({"average": weights, "model": weights, "config": shape} | adam, checkpoint)
+        for command in (
+            ["export", str(tmp_path), str(model)],
+            ["run", "--resume", "--out", str(tmp_path), *options],
+            ["polish", str(tmp_path), "--out", str(model), *options, "--teacher", "efficientnet-lite0"],
+        ):
+            assert main(command) == 1
+            assert f"{checkpoint} {message}" in capsys.readouterr().err
+    assert not model.exists()
+
+
+@pytest.mark.parametrize("part", ["analysis.unfold.weight", "gains.log_gain", "prior.location"])
+def test_what_is_no_number_is_not_exported(
+    tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tiny_trainable().state_dict()
+    state[part][0] = math.nan
+    torch.save(
+        {"average": state, "config": TINY.to_dict(), "step": 1, "minutes": 0.0}, tmp_path / "checkpoint.pt"
+    )
+    assert main(["export", str(tmp_path), str(tmp_path / "model")]) == 1
+    assert f"checkpoint.pt: {part} has values that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_too_large_for_a_stored_model_is_not_written(tmp_path: Path) -> None:
+    tensors = model_tensors(tiny_trainable())
+    tensors["analysis.unfold.weight"][0] = 1e5
+    with pytest.raises(ValueError, match=r"unfold\.weight has values that are not finite, or too large"):
+        write_model(tmp_path / "model", TINY, tensors, {})
+
+
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,6 +410,53 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert factors[75] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.02)
     assert learning_rate_factor(0, 0.0, dataclasses.replace(options, warmup_steps=0)) == 1
+
+
+def test_learning_rates_warm_up_again_after_a_resume(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=2, batch=1, warmup_steps=10, decay=0.0)
+    trainer = Trainer(tiny_trainable(), options, tmp_path)
+    trainer.load(trainer.state() | {"step": 100})
+    factors = []
+    trainer.train_step = lambda x, factor, teacher: (  # type: ignore[method-assign]
+        factors.append(factor) or Trainer.train_step(trainer, x, factor, teacher)
+    )
+    trainer.run(trainer.read([photos]))
+    assert factors == [0.1, 0.2]
+
+
+def test_levels_of_all_processes_are_spread_evenly(tmp_path: Path) -> None:
+    shares = []
+    for rank in range(3):
+        trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, level_power=1.0), tmp_path)
+        trainer.processes.rank, trainer.processes.count = rank, 3
+        shares += [level / (TINY.levels - 1) for level in trainer.next_levels(2)]
+    shares.sort()
+    assert np.diff([*shares, shares[0] + 1]) == pytest.approx(1 / 6)
+
+
+def test_the_state_before_the_decay_is_kept(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=6, batch=1, decay=0.5)
+    train(TINY, options, [photos], tmp_path)
+    assert load_checkpoint(tmp_path, "before-decay.pt")["step"] == 3
+    # What decays from its beginning begins with what has decayed already.
+    options = dataclasses.replace(options, steps=2, decay=1.0)
+    train(TINY, options, [photos], tmp_path, resume="checkpoint.pt")
+    assert load_checkpoint(tmp_path, "before-decay.pt")["step"] == 3
+    options = dataclasses.replace(options, decay=0.5)
+    train(TINY, options, [photos], tmp_path, resume="checkpoint.pt")
+    assert load_checkpoint(tmp_path, "before-decay.pt")["step"] == 9
+    train(TINY, dataclasses.replace(options, decay=1.0), [photos], tmp_path / "new")
+    assert load_checkpoint(tmp_path / "new", "before-decay.pt")["step"] == 0
+
+
+def test_the_moving_average_forgets_the_start(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, ema=0.999), tmp_path)
+    start = trainer.model.analysis.unfold.weight.detach().clone()
+    trainer.train_step(torch.rand(2, 3, 64, 64), 1.0, None)
+    moved, followed = (
+        model.analysis.unfold.weight.detach() - start for model in (trainer.model, trainer.average)
+    )
+    torch.testing.assert_close(followed, 0.98 * moved, atol=1e-6, rtol=1e-3)
 
 
 def far_from_green(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -354,15 +550,33 @@ def test_a_sample_that_explodes_pulls_no_more_than_others() -> None:
 
 
 def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:
+    fine = {"bpp": 0.7, "loss": 0.8, "psnr_human": 30.0, "psnr_machine": 29.0, "skipped": 0}
+
+    def check(step: int, **change: float) -> None:
+        trainer._check({"step": step} | fine | change, 50)
+
     trainer = Trainer(tiny_trainable(), OPTIONS, tmp_path)
-    trainer._check({"step": 50, "bpp": 0.7})
-    trainer._check({"step": 100, "bpp": 2.0})
-    with pytest.raises(DivergedError, match=r"step 150: 4\.7 bits per pixel, and has had 0\.7.*--matrix-lr"):
-        trainer._check({"step": 150, "bpp": 4.7})
-    with pytest.raises(DivergedError, match=r"nan bits per pixel, and has had 0\.7"):
-        trainer._check({"step": 200, "bpp": math.nan})
-    with pytest.raises(DivergedError, match="step 50: inf bits per pixel; start again"):
-        Trainer(tiny_trainable(), OPTIONS, tmp_path)._check({"step": 50, "bpp": math.inf})
+    check(50)
+    check(100, bpp=2.0, psnr_machine=17.0, skipped=49)
+    for change, message in (
+        ({"bpp": 4.7}, r"step 150: 4\.7 bits per pixel, and has had 0\.7; .*--matrix-lr .*--other-lr"),
+        ({"bpp": math.nan}, r"nan bits per pixel, and has had 0\.7"),
+        ({"loss": math.nan}, "a loss of nan; start again"),
+        ({"psnr_machine": 13.0}, r"a machine view of 13\.0 dB, and has had 29\.0"),
+        ({"psnr_human": math.nan}, r"a human view of nan dB, and has had 30\.0"),
+        ({"skipped": 50}, "no usable gradient in 50 steps"),
+    ):
+        with pytest.raises(DivergedError, match=message):
+            check(150, **change)
+    trainer = Trainer(tiny_trainable(), OPTIONS, tmp_path)
+    for change, message in (
+        ({"bpp": math.inf}, "step 50: inf bits per pixel; start again"),
+        ({"psnr_machine": 2.0}, r"a machine view of 2\.0 dB; start again"),
+    ):
+        with pytest.raises(DivergedError, match=message):
+            check(50, **change)
+    check(50, psnr_machine=math.inf)  # not decoded
+    check(100, psnr_machine=math.inf)
 
 
 def test_what_is_no_number_has_no_psnr() -> None:
@@ -475,9 +689,14 @@ def test_errors_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert "max-mb must be finite and above 0" in capsys.readouterr().err
     assert main([*run, "--device", "toaster"]) == 1
     assert "device 'toaster' cannot be used here" in capsys.readouterr().err
-    other = tmp_path / "other.json"
+    other, half = tmp_path / "other.json", tmp_path / "half.json"
     other.write_text("{}")
-    for path, message in ((tmp_path, "neither a config.json nor one of"), (other, "describes no model")):
+    half.write_text(json.dumps({"model": TINY.to_dict() | {"channels": 12.5}}))
+    for path, message in (
+        (tmp_path, "neither a config.json nor one of"),
+        (other, "describes no model"),
+        (half, "describes no model: channels must be of type int, got 12.5"),
+    ):
         with pytest.raises(SystemExit):
             main([*run, "--config", str(path)])
         assert message in capsys.readouterr().err
@@ -497,6 +716,71 @@ def test_a_model_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.Mon
         write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
     assert read_model(tmp_path).weights_sha256 == before.weights_sha256
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_signal_does_not_part_weights_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_model(tmp_path)
+    before, replace = read_model(tmp_path), Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        signal.raise_signal(signal.SIGINT)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
+    assert read_model(tmp_path).weights_sha256 != before.weights_sha256
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_model_that_was_parted_is_put_together_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_model(tmp_path / "model")
+    replace, killed = Path.replace, tmp_path / "killed"
+
+    def copied(path: Path, target: Path) -> Path:
+        """What a kill after the first rename leaves."""
+        new = replace(path, target)
+        if not killed.exists():
+            shutil.copytree(tmp_path / "model", killed)
+        return new
+
+    monkeypatch.setattr(Path, "replace", copied)
+    write_tiny_model(tmp_path / "model", seed=1)
+    with pytest.raises(ModelStoreError, match="damaged"):
+        read_model(killed)
+    replace(killed / "config.tmp", killed / "config.json")
+    assert read_model(killed).weights_sha256 == read_model(tmp_path / "model").weights_sha256
+
+
+def test_what_is_far_out_has_its_exact_price() -> None:
+    prior = FactorizedPrior(2)
+    z = torch.tensor([-40.0, -20.0, -3.0, 0.0, 0.7, 3.0, 14.0, 20.0, 40.0])
+    values = z.repeat(2, 1)[None, :, None]
+    seen = prior.mass(values)
+    # By the cumulative distribution, of which float64 has enough digits below.
+    weight, location = prior.logits.softmax(-1).double(), prior.location.double()
+    edges = -values.abs().double()[..., None] - location[None, :, None, None]
+    cumulative = torch.sigmoid(edges + 0.5) - torch.sigmoid(edges - 0.5)
+    torch.testing.assert_close(
+        seen.double(), (weight[None, :, None, None] * cumulative).sum(-1), rtol=2e-6, atol=0
+    )
+    torch.testing.assert_close(prior.bits(values), prior.bits(-values))
+
+
+def test_a_teacher_gets_the_precision_of_the_run(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def parse(*spec: str) -> None:
+        asked.append(spec)
+        raise ValueError
+
+    monkeypatch.setattr("ugicm_train.teachers.parse_teacher", parse)
+    common = ["--data", str(photos), "--steps", "1", "--teacher", "t", "--precision", "float32"]
+    for command in (["run", *common, "--out", "run"], ["polish", "ugicm-s", *common]):
+        assert main(command) == 1
+    assert asked == [("t", "float32")] * 2
 
 
 def test_training_needs_only_four_packages() -> None:

@@ -26,6 +26,10 @@ def padded_size(width: int, height: int) -> tuple[int, int]:
     return across, down
 
 
+_KINDS = {"str": (str,), "int": (int,), "float": (int, float)}
+"""What a field of each type may hold: JSON may have whole numbers where others are meant."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the transforms and of the entropy model, as stored in ``config.json``.
@@ -55,7 +59,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), str(field.type)
+            if type(value) not in _KINDS[kind]:
+                raise ValueError(f"{field.name} must be of type {kind}, got {value!r}")
             if field.name != "name" and not value > 0:
                 raise ValueError(f"{field.name} must be positive, got {value!r}")
         if self.latent_channels % 4:

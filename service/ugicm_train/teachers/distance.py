@@ -65,8 +65,10 @@ class FeatureTeacher:
         self.sides = tuple(sides)
         self.network = network.eval().requires_grad_(False)
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.precision = "auto"
+        """Of the network: auto (what is fast where the pictures are), float32 or bfloat16."""
         self._dtype: torch.dtype | None = None
-        """Of the network: what is fast where the pictures are; None before it is first asked."""
+        """None before it is first asked."""
         self.judges = tuple(partial(self.distance, side=side) for side in self.sides)
 
     def features(self, pictures: Tensor) -> list[Tensor]:
@@ -74,7 +76,7 @@ class FeatureTeacher:
         device = pictures.device
         if self._dtype is None or self._mean.device != device:
             # Converted once: autocast would convert frozen weights again at every call.
-            self._dtype = pick_precision("auto", device)
+            self._dtype = pick_precision(self.precision, device)
             self._mean, self._std = self._mean.to(device), self._std.to(device)
             self.network.to(device, self._dtype)
         x = ((pictures - self._mean) / self._std).to(self._dtype)
