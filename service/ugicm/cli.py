@@ -15,6 +15,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -335,7 +336,7 @@ def bench(
         raise typer.BadParameter(f"no network {', '.join(unknown)}; there are {', '.join(LEARNED)}")
     options = Options(sizes, counts, quality, threads, peers, networks)
     try:
-        report = run(codec, photos or [], options)
+        report = run(codec, photos or [], options, partial(typer.echo, err=True))
     except (CodecError, OSError, MemoryError, RuntimeError) as error:
         raise _failed("bench", _expected(error)) from None
     for line in [json.dumps(report)] if as_json else table(report):

@@ -36,6 +36,12 @@ def bench(*arguments: str) -> str:
     return result.stdout
 
 
+def test_progress_goes_to_standard_error(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--no-peers", "--json"])
+    assert json.loads(result.stdout)
+    assert result.stderr.splitlines()[:2] == ["memory", "ugicm, 1 x 0.02 megapixels"]
+
+
 def test_report_is_one_object(arguments: list[str]) -> None:
     report = json.loads(bench(*arguments, "--json"))
     rows = report["results"]

@@ -408,6 +408,12 @@ def test_only_settings_are_called_settings() -> None:
     assert as_service_error(error).members["setting"] is None
 
 
+def test_json_that_is_none(client: TestClient) -> None:
+    headers = {"Content-Type": "application/json"}
+    problem = assert_problem(client.post("/decode", content=b"{", headers=headers), 400, "malformed-body")
+    assert problem["detail"].startswith("the body is no JSON: ")
+
+
 @pytest.mark.parametrize("json", [{}, {"id": "x"}, {"id": UNKNOWN, "more": 1}, [], "x"])
 def test_malformed_reference(client: TestClient, json: Any) -> None:
     assert_problem(client.post("/decode", json=json), 422, "invalid-parameter")
@@ -416,11 +422,6 @@ def test_malformed_reference(client: TestClient, json: Any) -> None:
 def test_a_long_reference_is_not_parsed(client: TestClient) -> None:
     response = client.post("/decode", json={"id": UNKNOWN, "more": "x" * 1000})
     assert "bytes" in assert_problem(response, 422, "invalid-parameter")["detail"]
-
-
-def test_json_that_is_none(client: TestClient) -> None:
-    response = client.post("/decode", content=b"{", headers={"Content-Type": "application/json"})
-    assert_problem(response, 422, "invalid-parameter")
 
 
 def test_unknown_bitstream(client: TestClient) -> None:

@@ -39,7 +39,13 @@ def test_a_misspelt_variable_is_named(tiny_settings: Settings, monkeypatch: pyte
     monkeypatch.setenv("UGICM_CACHE_SERVICE_PORT_REDIS", "6379")
     monkeypatch.setenv("UGICM_CACHE_PORT", "tcp://10.96.0.8:6379")
     monkeypatch.setenv("UGICM_CACHE_PORT_6379_TCP", "tcp://10.96.0.8:6379")
-    assert next(check(tiny_settings)) == ("settings", False, "no setting reads UGICM_MAX_PIXEL")
+    monkeypatch.setenv("ugicm_max_pixels", "1000000")
+    monkeypatch.setenv("ugicm_max_pixl", "1")
+    assert next(check(tiny_settings)) == (
+        "settings",
+        False,
+        "no setting reads UGICM_MAX_PIXEL, ugicm_max_pixl",
+    )
 
 
 def test_a_missing_model_ends_the_checks(tiny_settings: Settings) -> None:

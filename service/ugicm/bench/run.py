@@ -174,8 +174,10 @@ class PeakMemory:
             return None
 
 
-def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]:
-    """Time the codec, its stages and its peers.
+def run(
+    codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Time the codec, its stages and its peers; `say` is told what is measured next.
 
     Returns one object for JSON: ``results`` has a row for every codec, operation, size and batch.
 
@@ -197,6 +199,7 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
         peers.append(learned_peers(options.learned))
     photos = pictures(paths, codec.max_pixels)
     sizes = sorted(options.megapixels)
+    say("memory")
     memory = _memory(codec, [resized(photos, size, 0) for size in sizes], options.quality)
     peaks = {str(kind).removeprefix("torch."): matrix_peak(kind, device) for kind in {dtype, torch.float32}}
     macs = macs_per_pixel(codec)
@@ -205,9 +208,11 @@ def run(codec: Codec, paths: Sequence[Path], options: Options) -> dict[str, Any]
     for batch in sorted(options.batches):
         for size in sizes:
             if batch == 1 or size <= 1:
+                say(f"ugicm, {batch} x {size:g} megapixels")
                 rows += _own_rows(context, [resized(photos, size, number) for number in range(batch)])
     small = [resized(photos, size, 0) for size in sizes if size <= options.peer_megapixels]
     for peer in (peer for group in peers for peer in group):
+        say(peer.name)
         rows += _peer_rows(peer, small, threads)
     _add_ratios(rows)
     return {

@@ -71,7 +71,8 @@ def _check_names() -> Finding:
     unknown = sorted(
         name
         for name in os.environ
-        if name.startswith(PREFIX) and name not in known and not VARIABLES.fullmatch(name)
+        # Settings are read in any case.
+        if (upper := name.upper()).startswith(PREFIX) and upper not in known and not VARIABLES.fullmatch(name)
     )
     if unknown:
         return Finding("settings", False, f"no setting reads {', '.join(unknown)}")

@@ -134,6 +134,8 @@ async def read_bitstream_body(request: Request) -> bytes | BitstreamRef:
             return BitstreamRef.model_validate_json(reference)
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                raise ServiceError(Code.MALFORMED_BODY, f"the body is no JSON: {first['msg']}") from None
             raise ServiceError(
                 Code.INVALID_PARAMETER,
                 f'the JSON body must be {{"id": ...}}: {first["msg"]}, got {shown(first["input"])}',

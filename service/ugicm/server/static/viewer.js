@@ -128,7 +128,8 @@ async function view(strength, signal) {
   const path = `bitstreams/${state.result.id}/image?strength=${strength}&format=png`;
   const response = await request(path, { signal });
   const image = await picture(await response.blob());
-  return { image, ms: milliseconds(response) };
+  const timing = response.headers.get("Server-Timing") || "";
+  return { image, time: timing.includes("synthesis") ? `${milliseconds(response).toFixed(0)} ms` : "kept" };
 }
 
 async function decode(signal) {
@@ -149,18 +150,19 @@ async function decode(signal) {
   $("stage").hidden = $("facts").hidden = false;
   layout();
   facts(human, machine, name);
-  say("Drag the two borders: original | human | machine.");
+  say(`Drag the two borders: original | human | ${name}.`);
 }
 
 function facts(human, machine, name) {
-  const { size, bpp, width, height, id, encode_ms } = state.result;
+  const { size, bpp, width, height, quality, id, encode_ms } = state.result;
   const rows = {
     Size: `${width} × ${height}`,
+    Quality: quality,
     "Original file": kilobytes(state.file.size),
     Bitstream: `${kilobytes(size)}, ${bpp.toFixed(3)} bpp`,
     "PSNR human": psnr(state.original, human.image),
     [`PSNR ${name}`]: psnr(state.original, machine.image),
-    "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.ms.toFixed(0)} ms`,
+    "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.time}`,
     Id: id.slice(0, 12),
   };
   $("facts").replaceChildren(
@@ -233,6 +235,11 @@ function strengthName() {
   return { 0: "human", 1: "machine" }[strength] || strength.toFixed(2);
 }
 
+function nameStrength() {
+  $("strength-value").textContent = strengthName();
+  $("strength").setAttribute("aria-valuetext", strengthName());
+}
+
 async function open(file) {
   await attempt(async (signal) => {
     const original = await picture(file).catch(() => {
@@ -249,7 +256,7 @@ async function open(file) {
 $("file").addEventListener("change", () => $("file").files[0] && open($("file").files[0]));
 $("quality").addEventListener("input", () => { $("quality-value").textContent = $("quality").value; });
 $("quality").addEventListener("change", encode);
-$("strength").addEventListener("input", () => { $("strength-value").textContent = strengthName(); });
+$("strength").addEventListener("input", nameStrength);
 $("strength").addEventListener("change", prefer);
 $("actual").addEventListener("change", layout);
 $("key").addEventListener("change", () => {
@@ -260,7 +267,10 @@ $("controls").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
-  if (event.dataTransfer.files[0]) open(event.dataTransfer.files[0]);
+  const [file] = event.dataTransfer.files;
+  if (!file) return say("That is no file: save the picture, then drop it.", true);
+  $("file").files = event.dataTransfer.files; // its box shows the name, and choosing another is a change
+  open(file);
 });
 
 async function describe() {
@@ -273,4 +283,5 @@ async function describe() {
   }
 }
 
+nameStrength();
 describe();
