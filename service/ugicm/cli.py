@@ -442,14 +442,19 @@ def _write(path: Path, data: bytes) -> None:
     It keeps its permissions. Links are followed; pipes and devices are written to, not replaced; open files
     (``/dev/stdout``) go on from where they are. Raises ``OSError`` that names `path`.
     """
-    if (descriptor := _descriptor(path)) is not None:
-        with os.fdopen(os.dup(descriptor), "wb") as stream:
-            stream.write(data)
-        return
-    if _is_stream(path):
-        path.write_bytes(data)
-        return
-    file = Path(os.path.realpath(path))
+    try:
+        if (descriptor := _descriptor(path)) is not None:
+            with os.fdopen(os.dup(descriptor), "wb") as stream:
+                stream.write(data)
+        elif _is_stream(path):
+            path.write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(file: Path, data: bytes) -> None:
     # Short, as a file's name may be as long as the system allows.
     temporary = file.with_name(f".ugicm.{os.urandom(8).hex()}.tmp")
     try:
@@ -457,8 +462,6 @@ def _write(path: Path, data: bytes) -> None:
         if file.exists():
             temporary.chmod(stat.S_IMODE(file.stat().st_mode))
         temporary.replace(file)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -401,6 +401,7 @@ def test_a_failed_write_names_the_output(photos: list[Path], tmp_path: Path) -> 
     taken.mkdir(parents=True)
     too_long = tmp_path / f"{'a' * 300}.ugic"
     for arguments, name, message in (
+        ((photos[0], "-o", "/dev/fd/99"), "/dev/fd/99", "Bad file descriptor"),
         ((*photos[:2], "-o", out), taken, "Is a directory"),
         ((photos[0], "-o", too_long), too_long, "File name too long"),
     ):

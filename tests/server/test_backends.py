@@ -252,26 +252,62 @@ async def test_nothing_waits_for_a_sweep(tmp_path: Path, monkeypatch: pytest.Mon
     cache = FileCache(tmp_path, 10 * BLOCK)
     ids = await asyncio.wait_for(store(cache, *(bytes([i]) for i in range(20))), 30)
     assert await asyncio.wait_for(cache.get(ids[0]), 30) == bytes([0])
+    assert len(files(tmp_path)) == 16  # the rest is not kept, or the folder might grow for ever
     there.set()
     await swept(cache)
     assert len(files(tmp_path)) == 9
-    assert cache.size >= 20 * BLOCK  # what came meanwhile counts twice, until the next one
     await store(cache, b"next")
     await swept(cache)
     assert cache.size == 10 * BLOCK
 
 
-async def test_a_sweep_that_fails_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(cache: FileCache) -> int:
-        raise PermissionError("not yours")
+async def test_files_that_cannot_be_deleted_stay_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, owned_by_others = Path.unlink, set[str]()
 
-    monkeypatch.setattr(FileCache, "_delete_oldest", refuse)
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name in owned_by_others:
+            raise PermissionError(1, "not yours", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
     cache = FileCache(tmp_path, 10 * BLOCK)
+    owned_by_others |= set(await store(cache, b"oldest"))
+    await swept(cache)
+    for path in files(tmp_path):
+        os.utime(path, (0, 0))
     with structlog.testing.capture_logs() as logs:
-        await store(cache, b"bits")
+        ids = await store(cache, *(bytes([i]) for i in range(10)))
         await swept(cache)
-    assert [line["event"] for line in logs] == ["the folder of bitstreams cannot be swept"]
-    assert cache._sweeping is False
+    assert len(files(tmp_path)) == 9
+    assert owned_by_others < {path.name for path in files(tmp_path)}
+    (line,) = logs
+    assert (line["count"], "not yours" in line["first"]) == (1, True)
+    owned_by_others |= set(ids) | {bitstream_id(bytes([i])) for i in range(10, 40)}
+    for i in range(10, 40):
+        await store(cache, bytes([i]))
+        await swept(cache)
+    assert len(files(tmp_path)) == 15
+
+
+async def test_a_folder_that_cannot_be_read_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "00":
+            raise PermissionError(13, "not yours", str(path))
+        return scandir(path)
+
+    (tmp_path / "00").mkdir()
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    monkeypatch.setattr("ugicm.server.backends.os.scandir", refuse)
+    for i in range(20):
+        await store(cache, bytes([i]))
+        await swept(cache)
+    assert 9 <= len(files(tmp_path)) <= 11
 
 
 async def test_processes_that_share_a_folder_keep_its_limit(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -38,6 +39,10 @@ class FileCache:
     """Of its own: on a file system that hangs they hang, and nothing else may wait for them."""
     KEEP = 0.9
     """A sweep deletes until this part of the limit is left."""
+    LARGEST = 1.5
+    """Nothing more is kept beyond this part of the limit: while a sweep runs, or where it may not delete."""
+    REST_S = 60.0
+    """After a sweep that could not bring the folder below its limit."""
     PROBE_BYTES = 64 << 10
     """What a check writes: an empty file has room on a full disk, too."""
     _STALE_S = 3600.0
@@ -53,6 +58,7 @@ class FileCache:
         # Sweeping takes seconds where there are many files: nobody waits for it.
         self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
         self._sweeping = self._closed = False
+        self._rest_until = -math.inf
 
     @property
     def size(self) -> int:
@@ -108,6 +114,10 @@ class FileCache:
         room = self._room(len(bitstream))
         if room > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
             return None
+        with self._lock:
+            busy = self._sweeping or time.monotonic() < self._rest_until
+            if busy and (self._size or self._written) + room > self.LARGEST * self._max_bytes:
+                return None
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{self._TEMPORARY}{secrets.token_hex(8)}")
         try:
@@ -121,15 +131,19 @@ class FileCache:
             self._written += room
             if self._size is not None:
                 self._size += room
-            due = (
-                self._size is None
-                or self._size > self._max_bytes
-                or self._written > (1 - self.KEEP) * self._max_bytes
-            )
-            if due and not self._sweeping and not self._closed:
-                self._sweeping, self._written = True, 0
-                self._sweeper.submit(self._sweep)
+            self._sweep_if_due()
         return False
+
+    def _sweep_if_due(self) -> None:
+        """With the lock held."""
+        due = (
+            self._size is None
+            or self._size > self._max_bytes
+            or self._written > (1 - self.KEEP) * self._max_bytes
+        )
+        if due and not (self._sweeping or self._closed) and time.monotonic() >= self._rest_until:
+            self._sweeping, self._written = True, 0
+            self._sweeper.submit(self._sweep)
 
     def _room(self, size: int) -> int:
         """Bytes that a file of this size takes on the disk."""
@@ -161,47 +175,61 @@ class FileCache:
     def _sweep(self) -> None:
         """Delete the longest unused files if all together are too large, and note what is left."""
         try:
-            left = self._delete_oldest()
+            left, refused = self._delete_oldest()
+            if refused:
+                _log.warning(
+                    "files of the bitstream cache cannot be read or deleted",
+                    folder=str(self._folder),
+                    count=len(refused),
+                    first=str(refused[0]),
+                )
             with self._lock:
                 # Files written meanwhile may have been seen, too: counted twice until the next sweep.
                 self._size = left + self._written
-        except OSError:
-            _log.exception("the folder of bitstreams cannot be swept", folder=str(self._folder))
+                if left > self._max_bytes:
+                    self._rest_until = time.monotonic() + self.REST_S
         finally:
             with self._lock:
                 self._sweeping = False
 
-    def _delete_oldest(self) -> int:
-        """What the files take that are left, in bytes."""
-        files = []
-        for entry in self._entries():
+    def _delete_oldest(self) -> tuple[int, list[OSError]]:
+        """What the files take that are left, in bytes, and what went wrong; others may own some of them."""
+        files: list[tuple[int, int, str]] = []
+        refused: list[OSError] = []
+        for entry in self._entries(refused):
             try:
                 status = entry.stat()
+                if re.fullmatch(ID_PATTERN, entry.name):
+                    files.append((status.st_mtime_ns, self._room(status.st_size), entry.path))
+                elif entry.name.startswith(self._TEMPORARY) and time.time() - status.st_mtime > self._STALE_S:
+                    Path(entry.path).unlink()  # left behind by a killed process
             except FileNotFoundError:
                 continue
-            if re.fullmatch(ID_PATTERN, entry.name):
-                files.append((status.st_mtime_ns, self._room(status.st_size), entry.path))
-            elif not entry.name.startswith(self._TEMPORARY):
-                continue
-            elif time.time() - status.st_mtime > self._STALE_S:  # left behind by a killed process
-                Path(entry.path).unlink(missing_ok=True)
+            except OSError as error:
+                refused.append(error)
         size = sum(room for _, room, _ in files)
         if size > self._max_bytes:
             for _, room, path in sorted(files):
                 if self._closed or size <= self.KEEP * self._max_bytes:
                     break
-                Path(path).unlink(missing_ok=True)
-                size -= room
-        return size
+                try:
+                    Path(path).unlink(missing_ok=True)
+                    size -= room
+                except OSError as error:
+                    refused.append(error)
+        return size, refused
 
-    def _entries(self) -> Iterator[os.DirEntry[str]]:
+    def _entries(self, refused: list[OSError]) -> Iterator[os.DirEntry[str]]:
         """Of the subfolders, until the cache is closed."""
         for folder in self._folder.glob("[0-9a-f][0-9a-f]/"):
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if self._closed:
-                        return
-                    yield entry
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if self._closed:
+                            return
+                        yield entry
+            except OSError as error:
+                refused.append(error)
 
 
 class RedisCache:

@@ -38,8 +38,8 @@ MAX_SIDE: Mapping[ImageFormat, int] = {"webp": 16383, "jpeg": 65500}
 READS_TO_OPEN = 20_000
 """Most reads of a file until its header is understood; photographs need 6 to 40. Pillow takes a header apart
 in Python, piece by piece: millions of empty pieces would keep a core busy for minutes."""
-BYTES_PER_READ = 128
-"""What a file must have for each further read while its pixels are loaded."""
+LOAD_READS, BYTES_PER_READ = 200_000, 32
+"""Most further reads while its pixels are loaded: so many, and one for so many bytes; a second or two."""
 BMP_READS = 4_000_000
 """Most further reads of a BMP file instead: two for each run of a compressed one; some four seconds."""
 TILE_PIXELS = 1 << 22
@@ -144,7 +144,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
                 setting=MAX_PIXELS_SETTING,
             )
         _check_tiles(image)
-        file.limit += BMP_READS if image.format == "BMP" else len(data) // BYTES_PER_READ
+        file.limit += BMP_READS if image.format == "BMP" else LOAD_READS + len(data) // BYTES_PER_READ
         image.load()
     except (CodecError, MemoryError):
         raise
