@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ugicm.codec.entropy_twin import EntropyBlock, EntropyNetwork
 from ugicm.codec.networks import Block
-from ugicm_train.losses import Judge, LossTerms, rate_distortion_loss
+from ugicm_train.losses import Judge, LossTerms, logged, rate_distortion_loss
 from ugicm_train.model import TrainableCodec
 from ugicm_train.optimizer import Optimizer
 
@@ -71,7 +71,7 @@ class GraphStep:
         self.x = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         # Level of each rate, strength, learning rates of Muon and Adam, share of the average that is kept.
         self.inputs = torch.zeros(rates + 4, device=device)
-        self.sums = {name: torch.zeros((), device=device) for name in (*LossTerms._fields, "skipped")}
+        self.sums = {name: torch.zeros((), device=device) for name in (*LossTerms._fields, "skipped", "lost")}
         self.graphs: dict[Judge | None, torch.cuda.CUDAGraph] = {}
 
     def _update(self, judge: Judge | None) -> None:
@@ -94,9 +94,8 @@ class GraphStep:
             strength=strength,
         )
         terms.loss.backward()
-        self.sums["skipped"].add_(self.optimizer.step(*optimizing))
-        for name, term in terms._asdict().items():
-            self.sums[name].add_(term.detach())
+        for name, value in logged(terms._asdict(), self.optimizer.step(*optimizing)).items():
+            self.sums[name].add_(value)
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -107,3 +107,17 @@ def rate_distortion_loss(
         shown_machine.mean() if count else x.new_zeros(()),
         judged,
     )
+
+
+def logged(terms: Mapping[str, Tensor], skipped: Tensor) -> dict[str, Tensor]:
+    """What a step says in the log: its terms, whether it was `skipped`, and whether it is `lost` (1 or 0).
+
+    A step that was skipped because something in it is no number moved nothing, and says nothing: zeros.
+    """
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    lost = (skipped > 0) & ~values.isfinite().all()
+    return {
+        **{name: torch.where(lost, 0.0, value) for name, value in zip(terms, values.unbind(), strict=True)},
+        "skipped": skipped,
+        "lost": lost.float(),
+    }

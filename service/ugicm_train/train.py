@@ -26,7 +26,7 @@ from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.files import written_whole
-from ugicm_train.losses import Teacher, level_of, rate_distortion_loss
+from ugicm_train.losses import Teacher, level_of, logged, rate_distortion_loss
 from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
@@ -338,15 +338,16 @@ class Trainer:
             (share * terms.loss).backward()
             for name, term in terms._asdict().items():
                 sums[name] = sums.get(name, 0.0) + share * term.detach()
-        sums["skipped"] = self.optimizer.step(
+        skipped = self.optimizer.step(
             **{name: torch.tensor(value, device=x.device) for name, value in optimizing.items()}
         )
         self.step += 1
-        return sums
+        return logged(sums, skipped)
 
     def _row(self, sums: dict[str, Any], count: int, factor: float, seconds: float) -> dict[str, Any]:
         """Of the log: means of the last `count` steps, which took so long."""
-        means = {name: float(value) / count for name, value in sums.items()}
+        kept = count - round(float(sums["lost"]))
+        means = {name: float(value) / kept if kept else math.nan for name, value in sums.items()}
         return {
             "step": self.step,
             "minutes": round(self.minutes, 2),
@@ -355,7 +356,7 @@ class Trainer:
             "psnr_human": round(_psnr(means["mse_human"]), 3),
             "psnr_machine": round(_psnr(means["mse_machine"]), 3),
             "teacher": round(means["teacher"], 5),
-            "skipped": round(means["skipped"] * count),
+            "skipped": round(float(sums["skipped"])),
             "lr_factor": round(factor, 4),
             "crops_per_s": round(count * self.options.batch * self.processes.count / seconds, 1),
         }
@@ -368,6 +369,10 @@ class Trainer:
                 skipped.
         """
         bpp, loss = row["bpp"], row["loss"]
+        if row["skipped"] == count:
+            if count == 1:  # one alone may be out of line
+                return
+            self._diverged(row, f"no usable gradient in {count} steps")
         if not (math.isfinite(bpp) and bpp <= DIVERGED * self.least_bpp):
             self._diverged(row, f"{bpp} bits per pixel", self.least_bpp)
         if not math.isfinite(loss):
@@ -379,8 +384,6 @@ class Trainer:
                 self._diverged(row, f"a {view} view of {psnr} dB", best)
             if math.isfinite(psnr):
                 self.best_psnr[view] = max(best, psnr)
-        if row["skipped"] == count > 1:  # one alone may be out of line
-            self._diverged(row, f"no usable gradient in {count} steps")
         self.least_bpp = min(self.least_bpp, bpp)
 
     def _diverged(self, row: dict[str, Any], sign: str, before: float = math.inf) -> NoReturn:
@@ -412,7 +415,8 @@ class Trainer:
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
         saved, logged, count, factor = start, start, 0, 0.0
         sums: dict[str, Any] = {}
-        row_sums, row_count = sums, count
+        row_sums: dict[str, Any] = {}
+        row_count = 0
         writes = self.processes.first
         stable_saved = False
         with (

@@ -152,9 +152,43 @@ def test_a_run_that_diverges_between_rows_writes_nothing(photos: Path, tmp_path:
             return lambda machine, original: (machine - original).mean((1, 2, 3)) * math.nan
 
     options = dataclasses.replace(OPTIONS, steps=2, batch=1, decay=0.0)
-    with pytest.raises(DivergedError, match="step 2: a loss of nan"):
+    with pytest.raises(DivergedError, match="step 2: no usable gradient in 2 steps"):
         train(TINY, options, [photos], tmp_path, teacher=NoNumber())
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_step_that_is_no_number_says_nothing(photos: Path, tmp_path: Path) -> None:
+    """It moves nothing, and ends nothing."""
+    draws = 0
+
+    class NoNumberOnce:
+        def draw(self) -> Judge:
+            nonlocal draws
+            draws += 1
+            factor = math.nan if draws == 7 else 1.0
+            return lambda machine, original: (machine - original).square().mean((1, 2, 3)) * factor
+
+    options = dataclasses.replace(OPTIONS, steps=50, batch=1, batch_levels=1, decay=0.0)
+    assert train(TINY, options, [photos], tmp_path, teacher=NoNumberOnce()) == 0
+    (row,) = rows(tmp_path)
+    assert row["skipped"] >= 1
+    assert math.isfinite(row["loss"])
+    assert 0 < row["bpp"] < 10
+
+
+def test_a_run_without_a_row_is_judged_once(photos: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, steps=2), tmp_path)
+    judged = []
+    trainer._check = lambda row, count: judged.append((row["bpp"], count))  # type: ignore[method-assign]
+    told = {"loss": 0.8, "bpp": 0.5, "mse_human": 1e-3, "mse_machine": 1e-3, "teacher": 0.0}
+
+    def step(x: torch.Tensor, factor: float, teacher: object) -> dict[str, torch.Tensor]:
+        trainer.step += 1
+        return {name: torch.tensor(value) for name, value in {**told, "skipped": 0.0, "lost": 0.0}.items()}
+
+    trainer.train_step = step  # type: ignore[method-assign, assignment]
+    assert trainer.run(trainer.read([photos])) == 0
+    assert judged == [(0.5, 2)]
 
 
 @pytest.mark.parametrize("late", [1, 5])
@@ -168,6 +202,7 @@ def test_the_last_steps_of_a_run_are_judged_with_those_before(
         trainer.step += 1
         wild = trainer.step > 50
         told = {"loss": 0.8, "bpp": 3.0 if wild else 0.5, "mse_human": 1e-3, "teacher": 0.0, "skipped": wild}
+        told["lost"] = 0.0
         # One picture of the batch in a single step, or all of them in several.
         told["mse_machine"] = 1e-3 + wild * (1 / 16 if late == 1 else 1.0)
         return {name: torch.tensor(value) for name, value in told.items()}
