@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
 from ugicm_train.cli import main
-from ugicm_train.evaluation import metrics, rate_distortion, report
+from ugicm_train.evaluation import coders, metrics, parts, rate_distortion, report
 from ugicm_train.evaluation.anchors import Point, points_of, read_anchors
-from ugicm_train.evaluation.coders import PEERS, Coder, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.coders import PEERS, Coder, installed_peers, pillow_coder, ugicm_coder
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -33,6 +34,7 @@ from ugicm_train.evaluation.measurement import (
 )
 from ugicm_train.evaluation.parts import Part
 from ugicm_train.evaluation.rate_distortion import check, compare, mean_curves, read_measurement
+from ugicm_train.files import written_whole
 
 CSV = (
     "codec,bpp,psnr_db,ms_ssim\nvtm,0.1,28,0.93\nvtm,0.8,36,0.99\nvtm,0.4,33,0.98\nold,0.5,30,\nold,0.9,32,\n"
@@ -144,17 +146,52 @@ def test_what_is_transparent_is_measured_as_white(tmp_path: Path) -> None:
     assert hidden.images == white.images
 
 
+def test_what_was_not_asked_for_is_kept(greys: Path) -> None:
+    known = measure([Shift().coder(), Shift().coder("other")], greys)
+    saved: list[Measurement] = []
+    shift = Shift()
+    fewer = replace(shift.coder(), qualities=(6.0, 8.0))
+    again = measure([fewer], greys, known=known, save=saved.append)
+    assert shift.encoded == 2 + 1  # one new quality, and its warm-up
+    assert {(row.codec, row.quality) for row in again.rows} == {("shift", 6.0), ("shift", 8.0)}
+    for measured in saved:
+        assert {row.key for row in measured.rows} >= {row.key for row in known.rows}
+    assert len(saved[-1].rows) == len(known.rows) + 2 * 2
+
+
+def test_other_butteraugli_is_kept(greys: Path) -> None:
+    measured = measure([Shift().coder()], greys)
+    known = measured._replace(rows=[row._replace(butteraugli=1.5) for row in measured.rows])
+    more = measure([replace(Shift().coder(), qualities=(6.0, 8.0))], greys, known=known)
+    assert {(row.quality, row.butteraugli) for row in more.rows} == {(6.0, 1.5), (8.0, None)}
+
+
 def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:
     row = Row("shift", "human", 5.0, "a", 1, 0.1, 30.0, None, None, None, 0.0, 0.0)
     path = tmp_path / "rd.json"
-    saved: dict[str, Any] = {"format": rate_distortion.FORMAT, "machine": {"cores": 2}, "images": {"a": "00"}}
-    saved |= {"codecs": {"shift": "version 1"}, "rows": [row._asdict()], "rate_targets": []}
-    rate_distortion.write_report(path, saved)
-    assert read_measurement(path, {"shift": "version 1"}, {"cores": 2}).rows == [row]
-    assert read_measurement(path, {"shift": "version 2"}, {"cores": 2}).rows == []
-    nothing = Measurement({}, [], [])
-    assert read_measurement(path, {"shift": "version 1"}, {"cores": 3}) == nothing
-    assert read_measurement(tmp_path / "none.json", {}, {}) == nothing
+    head: dict[str, Any] = {"format": rate_distortion.FORMAT, "data": "kodak"}
+    head |= {"machine": {"cores": 2, "torch_threads": 2}, "codecs": {"shift": "version 1"}}
+    found = {"images": {"a": "00"}, "rows": [row._asdict()], "rate_targets": []}
+    rate_distortion.write_report(path, head | found)
+    before = path.read_bytes()
+    for same in (
+        {},
+        {"machine": {"cores": 2, "torch_threads": 1}},
+        {"codecs": {"other": "version 2"}},
+    ):
+        measured, codecs = read_measurement(path, head | same)
+        assert measured.rows == [row]
+        assert codecs == {"shift": "version 1"}
+    for other, message in (
+        ({"codecs": {"shift": "version 2"}}, "codec shift 'version 1', now it is 'version 2'"),
+        ({"machine": {"cores": 3}}, "cores 2, now it is 3"),
+        ({"data": "mine"}, "data 'kodak', now it is 'mine'"),
+        ({"format": 3}, "format 2, now it is 3"),
+    ):
+        with pytest.raises(ValueError, match=rf"rd\.json was measured with {message}: give another --out"):
+            read_measurement(path, head | other)
+    assert path.read_bytes() == before
+    assert read_measurement(tmp_path / "none.json", head) == (Measurement({}, [], []), {})
 
 
 def test_joined_measurements(greys: Path) -> None:
@@ -165,9 +202,12 @@ def test_joined_measurements(greys: Path) -> None:
     assert both.images == whole.images
     assert {row[:10] for row in both.rows} == {row[:10] for row in whole.rows}
     cheaper = whole.rows[0]._replace(bytes=1)
-    newer = joined([whole, Measurement({}, [cheaper], [])])
+    newer = joined([Measurement(whole.images, [cheaper], []), whole])
     assert len(newer.rows) == len(whole.rows)
     assert cheaper in newer.rows
+    # What is known of other pixels does not count.
+    changed = joined([Measurement({cheaper.image: "00"}, [], []), whole])
+    assert {row.image for row in changed.rows} == whole.images.keys() - {cheaper.image}
 
 
 def test_folder_without_pictures(tmp_path: Path) -> None:
@@ -241,13 +281,19 @@ def test_read_anchors(tmp_path: Path) -> None:
     path.write_text("codec,bpp\nvtm,0.1\n")
     with pytest.raises(ValueError, match="not a row of codec, bpp, psnr_db, ms_ssim"):
         read_anchors(path)
+    path.write_text("name,bpp,psnr_db,ms_ssim\nvtm,0.1,28,0.93\n")
+    with pytest.raises(ValueError, match="not a row of codec, bpp, psnr_db, ms_ssim"):
+        read_anchors(path)
+    path.write_text("codec,bpp,psnr_db,ms_ssim\nvtm,0.1,28,11.5\n")
+    with pytest.raises(ValueError, match=r"an MS-SSIM is in 0\.\.1, not in dB"):
+        read_anchors(path)
     for values in ("0,30,.9", "-1,30,.9", "nan,30,.9", "0.5,inf,.9", "0.5,30,nan"):
         path.write_text(f"{CSV}vtm,{values}\n")
         with pytest.raises(ValueError, match=rf"anchors\.csv.*'bpp': '{values.partition(',')[0]}'"):
             read_anchors(path)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", installed_peers())
 def test_peers_trade_rate_for_distortion(name: str, photo: NDArray[np.uint8]) -> None:
     coder = pillow_coder(name)
     few = replace(coder, qualities=coder.qualities[::4])
@@ -261,6 +307,16 @@ def test_peers_trade_rate_for_distortion(name: str, photo: NDArray[np.uint8]) ->
 def test_unknown_peer() -> None:
     with pytest.raises(ValueError, match="no peer 'gif'; there are jpeg"):
         pillow_coder("gif")
+
+
+def test_peers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    monkeypatch.setattr(coders.features, "check", lambda feature: feature != "avif")
+    assert installed_peers() == ["jpeg", "webp"]
+    with pytest.raises(ValueError, match="pillow-jxl-plugin is not installed; leave it out of --peers"):
+        pillow_coder("jxl")
+    with pytest.raises(ValueError, match="Pillow was built without avif; leave it out of --peers"):
+        pillow_coder("avif")
 
 
 def test_psnr_and_ms_ssim_of_known_pictures(photo: NDArray[np.uint8]) -> None:
@@ -357,6 +413,39 @@ def test_command_writes_json_table_and_plot(
     assert "quality" not in short
 
 
+def test_a_smaller_measurement_keeps_the_larger(
+    tiny_store: Path, greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rd.json"
+    command = ["rd", str(tiny_store / "tiny"), "--data", str(greys), "--device", "cpu", "--no-butteraugli"]
+    command += ["--out", str(out)]
+    whole = [*command, "--qualities", "20", "50", "90", "--peers", "jpeg", "webp", "--refine", "1"]
+    assert main(whole) == 0
+    first = json.loads(out.read_text())
+    assert main([*command, "--qualities", "20", "90", "--peers", "jpeg"]) == 0
+    second = json.loads(out.read_text())
+    key = ("codec", "view", "quality", "image")
+    for name in ("rows", "rate_targets"):
+        by_key = [
+            {tuple(item.get(part) for part in (*key, "target_bpp")): item for item in each[name]}
+            for each in (first, second)
+        ]
+        assert by_key[0] == by_key[1]  # times included
+    assert first["codecs"] == second["codecs"]
+    assert {line["codec"] for line in second["curves"]} == {"tiny", "jpeg"}
+    assert {len(line["points"]) for line in second["curves"] if line["codec"] == "tiny"} == {2}
+    assert "webp" not in out.with_suffix(".md").read_text().lower()
+    assert main(whole) == 0
+    third = json.loads(out.read_text())
+    assert (third["curves"], third["bd_rates"]) == (first["curves"], first["bd_rates"])
+
+    (greys / "a.png").unlink()
+    before = out.read_bytes()
+    assert main(whole) == 1
+    assert "has 1 pictures that" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_jobs_measure_the_same(tiny_store: Path, photo: NDArray[np.uint8], tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -388,7 +477,7 @@ def test_a_stopped_measurement_stops_its_parts(tmp_path: Path) -> None:
         "    print(process.pid, flush=True)\n"
         "    return process\n"
         "parts.subprocess.Popen = start\n"
-        "parts.measure_parts([], 2)\n"
+        "parts.measure_parts([], 2, lambda: 2)\n"
     )
     measuring = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert measuring.stdout is not None
@@ -402,8 +491,47 @@ def test_a_stopped_measurement_stops_its_parts(tmp_path: Path) -> None:
             os.kill(pid, 0)
 
 
-def test_a_failed_part_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["rd", "no-such-model", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+def test_parts_end_with_a_killed_measurement(tmp_path: Path) -> None:
+    part = (
+        "import os, time; from ugicm_train.evaluation.parts import end_with_parent; end_with_parent(); "
+        "print(os.getpid(), flush=True); time.sleep(20); print('still there')"
+    )
+    code = (
+        "import sys, torch\n"  # torch starts processes of its own
+        "from ugicm_train.evaluation import parts\n"
+        "popen = parts.subprocess.Popen\n"
+        f"start = lambda command, **options: popen([sys.executable, '-c', {part!r}], **options)\n"
+        "parts.subprocess.Popen = start\n"
+        "parts.measure_parts([], 2, lambda: 2)\n"
+    )
+    measuring = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert measuring.stdout is not None
+    pids = [int(measuring.stdout.readline()) for _ in range(2)]
+    for pid in pids:
+        os.kill(pid, 0)
+    measuring.kill()
+    measuring.wait(timeout=60)
+    assert measuring.stdout.read() == ""  # until the last part has closed it
+    measuring.stdout.close()
+
+
+@pytest.mark.parametrize(("pictures", "started"), [(0, 0), (1, 0), (2, 2), (9, 3)])
+def test_no_more_parts_than_pictures(pictures: int, started: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(parts, "subprocess", argparse.Namespace(Popen=start))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(parts.signal, "signal", lambda number, handler: None)
+    parts.measure_parts(["rd"], 3, lambda: pictures)
+    assert [command[5] for command in commands] == [f"{index}/{started}" for index in range(started)]
+
+
+def test_a_failed_part_is_an_error(greys: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["rd", "no-such-model", "--data", str(greys), "--out", str(tmp_path / "rd.json")]
     assert main([*command, "--jobs", "2"]) == 1
     assert "2 of 2 parts failed" in capfd.readouterr().err
 
@@ -421,6 +549,8 @@ def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.Captur
         (["--qualities", "50", "50"], "at least 2 different qualities are needed, got 1"),
         (["--refine", "2", "--refine-qualities", "20", "nan"], "a quality must be in 1..100, got nan"),
         (["--refine", "-1"], "refine must be in 0..10000 steps, got -1"),
+        (["--out", "rd.md"], "--out must end with .json, got rd.md"),
+        (["--out", "rd"], "--out must end with .json, got rd"),
     ],
 )
 def test_what_cannot_be_measured(
@@ -458,3 +588,22 @@ def test_unfinished_report_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"command": "ugicm-train rd", "codecs": {}}))
     with pytest.raises(ValueError, match="not finished"):
         report.run(_parse(report.add_arguments, path))
+
+
+@pytest.mark.parametrize("name", ["rd.json", "rd.tmp", "rd"])
+def test_files_are_whole_whatever_their_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("before")
+
+    def write(text: str, size: int) -> None:
+        with written_whole(path) as beside:
+            beside.write_text(text[:size])
+            if size < len(text):
+                raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write("after", 2)
+    assert path.read_text() == "before"
+    write("after", 5)
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]

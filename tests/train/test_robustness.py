@@ -57,8 +57,6 @@ def test_colour_cast_and_lost_detail_fail() -> None:
     blank = replace(jpeg, decode=lambda data, s: np.full_like(jpeg.decode(data, s), 128))
     (cast,) = measure(tinted, jpeg, {"flat grey": PICTURES["flat grey"]})
     assert cast.shift == pytest.approx(3)
-    assert cast.chroma is not None
-    assert cast.chroma >= 3
     assert not cast.passed
     (lost,) = measure(blank, jpeg, {"screenshot": PICTURES["screenshot"]})
     assert lost.shift is None

@@ -21,16 +21,16 @@ from ugicm_train.cli import main
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
 from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
-from ugicm_train.evaluation.journal import Entry, Journal, Key
+from ugicm_train.evaluation.journal import Entry, Journal, Key, locked
 from ugicm_train.evaluation.machine import (
     add_arguments,
     bd_rate_errors,
     evaluate,
     identity_of_data,
-    jpeg_xl_coder,
     point_of,
     remembered,
     run,
+    tasks_of,
 )
 from ugicm_train.evaluation.machine_report import (
     Point,
@@ -95,6 +95,16 @@ class TestTop1:
         task = Top1("colours", colour_scores, colours, {"red.png": 3})
         with pytest.raises(ValueError, match=r"red\.png has class 3, colours gives scores of 0 to 2"):
             task.judge("red.png", np.zeros((8, 8, 3), np.uint8))
+
+    def test_scores_that_are_none(self, colours: Path) -> None:
+        picture = np.zeros((8, 8, 3), np.uint8)
+        for scores in (np.array([np.nan, 1, 0]), np.array([1, np.inf, 0]), np.zeros(0), [None, 1]):
+            for task in (
+                Top1("broken", lambda image, scores=scores: scores, colours, {"red.png": 1}),
+                SameClasses("broken", lambda image, scores=scores: scores, colours),
+            ):
+                with pytest.raises(ValueError, match=r"broken gives scores of red\.png that are not finite"):
+                    task.judge("red.png", picture)
 
     def test_missing_pictures_are_named(self, colours: Path) -> None:
         task = Top1("colours", colour_scores, colours, {"red.png": 0, "gone.png": 1})
@@ -161,6 +171,48 @@ class TestBoxMap:
         task = BoxMap("boxes", lambda image: (box, np.ones(1), np.array([1])), instances.parent, instances)
         assert task.judge("1.png", np.zeros((60, 80, 3), np.uint8)) == [[1, 1.0, 10.0, 10.0, 50.0, 40.0]]
 
+    def test_what_is_nearly_an_array_of_integers(self, instances: Path, colours: Path) -> None:
+        picture = np.zeros((60, 80, 3), np.uint8)
+        for found in (
+            ([[10, 10, 50, 40]], [1], [1]),
+            (torch.tensor([[10.0, 10, 50, 40]]), torch.ones(1), torch.ones(1)),
+        ):
+            for task in (
+                BoxMap("boxes", lambda image, found=found: found, instances.parent, instances),
+                SameBoxes("boxes", lambda image, found=found: found, colours),
+            ):
+                judgement = json.loads(json.dumps(task.judge("red.png", picture)))
+                row = judgement[0] if isinstance(task, BoxMap) else judgement[1][0]
+                assert row == [1, 1.0, 10.0, 10.0, 50.0, 40.0]
+                assert isinstance(row[0], int)
+        box, one = np.array([[10.0, 10, 50, 40]]), np.ones(1)
+        for found, message in (
+            ((box, np.array([np.nan]), one), r"of red\.png that are not finite"),
+            ((box * np.inf, one, one), r"of red\.png that are not finite"),
+            ((box, one, one / 2), r"of red\.png that are no whole numbers"),
+            ((box, one, ["cat"]), r"of red\.png that are <U3, no numbers"),
+            ((box, np.ones(2), one), r"scores \(2,\) .* of red\.png"),
+            ((box[0], one, one), r"boxes \(4,\)"),
+            ((box, one), "no boxes, scores and classes"),
+        ):
+            for task in (
+                BoxMap("broken", lambda image, found=found: found, instances.parent, instances),
+                SameBoxes("broken", lambda image, found=found: found, colours),
+            ):
+                with pytest.raises(ValueError, match=f"broken gives .*{message}"):
+                    task.judge("red.png", picture)
+
+    @pytest.mark.parametrize(
+        ("kind", "field"), [("images", "file_name"), ("categories", "name"), ("annotations", "bbox")]
+    )
+    def test_files_that_lack_something(self, instances: Path, kind: str, field: str) -> None:
+        content = json.loads(instances.read_text())
+        del content[kind][1][field]
+        instances.write_text(json.dumps(content))
+        task = BoxMap("boxes", lambda image: None, instances.parent, instances)
+        with pytest.raises(ValueError, match=rf"instances\.json: {kind}\[1\] lacks {field}"):
+            check_images([task])
+
     def test_classes_and_sizes_that_do_not_fit(self, instances: Path) -> None:
         for found in (2, -1):
             with pytest.raises(ValueError, match=rf"boxes found class {found} in 1\.png.*has 2 categories"):
@@ -210,6 +262,9 @@ class TestMaskMap:
         return task.score({"1.png": judgement})
 
     def test_masks_count_not_boxes(self, instances: Path) -> None:
+        content = json.loads(instances.read_text())
+        del content["annotations"][1]["bbox"]  # nor need they be there
+        instances.write_text(json.dumps(content))
         assert self.score(instances, 30) == pytest.approx(1)
         assert self.score(instances, 30, index=0) == 0
         # IoU 30 / 40 = .75: right at .5 ... .75, 6 of 10 thresholds.
@@ -250,6 +305,18 @@ class TestMeanIou:
         save(tmp_path / "a.webp", np.zeros((2, 4, 3), np.uint8))
         with pytest.raises(ValueError, match=r"a\.png is the mask of two pictures, a\.jpg and a\.webp"):
             task.images()
+
+    def test_class_maps_of_floats(self, tmp_path: Path) -> None:
+        save(tmp_path / "masks" / "a.png", np.array([[1, 0]], np.uint8))
+        save(tmp_path / "a.jpg", np.zeros((1, 2, 3), np.uint8))
+        for seen, fits in (([[1.0, 0.0]], True), ([[1.5, 0.0]], False), ([[np.nan, 0.0]], False)):
+            task = MeanIou("mask", lambda image, seen=seen: np.array(seen), tmp_path, tmp_path / "masks")
+            if fits:
+                judgement = task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8))
+                assert task.score({"a.jpg": json.loads(json.dumps(judgement))}) == 1
+                continue
+            with pytest.raises(ValueError, match=r"mask gives classes of a\.jpg that are no whole numbers"):
+                task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8))
 
     def test_as_many_classes_as_are_said(self, tmp_path: Path) -> None:
         save(tmp_path / "masks" / "a.png", np.array([[149, 255]], np.uint8))
@@ -497,10 +564,36 @@ class TestRuntimes:
         before = adaptors.identity_of(f"{file}:bright")
         file.write_text("def bright():\n    return lambda image: image.max((0, 1))\n")
         assert (changed := adaptors.identity_of(f"{file}:bright")) != before
-        elsewhere = tmp_path / "elsewhere" / file.name
-        elsewhere.parent.mkdir()
-        file.rename(elsewhere)
-        assert adaptors.identity_of(f"{elsewhere}:bright") == changed
+        (tmp_path / "beside_mine.py").write_text("answer = 4\n")
+        assert (beside := adaptors.identity_of(f"{file}:bright")) != changed
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        for each in tmp_path.glob("*.py"):
+            each.rename(elsewhere / each.name)
+        assert adaptors.identity_of(f"{elsewhere / file.name}:bright") == beside
+
+    def test_what_own_networks_say_of_themselves(self, tmp_path: Path, colours: Path) -> None:
+        file, weights = tmp_path / "mine.py", tmp_path / "weights"
+        file.write_text(
+            "from pathlib import Path\n"
+            "class Network:\n"
+            "    identity = (Path(__file__).parent / 'weights').read_text()\n"
+            "    def __call__(self, image):\n        return image.mean((0, 1))\n"
+        )
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        common = ["model", "--out", str(tmp_path / "out")]
+        identities = set()
+        for content in ("first", "second", "first"):
+            weights.write_text(content)
+            for options in (["--top1"], ["--agree", "classes"]):
+                (task,) = tasks_of(parser.parse_args([*common, *options, f"{file}:Network", str(colours)]))
+                assert content in task.identity
+                identities.add(task.identity)
+        assert len(identities) == 4
+        file.write_text(file.read_text().replace(".read_text()", ""))
+        with pytest.raises(adaptors.NetworkError, match="the identity of a network is a string"):
+            adaptors.load_classifier(f"{file}:Network")
 
 
 def lite_rt_model(
@@ -653,7 +746,7 @@ class TestResults:
 
 
 class TestJournal:
-    def test_resumes_and_forgets_what_changed(self, tmp_path: Path) -> None:
+    def test_resumes_and_does_not_use_what_changed(self, tmp_path: Path) -> None:
         path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
         first = Journal(path, {"task": "1", "codec": "1"})
         first.add(key, Entry(0.5, 30.0, [[1, 2, 3]]))
@@ -686,10 +779,26 @@ class TestJournal:
         assert again.get(key._replace(codec="peer")) == Entry(0.1, 20.0, True)
         again.close()
         assert len(path.read_text().splitlines()) == 2
-        Journal(path, {"other": "1", "peer": "2"}).close()  # another peer of that name
-        assert len(path.read_text().splitlines()) == 1
+        another = Journal(path, whole | {"peer": "2"}, pictures)  # another peer of that name
+        assert another.get(key._replace(codec="peer")) is None
+        another.add(key._replace(codec="peer"), Entry(0.2, 25.0, False))
+        another.close()
+        first = Journal(path, whole, pictures)
+        assert first.get(key._replace(codec="peer")) == Entry(0.1, 20.0, True)
+        first.close()
+        assert len(path.read_text().splitlines()) == 3
 
-    def test_forgets_replaced_pictures(self, tmp_path: Path) -> None:
+    def test_one_run_at_a_time(self, tmp_path: Path) -> None:
+        with (
+            locked(tmp_path / "out"),
+            pytest.raises(ValueError, match=r"another run writes to .*out: wait for it"),
+            locked(tmp_path / "out"),
+        ):
+            pass
+        with locked(tmp_path / "out"):
+            pass
+
+    def test_does_not_use_what_was_said_of_replaced_pictures(self, tmp_path: Path) -> None:
         path, key = tmp_path / "judgements.jsonl", Key("task", "codec", 50.0, 1.0, "a.png")
         identities = {"task": "1", "codec": "1"}
         first = Journal(path, identities, {"task": {"a.png": "old", "b.png": "same"}})
@@ -813,6 +922,27 @@ def test_judgements_by_other_labels_are_not_reused(
     assert scores == [1, pytest.approx(2 / 3)]
 
 
+def test_judgements_of_other_classes_are_not_reused(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
+    network = tmp_path / "mine.py"
+    network.write_text("def bright():\n    return lambda image: (image[..., 0] > 128) * 2\n")
+    for name in COLOURS:
+        save(tmp_path / "masks" / f"{name}.png", np.full((128, 128), 2 * (name == "red"), np.uint8))
+    command = ["evaluate", str(tiny_store / "tiny"), "--device", "cpu", "--qualities", "1", "--peers"]
+    command += ["--miou", f"{network}:bright", str(colours), str(tmp_path / "masks")]
+    command += ["--out", str(tmp_path / "out"), "--classes"]
+    assert main([*command, "3"]) == 0
+    assert main([*command, "2"]) == 1  # not a traceback of a confusion matrix that is too small
+
+
+def test_a_second_run_is_refused(
+    tmp_path: Path, colours: Path, colour_network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["evaluate", "no-such-model", "--top1", colour_network, str(colours), "--out", str(tmp_path)]
+    with locked(tmp_path):
+        assert main(command) == 1
+    assert f"another run writes to {tmp_path}" in capsys.readouterr().err
+
+
 def test_what_cannot_be_evaluated(
     tmp_path: Path,
     colours: Path,
@@ -834,6 +964,7 @@ def test_what_cannot_be_evaluated(
             "no pictures in",
         ),
         (["--limit", "0"], "limit must be at least 1"),
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--qualities", "500", "--jobs", "2"], "a quality must be in 1..100, got 500"),
         (["--sheet-quality", "0"], "a quality must be in 1..100, got 0"),
         (["--strengths", "0.5", "2"], "a strength must be in 0..1, got 2"),
@@ -892,25 +1023,20 @@ def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_s
     assert points[0]["bpp"] < 1 < points[1]["bpp"]
 
 
-def test_jpeg_xl_where_installed(photo: Image) -> None:
-    pytest.importorskip("pillow_jxl")
-    coder = jpeg_xl_coder()
-    assert coder is not None
-    small, large = (coder.encode(photo, quality) for quality in (10.0, 80.0))
-    assert len(small) < len(large)
-    assert coder.decode(small, 0.0).shape == photo.shape
-
-
 class TestAgreement:
     """Tasks whose truth is the network's own answer on the original."""
 
     def test_classes_overlap(self, colours: Path) -> None:
-        task = SameClasses("colours", colour_scores, colours)
+        def colour_shares(image: Image) -> NDArray[np.float64]:
+            return (scores := colour_scores(image)) / max(scores.sum(), 1)
+
+        task = SameClasses("colours", colour_shares, colours)
         assert list(task.images()) == ["blue.png", "green.png", "red.png"]
         original = np.asarray(PIL.Image.open(colours / "red.png"))
         assert task.judge("red.png", original) == pytest.approx(1)
-        black = np.zeros_like(original)
-        assert task.judge("red.png", black) == 0
+        blue = np.zeros_like(original)
+        blue[..., 2] = 255
+        assert task.judge("red.png", blue) == pytest.approx(30 / 280, abs=0.01)
         # Of red 220, 30, 30 a third of the way to blue's 20, 40, 210.
         mixed = np.full((64, 64, 3), (153, 33, 90), np.uint8)
         shares = np.array([220, 30, 30]) / 280, np.array([153, 33, 90]) / 276
@@ -920,6 +1046,19 @@ class TestAgreement:
     def test_scores_below_zero_are_logits(self) -> None:
         np.testing.assert_allclose(probabilities(np.array([-1.0, 1.0])), [0.1192, 0.8808], atol=1e-4)
         np.testing.assert_allclose(probabilities(np.array([1, 3], np.uint8)), [0.25, 0.75])
+
+    def test_a_network_of_logits_has_none_that_are_shares(self) -> None:
+        expected = probabilities(np.array([-0.1, 3.0, 1.0]))
+        np.testing.assert_allclose(probabilities(np.array([0.0, 3.1, 1.1])), expected)
+        whole = probabilities(np.array([-1, 2], np.int8))
+        np.testing.assert_allclose(whole, probabilities(np.array([-1.0, 2.0])))
+
+    def test_rounded_probabilities_are_shares(self) -> None:
+        """As LiteRT's are: most of a thousand classes are rounded to nothing."""
+        scores = np.zeros(1000)
+        scores[:3] = 0.5, 0.2, 0.1
+        np.testing.assert_allclose(probabilities(scores), scores / 0.8)
+        np.testing.assert_allclose(probabilities(np.array([0.3, 0.69])), np.array([0.3, 0.69]) / 0.99)
 
     def test_boxes_of_the_original_are_the_truth(self, colours: Path) -> None:
         pytest.importorskip("pycocotools")
@@ -956,6 +1095,14 @@ class TestAgreement:
         assert task.judge("red.png", np.zeros_like(original)) == [200, 400]
         assert task.score({"a": [400, 400], "b": [2, 4], "c": [0, 0]}) == 0.75
         assert task.score({"c": [0, 0]}) == 0
+        assert task.expected("red.png").dtype == np.uint8  # one stays for each picture
+
+    def test_pixels_of_many_classes(self, colours: Path) -> None:
+        for largest in (256, -1):
+            classes = np.full((2, 2), largest)
+            task = SamePixels("pixels", lambda image, classes=classes: classes, colours)
+            either = 4 * (largest > 0)
+            assert task.judge("red.png", np.zeros((2, 2, 3), np.uint8)) == [either, either]
 
     def test_a_network_sees_a_picture_once(self) -> None:
         seen: list[int] = []

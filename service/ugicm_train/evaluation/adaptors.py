@@ -5,7 +5,8 @@ A network is named on the command line by
     model.tflite, model.onnx        classifier or segmenter, by its input and output shapes
     fastestdet:model.onnx           FastestDet detector
     torchvision:resnet101           any model of torchvision with its own weights and preprocessing
-    evaluators.py:my_network        your own: a function without arguments that returns the callable
+    evaluators.py:my_network        your own: a function without arguments that returns the callable, whose
+                                    `identity`, if there is one, tells apart what it loads
 """
 
 from __future__ import annotations
@@ -377,13 +378,18 @@ def load_segmenter(spec: str) -> Segmenter:
 def identity_of(spec: str) -> str:
     """The name and, where it is of a file, the file's SHA-256; wherever the file lies.
 
-    So for a file of weights that an ONNX model has beside it, by the names that exporters give it.
+    So for what such a file loads from beside it: the weights of an ONNX model, by the names that exporters
+    give them, and other Python files.
     """
     for part in (spec, spec.partition(":")[2], spec.rpartition(":")[0]):
         if part and (path := Path(part)).is_file():
             name = spec.replace(part, path.name)
-            files = (path, *(path.with_name(other) for other in (f"{path.name}.data", f"{path.name}_data")))
-            return " ".join([name, *(content(file) for file in files if file.is_file())])
+            if path.suffix == ".py":
+                others = sorted(other for other in path.parent.glob("*.py") if other.name != path.name)
+            else:
+                others = [path.with_name(f"{path.name}{end}") for end in (".data", "_data")]
+            files = [path, *filter(Path.is_file, others)]
+            return " ".join([name, *map(content, files)])
     return spec
 
 
@@ -426,4 +432,6 @@ def _own(spec: str) -> Callable[[Image], Any] | None:
     if not hasattr(module, function):
         raise NetworkError(f"{file} has no function {function!r}")
     network: Callable[[Image], Any] = getattr(module, function)()
+    if not isinstance(getattr(network, "identity", ""), str):
+        raise NetworkError(f"{spec}: the identity of a network is a string")
     return network

@@ -20,10 +20,13 @@ from ugicm_train.data import read_image
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image
 from ugicm_train.evaluation.tasks import (
-    Detections,
     Judgement,
+    MeanScored,
     Scored,
     box_edges,
+    checked_detections,
+    checked_integers,
+    checked_scores,
     coco_box,
     coco_maps,
     kept_rows,
@@ -34,9 +37,16 @@ SURE = 0.3
 
 
 def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
-    """What a classifier returns as probabilities: shares of the sum, or softmax where some are negative."""
+    """What a classifier returns as probabilities: shares of the sum, or softmax of what are none.
+
+    Where nothing is negative, integers are shares, and so is what sums up to about 1: as near as
+    probabilities do that are each rounded to 1/256, as LiteRT's are. Scores of other networks are logits, on
+    every picture, also where none is negative.
+    """
     values = np.asarray(scores, np.float64)
-    if (values < 0).any():
+    whole = np.issubdtype(np.asarray(scores).dtype, np.integer)
+    about_one = abs(values.sum() - 1) <= 0.01 + values.size / 512
+    if not (values.min() >= 0 and (whole or about_one)):
         values = np.exp(values - values.max())
     return values / max(float(values.sum()), 1e-12)
 
@@ -55,14 +65,18 @@ class Agreement(Scored):
         """The pictures under the folder by their path in it."""
         return {str(path.relative_to(self.folder)): path for path in read_images(self.folder)}
 
-    def answer(self, image: Image) -> Any:
-        """What is compared of the network's answer."""
+    def answer(self, name: str, image: Image) -> Any:
+        """What is compared of the network's answer on a picture of that name."""
+        raise NotImplementedError
+
+    def judge(self, name: str, image: Image) -> Judgement:
+        """How the answer on one picture, decoded, compares with the one on the original."""
         raise NotImplementedError
 
     def expected(self, name: str) -> Any:
         """The answer on the original, asked for once."""
         if name not in self._expected:
-            self._expected[name] = self.answer(read_image(self.folder / name))
+            self._expected[name] = self.answer(name, read_image(self.folder / name))
         return self._expected[name]
 
     @functools.cached_property
@@ -70,19 +84,16 @@ class Agreement(Scored):
         return {}
 
 
-class SameClasses(Agreement):
+class SameClasses(MeanScored, Agreement):
     """Overlap of the classes' probabilities: sum of the smaller of the two, mean over the pictures."""
 
     metric = "agreement"
 
-    def answer(self, image: Image) -> NDArray[np.float64]:
-        return probabilities(self.network(image))
+    def answer(self, name: str, image: Image) -> NDArray[np.float64]:
+        return probabilities(checked_scores(self.network(image), self.name, name))
 
     def judge(self, name: str, image: Image) -> Judgement:
-        return round(float(np.minimum(self.answer(image), self.expected(name)).sum()), 6)
-
-    def score(self, judgements: Mapping[str, Judgement]) -> float:
-        return float(np.mean(list(judgements.values())))
+        return round(float(np.minimum(self.answer(name, image), self.expected(name)).sum()), 6)
 
 
 class SameBoxes(Agreement):
@@ -90,14 +101,14 @@ class SameBoxes(Agreement):
 
     metric = "mAP of agreement"
 
-    def answer(self, image: Image) -> list[list[float]]:
+    def answer(self, name: str, image: Image) -> list[list[float]]:
         """[class, score, left, top, right, bottom] of each box."""
-        found = Detections(*self.network(image))
+        found = checked_detections(self.network(image), self.name, name)
         return kept_rows(found, box_edges(found))
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[boxes of the original, boxes of this picture]."""
-        return [[row for row in self.expected(name) if row[1] >= SURE], self.answer(image)]
+        return [[row for row in self.expected(name) if row[1] >= SURE], self.answer(name, image)]
 
     def scores(
         self, judgements: Mapping[str, Judgement], parts: Sequence[Collection[str]]
@@ -133,12 +144,15 @@ class SamePixels(Agreement):
 
     metric = "IoU of agreement"
 
-    def answer(self, image: Image) -> NDArray[np.integer[Any]]:
-        return np.asarray(self.network(image))
+    def answer(self, name: str, image: Image) -> NDArray[np.integer[Any]]:
+        """(H, W) class of each pixel, in bytes where they can hold it: one map stays for each original."""
+        classes = checked_integers(self.network(image), self.name, name)
+        narrow = classes.min(initial=0) >= 0 and classes.max(initial=0) < 256
+        return classes.astype(np.uint8) if narrow else classes
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[pixels with the same object, pixels with one in either]."""
-        expected, seen = self.expected(name), self.answer(image)
+        expected, seen = self.expected(name), self.answer(name, image)
         either = (expected > 0) | (seen > 0)
         return [int((either & (expected == seen)).sum()), int(either.sum())]
 

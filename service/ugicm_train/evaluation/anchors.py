@@ -16,6 +16,7 @@ LABELS = {
     "webp": "WebP",
     "avif": "AVIF",
     "av1": "AV1",
+    "jxl": "JPEG XL",
     "hm": "HM (HEVC)",
     "bpg-444": "BPG 4:4:4",
     "vtm": "VTM (VVC)",
@@ -38,7 +39,7 @@ class Point(NamedTuple):
 
 
 def read_anchors(path: Path) -> dict[str, list[Point]]:
-    """Points by codec, from a CSV with the columns codec, bpp, psnr_db and ms_ssim (may be empty).
+    """Points by codec, from a CSV with the columns codec, bpp, psnr_db and ms_ssim (0..1, may be empty).
 
     Raises:
         ValueError: a row that is no point of a curve; the message has it.
@@ -51,11 +52,13 @@ def read_anchors(path: Path) -> dict[str, list[Point]]:
                 point = Point(float(row["bpp"]), float(row["psnr_db"]), ms_ssim)
                 if not (point.bpp > 0 and all(math.isfinite(value or 0.0) for value in point)):
                     raise ValueError("a rate above 0 and finite values are needed")
+                if not 0 <= (ms_ssim or 0.0) <= 1:
+                    raise ValueError("an MS-SSIM is in 0..1, not in dB")
+                codecs.setdefault(row["codec"], []).append(point)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}: not a row of codec, bpp, psnr_db, ms_ssim: {row} ({error})"
                 ) from error
-            codecs.setdefault(row["codec"], []).append(point)
     return {codec: sorted(points) for codec, points in codecs.items()}
 
 

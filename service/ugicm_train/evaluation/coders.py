@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +109,10 @@ def pillow_coder(name: str) -> Coder:
     """
     if name not in PEERS:
         raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}")
-    feature, qualities, options = PEERS[name]
-    if not features.check(feature):
-        raise ValueError(f"this Pillow was built without {name}; leave it out of --peers")
+    _, qualities, options = PEERS[name]
+    if (library := _library(name)) is None:
+        reason = "pillow-jxl-plugin is not installed" if name == "jxl" else f"Pillow was built without {name}"
+        raise ValueError(f"{reason}; leave it out of --peers")
 
     def encode(image: Image, quality: float) -> bytes:
         buffer = io.BytesIO()
@@ -122,20 +124,40 @@ def pillow_coder(name: str) -> Coder:
         with PIL.Image.open(io.BytesIO(data)) as picture:
             return np.asarray(picture.convert("RGB"))
 
-    library = "libjpeg_turbo" if name == "jpeg" and features.check("libjpeg_turbo") else feature
-    settings = ", ".join(f"{key} {value}" for key, value in options.items())
+    settings = [f"{key} {value}" for key, value in options.items()]
     return Coder(
         name=name,
-        identity=f"Pillow {PIL.__version__}, {library} {features.version(library)}, {settings}",
+        identity=", ".join([library, *settings]),
         qualities=qualities,
         encode=encode,
         decode=decode,
     )
 
 
+def installed_peers() -> list[str]:
+    """Those of `PEERS` that this Pillow can write."""
+    return [name for name in PEERS if _library(name) is not None]
+
+
+def _library(name: str) -> str | None:
+    """What writes a peer, and its version; None where it is not installed."""
+    if name == "jxl":
+        try:
+            import pillow_jxl  # noqa: F401  registers the format
+        except ImportError:
+            return None
+        return f"pillow-jxl-plugin {metadata.version('pillow-jxl-plugin')}"
+    feature = PEERS[name][0]
+    if not features.check(feature):
+        return None
+    library = "libjpeg_turbo" if name == "jpeg" and features.check("libjpeg_turbo") else feature
+    return f"Pillow {PIL.__version__}, {library} {features.version(library)}"
+
+
 PEERS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
     "jpeg": ("jpg", (5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95), {"subsampling": "4:2:0"}),
     "webp": ("webp", (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95), {"method": 6}),
     "avif": ("avif", (10, 20, 30, 40, 50, 60, 70, 80, 90), {"speed": 6, "subsampling": "4:2:0"}),
+    "jxl": ("jxl", (5, 15, 30, 45, 60, 70, 80, 90, 95), {}),
 }
 """Pillow's feature, qualities and options of each peer."""

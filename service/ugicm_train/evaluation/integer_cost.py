@@ -15,6 +15,7 @@ from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.store import read_model
 from ugicm_train.data import DataError, read_image
 from ugicm_train.evaluation.coders import checked_qualities
+from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import psnr_db
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.train import CHECKPOINT, load_checkpoint
@@ -22,7 +23,7 @@ from ugicm_train.train import CHECKPOINT, load_checkpoint
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of PNG pictures")
+    parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--qualities", type=float, nargs="+", default=[10.0, 40.0, 70.0, 100.0])
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="checkpoint file of the run")
 
@@ -34,12 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     The twin rates the same pictures with the float entropy network, its continuous scales and ideal code
     lengths; the bitstream is counted whole, container included.
     """
-    files = sorted(arguments.data.glob("*.png"))
-    if not files:
-        raise DataError(f"no PNG picture in {arguments.data}")
     qualities = checked_qualities(arguments.qualities)
     images = []
-    for file in files:
+    for file in read_images(arguments.data):
         image = read_image(file)
         if min(image.shape[:2]) < HYPER_STRIDE:
             raise DataError(f"{file} has a side of less than {HYPER_STRIDE} pixels")

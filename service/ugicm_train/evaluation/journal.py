@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from ugicm_train.evaluation.tasks import Judgement
 from ugicm_train.files import written_whole
+
+LOCK = "judgements.lock"
+"""File beside the journal that a run holds; it stays, as another run may wait to open it."""
 
 
 class Key(NamedTuple):
@@ -29,6 +34,22 @@ class Entry(NamedTuple):
     judgement: Judgement
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the journal in a folder, which is made, for this process alone.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run writes to {folder}: wait for it, or give another --out") from error
+        yield
+
+
 class Journal:
     """Judgements on disk, appended as they are made."""
 
@@ -38,9 +59,7 @@ class Journal:
         identities: Mapping[str, str],
         pictures: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
-        """Lines of tasks and codecs that have changed, or of changed pictures, are dropped.
-
-        Those of tasks and codecs that are not named here are kept, for a later run that names them.
+        """Lines of other identities and other pictures are not used, but kept for a later run that has these.
 
         Args:
             path: of the file.
@@ -57,10 +76,9 @@ class Journal:
                 except json.JSONDecodeError:  # cut off by a kill
                     continue
                 key = Key(*row["key"])
-                of = self._of(key)
-                if row["of"] == of:
+                if row["of"] == self._of(key):
                     self._entries[key] = Entry(*row["entry"])
-                elif all(mine in (None, theirs) for mine, theirs in zip(of, row["of"], strict=False)):
+                else:
                     others.append(line)
         with written_whole(path) as beside:
             self._file = beside.open("w", encoding="utf-8")

@@ -18,6 +18,7 @@ alone (`--plain`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -25,27 +26,26 @@ import json
 import shlex
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 
 from ugicm_train.data import read_image
 from ugicm_train.evaluation import adaptors
-from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels
+from ugicm_train.evaluation.agreement import Agreement, SameBoxes, SameClasses, SamePixels
 from ugicm_train.evaluation.coders import (
     HUMAN_ONLY,
     PEERS,
     Coder,
     checked_qualities,
+    installed_peers,
     pillow_coder,
     ugicm_coder,
 )
-from ugicm_train.evaluation.journal import Entry, Journal, Key
+from ugicm_train.evaluation.journal import Entry, Journal, Key, locked
 from ugicm_train.evaluation.machine_report import (
     MAX_BPP,
     ORIGINAL,
@@ -58,8 +58,9 @@ from ugicm_train.evaluation.machine_report import (
 )
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image, psnr_db
-from ugicm_train.evaluation.parts import Part, measure_parts, part_files
+from ugicm_train.evaluation.parts import Part, end_with_parent, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
+from ugicm_train.evaluation.progress import Progress
 from ugicm_train.evaluation.rate_distortion import describe_machine
 from ugicm_train.evaluation.tasks import (
     BoxMap,
@@ -88,42 +89,6 @@ PEER_QUALITIES: Mapping[str, tuple[float, ...]] = {
 SHEET_PICTURES = 4
 GROUPS = 10
 """Parts of the pictures that are left out in turn, for the error of a BD-rate."""
-
-
-class Progress:
-    """A bar where a terminal listens, one line per point of a curve elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._bar.start()
-
-    def start(self, what: str, total: int) -> None:
-        for task in self._bar.task_ids:
-            self._bar.remove_task(task)
-        self._task = self._bar.add_task(what, total=total)
-
-    def advance(self) -> None:
-        self._bar.advance(self._task)
-
-    def say(self, line: str) -> None:
-        if self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(line, highlight=False)
-
-    def close(self) -> None:
-        self._bar.stop()
 
 
 class Use(NamedTuple):
@@ -269,28 +234,14 @@ def original_coder() -> Coder:
     return Coder(name=ORIGINAL, identity=ORIGINAL, qualities=(0.0,), encode=encode, decode=decode)
 
 
-def jpeg_xl_coder() -> Coder | None:
-    """JPEG XL where the Pillow plugin of the package `pillow-jxl-plugin` is installed."""
-    try:
-        import pillow_jxl  # noqa: F401  registers the format
-    except ImportError:
-        return None
-    from importlib.metadata import version
-
-    def encode(image: Image, quality: float) -> bytes:
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(image).save(buffer, "JXL", quality=round(quality))
-        return buffer.getvalue()
-
-    def decode(data: bytes, strength: float) -> Image:
-        del strength
-        return read_image(io.BytesIO(data))
-
-    identity = f"pillow-jxl-plugin {version('pillow-jxl-plugin')}"
-    return Coder("jxl", identity, PEER_QUALITIES["jxl"], encode, decode)
+def files_of(images: Mapping[str, Mapping[str, Path]]) -> set[Path]:
+    """The different files among the pictures of several tasks."""
+    return {path.resolve() for named in images.values() for path in named.values()}
 
 
-def chosen_images(tasks: Sequence[Task], limit: int | None, part: Part | None) -> dict[str, dict[str, Path]]:
+def chosen_images(
+    tasks: Sequence[Task], limit: int | None, part: Part | None = None
+) -> dict[str, dict[str, Path]]:
     """Pictures of each task, by its name: those of a part, of so many evenly spread ones."""
     images = {task.name: dict(task.images()) for task in tasks}
     for of_task, named in images.items():
@@ -299,7 +250,7 @@ def chosen_images(tasks: Sequence[Task], limit: int | None, part: Part | None) -
             images[of_task] = {name: named[name] for name in np.array(list(named))[chosen].tolist()}
     if part is not None:
         # A picture of several tasks is in one part only.
-        mine = set(part.of({path.resolve() for named in images.values() for path in named.values()}))
+        mine = set(part.of(files_of(images)))
         images = {
             of_task: {name: path for name, path in named.items() if path.resolve() in mine}
             for of_task, named in images.items()
@@ -393,47 +344,49 @@ def evaluate(
 
 def tasks_of(arguments: argparse.Namespace) -> list[Task]:
     """The tasks that ``--top1``, ``--map``, ``--mask-map``, ``--miou`` and ``--agree`` name."""
-    tasks: list[Top1 | CocoMap | MeanIou | SameBoxes | SameClasses | SamePixels] = []
+    tasks: list[Top1 | CocoMap | MeanIou | Agreement] = []
     # One network for all tasks that name it, so that it sees a picture once.
     classifier = functools.cache(lambda network: remembered(adaptors.load_classifier(network)))
     segmenter = functools.cache(lambda network: remembered(adaptors.load_segmenter(network)))
     detector = functools.cache(lambda network, names: remembered(adaptors.load_detector(network, names)))
 
-    def describe(network: str, *data: str) -> tuple[str, str]:
-        name = Path(network.rpartition(":")[2]).stem
-        return name, " ".join([adaptors.identity_of(network), *data])
+    def describe(network: str, judge: Callable[[Image], Any], *data: str) -> tuple[str, str]:
+        name, own = Path(network.rpartition(":")[2]).stem, getattr(judge, "identity", "")
+        return name, " ".join([adaptors.identity_of(network), *filter(None, [own]), *data])
 
     for network, folder in arguments.top1:
         labels_file = Path(folder) / "labels.csv"
-        name, identity = describe(network, Path(folder).name, identity_of_data(labels_file))
-        labels = read_labels(labels_file)
-        tasks.append(Top1(name, classifier(network), Path(folder), labels, identity))
+        labels, judge = read_labels(labels_file), classifier(network)
+        name, identity = describe(network, judge, Path(folder).name, identity_of_data(labels_file))
+        tasks.append(Top1(name, judge, Path(folder), labels, identity))
     for kind, given, suffix in ((BoxMap, arguments.map, ""), (MaskMap, arguments.mask_map, " masks")):
         for network, folder, instances in given:
-            name, identity = describe(network, Path(folder).name, identity_of_data(Path(instances)))
-            detect = detector(network, categories_of(Path(instances)))
-            tasks.append(kind(name + suffix, detect, Path(folder), Path(instances), identity))
+            judge = detector(network, categories_of(Path(instances)))
+            name, identity = describe(network, judge, Path(folder).name, identity_of_data(Path(instances)))
+            tasks.append(kind(name + suffix, judge, Path(folder), Path(instances), identity))
     for network, folder, masks in arguments.miou:
-        name, identity = describe(network, Path(folder).name, identity_of_data(Path(masks)))
-        classes = arguments.classes
-        tasks.append(MeanIou(name, segmenter(network), Path(folder), Path(masks), classes, identity))
+        judge, classes = segmenter(network), arguments.classes
+        data = (Path(folder).name, identity_of_data(Path(masks)), f"{classes} classes")
+        name, identity = describe(network, judge, *data)
+        tasks.append(MeanIou(name, judge, Path(folder), Path(masks), classes, identity))
     for kind, network, folder in arguments.agree:
-        name, identity = describe(network, Path(folder).name)
         images = Path(folder)
         if images.resolve() in (arguments.out.resolve(), *arguments.out.resolve().parents):
             raise ValueError(
                 f"--out {arguments.out} is within {images}, whose pictures are judged: give another"
             )
-        name, identity = f"{name} agreement, {images.name}", f"{kind} {identity}"
+        task: type[Agreement]
         match kind:
             case "classes":
-                tasks.append(SameClasses(name, classifier(network), images, identity))
+                task, judge = SameClasses, classifier(network)
             case "boxes":
-                tasks.append(SameBoxes(name, detector(network, None), images, identity))
+                task, judge = SameBoxes, detector(network, None)
             case "pixels":
-                tasks.append(SamePixels(name, segmenter(network), images, identity))
+                task, judge = SamePixels, segmenter(network)
             case _:
                 raise ValueError(f"--agree needs classes, boxes or pixels, got {kind!r}")
+        name, identity = describe(network, judge, images.name)
+        tasks.append(task(f"{name} agreement, {images.name}", judge, images, f"{kind} {identity}"))
     names = [task.name for task in tasks]
     # One network on several folders.
     tasks = [
@@ -458,6 +411,7 @@ def remembered(network: Callable[[Image], Any]) -> Callable[[Image], Any]:
             last[:] = [(image, network(image))]
         return last[0][1]
 
+    ask.identity = getattr(network, "identity", "")  # type: ignore[attr-defined]
     return ask
 
 
@@ -515,9 +469,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         nargs="*",
-        default=[*PEERS, "jxl"],
-        choices=[*PEERS, "jxl"],
-        help="none named: none coded; jxl: where installed",
+        default=installed_peers(),
+        choices=list(PEERS),
+        help="none named: none coded (default: those installed)",
     )
     parser.add_argument(
         "--plain", metavar="MODEL", help="trained for people alone: its human view is a peer as well"
@@ -534,6 +488,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the results and print the tables."""
+    # A part writes to files of its own.
+    with contextlib.nullcontext() if arguments.part else locked(arguments.out):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from ugicm.codec.store import load_codec, model_path
 
     paths = [model_path(name) for name in (arguments.model, arguments.plain) if name]
@@ -546,30 +506,29 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"a strength must be in 0..1, got {wrong[0]:g}")
     part: Part | None = arguments.part
     sheet = read_images(arguments.sheet_images) if arguments.sheet_images else []
+    tasks = functools.cache(lambda: tasks_of(arguments))
     if part is None:
         take_parts(arguments.out)  # of a run that was interrupted, with however many of them
-        measure_parts(arguments.argv, arguments.jobs)
+        measure_parts(
+            arguments.argv, arguments.jobs, lambda: len(files_of(chosen_images(tasks(), arguments.limit)))
+        )
         take_parts(arguments.out)
-    tasks = tasks_of(arguments)
+    else:
+        end_with_parent()
+    judges = tasks()
     ours, *plain = (
         ugicm_coder(load_codec(path, device=arguments.device, precision=arguments.precision), path, qualities)
         for path in paths
     )
     ours = replace(ours, views={f"strength {strength:g}": strength for strength in strengths})
     peers = [replace(coder, name=f"plain {coder.name}", views=HUMAN_ONLY) for coder in plain]
-    peers += [
-        replace(pillow_coder(name), qualities=PEER_QUALITIES[name])
-        for name in arguments.peers
-        if name != "jxl"
-    ]
-    if "jxl" in arguments.peers and (jpeg_xl := jpeg_xl_coder()) is not None:
-        peers.append(jpeg_xl)
+    peers += [replace(pillow_coder(name), qualities=PEER_QUALITIES[name]) for name in arguments.peers]
     report = evaluate(
-        ours, peers, tasks, arguments.out, limit=arguments.limit, command=arguments.argv, part=part
+        ours, peers, judges, arguments.out, limit=arguments.limit, command=arguments.argv, part=part
     )
     if part is not None:
         return 0
-    images = {path.name: path for path in sheet} or tasks[0].images()
+    images = {path.name: path for path in sheet} or judges[0].images()
     first = list(images)[:: max(1, len(images) // SHEET_PICTURES)][:SHEET_PICTURES]
     contact_sheet(
         ours, arguments.sheet_quality, {name: images[name] for name in first}, arguments.out / SHEET

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import Image
 from ugicm_train.evaluation.parts import Part
+from ugicm_train.evaluation.progress import Progress
 
 RATE_TARGETS = (0.2, 0.4, 0.8)
 """Bits per pixel that rate control is checked at."""
@@ -61,14 +63,18 @@ class Measurement(NamedTuple):
 
 
 def joined(measurements: Iterable[Measurement]) -> Measurement:
-    """All of them; where two know the same, the later one."""
+    """All of them; where two know the same, or a picture by other pixels, the first."""
     images: dict[str, str] = {}
     rows: dict[tuple[str, str, float, str], Row] = {}
     targets: dict[tuple[str, str, float], RateTarget] = {}
     for measured in measurements:
-        images |= measured.images
-        rows |= {row.key: row for row in measured.rows}
-        targets |= {target[:3]: target for target in measured.targets}
+        same = {name for name, pixels in measured.images.items() if images.setdefault(name, pixels) == pixels}
+        for row in measured.rows:
+            if row.image in same:
+                rows.setdefault(row.key, row)
+        for target in measured.targets:
+            if target.image in same:
+                targets.setdefault(target[:3], target)
     return Measurement(images, [*rows.values()], [*targets.values()])
 
 
@@ -126,7 +132,7 @@ def measure(
     known: Measurement | None = None,
     save: Callable[[Measurement], object] = lambda _: None,
 ) -> Measurement:
-    """Measure every codec on every picture of a folder.
+    """Measure every codec on every picture of a folder; what was asked for is returned.
 
     Args:
         coders: our codec and its peers.
@@ -134,19 +140,18 @@ def measure(
         part: measure a part of them only.
         butteraugli: also run the `butteraugli` program (slow).
         known: earlier results of the same codecs on the same machine; what they cover is not repeated.
-        save: called after every picture with what there is, what is known of those to come included.
+        save: called after every picture with what there is, what is known but not asked for included.
     """
     known = known or Measurement({}, [], [])
-    known_rows = {row.key: row for row in known.rows}
     result = Measurement({}, [], [])
     paths = read_images(folder)
     if part is not None:
         paths = part.of(paths)
-    pending = {path.relative_to(folder).as_posix() for path in paths}
+        known = _only(known, {path.relative_to(folder).as_posix() for path in paths})
+    known_rows = {row.key: row for row in known.rows}
     warm: set[str] = set()
     for path in _track(paths):
         name = path.relative_to(folder).as_posix()
-        pending.remove(name)
         image = read_image(path)
         result.images[name] = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
         seen = known.images.get(name) == result.images[name]
@@ -154,19 +159,23 @@ def measure(
             keys = [
                 (coder.name, view, q, name) for q, view in itertools.product(coder.qualities, coder.views)
             ]
-            rows = [known_rows[key] for key in keys if seen and key in known_rows]
-            if len(rows) < len(keys) or (butteraugli and rows[0].butteraugli is None):
+            rows = {key: known_rows[key] for key in keys if seen and key in known_rows}
+            if butteraugli:
+                rows = {key: row for key, row in rows.items() if row.butteraugli is not None}
+            lacking = tuple(dict.fromkeys(key[2] for key in keys if key not in rows))
+            if lacking:
                 if coder.name not in warm:
-                    data = coder.encode(image, coder.qualities[0])
+                    data = coder.encode(image, lacking[0])
                     for strength in coder.views.values():
                         coder.decode(data, strength)
                     warm.add(coder.name)
-                rows = list(measure_image(coder, name, image, butteraugli=butteraugli))
-            result.rows.extend(rows)
+                fresh = measure_image(replace(coder, qualities=lacking), name, image, butteraugli=butteraugli)
+                rows |= {row.key: row for row in fresh}
+            result.rows.extend(rows[key] for key in keys)
             targets = [t for t in known.targets if seen and t[:2] == (coder.name, name)]
             result.targets.extend(targets or measure_targets(coder, name, image))
-        # What is known of the pictures to come would be lost with an earlier file in the same place.
-        save(joined([_only(known, pending), result]))
+        # What else is known would be lost with an earlier file in the same place.
+        save(joined([result, known]))
     return result
 
 
@@ -185,16 +194,9 @@ def rounded(value: float | None) -> float | None:
 
 
 def _track(paths: Sequence[Path]) -> Iterator[Path]:
-    """The paths, with a bar where `rich` is installed and a terminal listens, lines else."""
-    if sys.stderr.isatty():
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            pass
-        else:
-            yield from track(paths, "pictures", console=Console(stderr=True))
-            return
-    for index, path in enumerate(paths, 1):
-        print(f"[{index}/{len(paths)}] {path.name}", file=sys.stderr, flush=True)
-        yield path
+    """The paths, and how far they are."""
+    with closing(Progress()) as progress:
+        progress.start("pictures", len(paths))
+        for index, path in enumerate(paths, 1):
+            yield path
+            progress.advance(f"[{index}/{len(paths)}] {path.name}")

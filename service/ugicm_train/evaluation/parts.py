@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,23 +59,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(argv=())
 
 
-def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
+def measure_parts(command: Sequence[str], jobs: int, pictures: Callable[[], int]) -> None:
     """Run `command`, arguments of ``ugicm-train``, for each part at once, and wait; none if `jobs` is 1.
 
     The process itself uses one thread from here on, as theirs do.
 
+    Args:
+        command: of the process itself.
+        jobs: parts, at least 1.
+        pictures: how many there are: no more parts than these; asked only if `jobs` is above 1.
+
     Raises:
-        ValueError: one of them failed; it has said why.
+        ValueError: `jobs` is below 1, or a part failed; it has said why.
     """
-    if jobs <= 1:
-        return []
-    parts = [Part(index, jobs) for index in range(jobs)]
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if jobs == 1:
+        return
     import torch
 
     torch.set_num_threads(1)
+    count = min(jobs, pictures())
+    if count <= 1:
+        return
+    parts = [Part(index, count) for index in range(count)]
     # So that it stops its parts when it is stopped: they would go on beside those of the next one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     running: list[subprocess.Popen[bytes]] = []
+    # Nothing is ever written: when this process is gone, however it ended, the parts read the pipe's end.
+    reading, writing = os.pipe()
     try:
         for part in parts:
             # After the subcommand: at the end it could stand behind a `--`.
@@ -82,6 +95,7 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
             running.append(
                 subprocess.Popen(  # noqa: S603  this very program
                     [sys.executable, "-m", "ugicm_train", *arguments],
+                    stdin=reading,
                     env=os.environ | {THREADS: "1"},
                 )
             )
@@ -90,8 +104,20 @@ def measure_parts(command: Sequence[str], jobs: int) -> list[Part]:
         for process in running:
             process.terminate()
             process.wait()
+        os.close(reading)
+        os.close(writing)
     if any(failed):
         raise ValueError(
-            f"{sum(map(bool, failed))} of {jobs} parts failed; the same command goes on from there"
+            f"{sum(map(bool, failed))} of {count} parts failed; the same command goes on from there"
         )
-    return parts
+
+
+def end_with_parent() -> None:
+    """In a part: end the process when the one that started it (`measure_parts`) is gone."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

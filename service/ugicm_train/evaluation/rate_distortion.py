@@ -30,6 +30,7 @@ from ugicm_train.evaluation.coders import (
     DEFAULT_QUALITIES,
     PEERS,
     checked_qualities,
+    installed_peers,
     pillow_coder,
     refined_coder,
     ugicm_coder,
@@ -40,9 +41,10 @@ from ugicm_train.evaluation.measurement import (
     Row,
     joined,
     measure,
+    read_images,
     rounded,
 )
-from ugicm_train.evaluation.parts import Part, measure_parts, part_files
+from ugicm_train.evaluation.parts import Part, end_with_parent, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.files import written_whole
 
@@ -194,18 +196,41 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def read_measurement(path: Path, codecs: Mapping[str, str], machine: Mapping[str, Any]) -> Measurement:
-    """Results in an earlier rd.json that still hold: same machine, and only codecs of the same identity."""
+def read_measurement(path: Path, head: Mapping[str, Any]) -> tuple[Measurement, dict[str, str]]:
+    """What an earlier rd.json has, of whichever codecs, and the identities of these.
+
+    Args:
+        path: of the file; nothing where there is none.
+        head: of the report that goes on from there: format, machine, data, codecs.
+
+    Raises:
+        ValueError: the file is of another kind, machine or data, or of another codec of the same name.
+    """
     if not path.exists():
-        return Measurement({}, [], [])
+        return Measurement({}, [], []), {}
     report = read_report(path)
-    if report.get("format") != FORMAT or report["machine"] != machine:
-        return Measurement({}, [], [])
-    same = {name for name, identity in codecs.items() if report["codecs"].get(name) == identity}
+    before = _settings(report)
+    for name, now in _settings(head).items():
+        new = name.startswith("codec ") and name not in before
+        if not new and before.get(name) != now:
+            raise ValueError(
+                f"{path} was measured with {name} {before.get(name)!r}, now it is {now!r}: "
+                "give another --out or remove the file"
+            )
     return Measurement(
         report["images"],
-        [Row(**row) for row in report["rows"] if row["codec"] in same],
-        [RateTarget(**target) for target in report["rate_targets"] if target["codec"] in same],
+        [Row(**row) for row in report["rows"]],
+        [RateTarget(**target) for target in report["rate_targets"]],
+    ), report["codecs"]
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for rows to stand in one report, by the name that errors give it."""
+    return (
+        {name: report.get(name) for name in ("format", "data")}
+        # Threads change times alone, which `--jobs` does as well.
+        | {name: value for name, value in report.get("machine", {}).items() if name != "torch_threads"}
+        | {f"codec {name}": identity for name, identity in report["codecs"].items()}
     )
 
 
@@ -213,12 +238,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ugicm-train rd``."""
     parser.add_argument("model", help="name of a model in the store, or its folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures, such as Kodak")
-    parser.add_argument("--out", type=Path, required=True, help="rd.json; an earlier one is continued")
+    parser.add_argument("--out", type=Path, required=True, help="rd.json; what an earlier one has is kept")
     parser.add_argument("--anchors", type=Path, help="CSV of published points: codec,bpp,psnr_db,ms_ssim")
     parser.add_argument(
         "--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100, at least two"
     )
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", nargs="*", default=installed_peers(), choices=list(PEERS))
     parser.add_argument(
         "--refine", type=int, metavar="STEPS", help="measure the model with refined latents, too; slow"
     )
@@ -249,10 +274,14 @@ def run(arguments: argparse.Namespace) -> int:
     refined = checked_qualities(arguments.refine_qualities or qualities, least=2)
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
     out: Path = arguments.out
+    if out.suffix != ".json":  # table and plot have the same name with theirs
+        raise ValueError(f"--out must end with .json, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     part: Part | None = arguments.part
     if part is None:
-        measure_parts(arguments.argv, arguments.jobs)
+        measure_parts(arguments.argv, arguments.jobs, lambda: len(read_images(arguments.data)))
+    else:
+        end_with_parent()
     folder = model_path(arguments.model)
     codec = load_codec(folder, device=arguments.device, precision=arguments.precision)
     ours = ugicm_coder(codec, folder, qualities)
@@ -260,7 +289,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.refine:
         own.append(refined_coder(ours, codec, arguments.refine, refined))
     coders = [*own, *map(pillow_coder, arguments.peers)]
-    head = {
+    head: dict[str, Any] = {
         "format": FORMAT,
         "model": codec.name,
         "model_digest": codec.digest,
@@ -270,6 +299,18 @@ def run(arguments: argparse.Namespace) -> int:
         "data": arguments.data.resolve().name,
         "codecs": {coder.name: coder.identity for coder in coders},
     }
+    earlier = []
+    for file in (*part_files(out), out):
+        rows, codecs = read_measurement(file, head)
+        earlier.append(rows)
+        head["codecs"] = codecs | head["codecs"]
+    known = joined(earlier)
+    there = {path.relative_to(arguments.data).as_posix() for path in read_images(arguments.data)}
+    if gone := sorted(known.images.keys() - there):
+        raise ValueError(
+            f"{out} has {len(gone)} pictures that {arguments.data} lacks, the first is {gone[0]}: "
+            "give another --out or remove the file"
+        )
 
     def save(measured: Measurement, **results: Any) -> dict[str, Any]:
         lists = {
@@ -285,16 +326,14 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         part=part,
         butteraugli=arguments.butteraugli,
-        known=joined(
-            read_measurement(file, head["codecs"], head["machine"]) for file in (out, *part_files(out))
-        ),
+        known=known,
         save=save,
     )
     if part:
         return 0
     curves = mean_curves(measured.rows)
     report = save(
-        measured,
+        joined([measured, known]),
         checks=check(measured.rows, measured.targets, ours.name),
         bd_rates=compare(curves, head["ours"], anchors),
         curves=curves,

@@ -20,6 +20,9 @@ MAX_BPP = 1.6
 MARKERS = "s^vD<>pPX*hd"
 """Of published codecs, of which there are more than colours that can be told apart."""
 
+LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""Of measured peers."""
+
 
 def table(report: Mapping[str, Any]) -> str:
     """Markdown: BD-rates of the human view, then our operating points, then how it was measured."""
@@ -149,7 +152,7 @@ def plot(reports: Sequence[Mapping[str, Any]], path: Path) -> None:
             _draw(axes, curve(points, metric), label=label, **style)
         for index, (name, points) in enumerate(peers.items()):
             label = f"{LABELS.get(name, name)}, measured"
-            style = {"color": "0.35", "linestyle": ("--", ":", "-.")[index % 3], "linewidth": 1.2}
+            style = {"color": "0.35", "linestyle": LINES[index % len(LINES)], "linewidth": 1.2}
             _draw(axes, curve(points, metric), label=label, **style)
         for index, report in enumerate(reports):
             for measured in report["curves"]:

@@ -43,8 +43,6 @@ class Result(NamedTuple):
     jpeg_psnr_db: float
     shift: float | None
     """Largest mean signed error of a channel in 1/255; grey pictures only."""
-    chroma: float | None
-    """Mean difference between the strongest and the weakest channel in 1/255; grey pictures only."""
 
     @property
     def passed(self) -> bool:
@@ -86,11 +84,10 @@ def measure(ours: Coder, jpeg: Coder, pictures: dict[str, Image]) -> Iterable[Re
         candidates = [jpeg.encode(picture, quality) for quality in range(1, 101)]
         larger = [candidate for candidate in candidates if len(candidate) >= len(data)]
         peer = min(larger, key=len) if larger else max(candidates, key=len)
-        shift = chroma = None
+        shift = None
         if name in GREY:
             error = decoded.astype(np.float64) - picture
             shift = float(np.abs(error.mean((0, 1))).max())
-            chroma = float(np.ptp(decoded, axis=2).mean())
         yield Result(
             name,
             len(data),
@@ -98,21 +95,20 @@ def measure(ours: Coder, jpeg: Coder, pictures: dict[str, Image]) -> Iterable[Re
             len(peer),
             psnr_db(picture, jpeg.decode(peer, 0.0)),
             shift,
-            chroma,
         )
 
 
 def table(results: Sequence[Result]) -> str:
     """Markdown."""
     lines = [
-        "| picture | bytes | PSNR (dB) | JPEG bytes | JPEG PSNR (dB) | gain (dB) | grey shift | chroma | |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| picture | bytes | PSNR (dB) | JPEG bytes | JPEG PSNR (dB) | gain (dB) | grey shift | |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for r in results:
-        shift, chroma = ("" if v is None else f"{v:.2f}" for v in (r.shift, r.chroma))
+        shift = "" if r.shift is None else f"{r.shift:.2f}"
         lines.append(
             f"| {r.picture} | {r.bytes} | {r.psnr_db:.2f} | {r.jpeg_bytes} | {r.jpeg_psnr_db:.2f} | "
-            f"{r.psnr_db - r.jpeg_psnr_db:+.2f} | {shift} | {chroma} | {'ok' if r.passed else 'fails'} |"
+            f"{r.psnr_db - r.jpeg_psnr_db:+.2f} | {shift} | {'ok' if r.passed else 'fails'} |"
         )
     return "\n".join([*lines, ""])
 

@@ -97,8 +97,61 @@ class Scored:
         return [self.score({name: judgements[name] for name in part}) for part in parts]
 
 
+class MeanScored(Scored):
+    """A task whose judgements are numbers: the score is their mean."""
+
+    def score(self, judgements: Mapping[str, Judgement]) -> float:
+        return float(np.mean(list(judgements.values())))
+
+
+def checked_scores(scores: Any, network: str, picture: str) -> NDArray[Any]:
+    """A network's scores as an array of their own type; ``ValueError`` where they are not finite, or none."""
+    values = np.asarray(scores)
+    if not (values.size and np.issubdtype(values.dtype, np.number) and np.isfinite(values).all()):
+        raise ValueError(f"{network} gives scores of {picture} that are not finite numbers")
+    return values
+
+
+def checked_integers(classes: Any, network: str, picture: str) -> NDArray[np.integer[Any]]:
+    """A network's classes, in any shape, as integers; ``ValueError`` where some are none."""
+    values = np.asarray(classes)
+    if np.issubdtype(values.dtype, np.integer):
+        return values
+    if values.dtype != bool and not np.issubdtype(values.dtype, np.floating):
+        raise ValueError(f"{network} gives classes of {picture} that are {values.dtype}, no numbers")
+    if not (np.isfinite(values) & (values == np.floor(values))).all():
+        raise ValueError(f"{network} gives classes of {picture} that are no whole numbers")
+    return values.astype(np.int64)
+
+
+def checked_detections(found: Any, network: str, picture: str) -> Detections:
+    """What a detector returned, its arrays as `Detections` says.
+
+    Raises:
+        ValueError: their shapes do not fit, scores or boxes are not finite, or classes are no integers.
+    """
+    try:
+        boxes, scores, classes, masks = Detections(*found)
+    except TypeError as error:
+        raise ValueError(f"{network} gives no boxes, scores and classes of {picture}: {error}") from error
+    edges, values = np.asarray(boxes, np.float64), np.asarray(scores, np.float64)
+    kinds = checked_integers(classes, network, picture)
+    shapes = None if masks is None else np.asarray(masks)
+    count = len(edges)
+    if not count:
+        edges = edges.reshape(0, 4)
+    given = (edges.shape, values.shape, kinds.shape)
+    if given != ((count, 4), (count,), (count,)) or (shapes is not None and len(shapes) != count):
+        raise ValueError(
+            f"{network} gives boxes {given[0]}, scores {given[1]} and classes {given[2]} of {picture}"
+        )
+    if not (np.isfinite(edges).all() and np.isfinite(values).all()):
+        raise ValueError(f"{network} gives boxes or scores of {picture} that are not finite")
+    return Detections(edges, values, kinds, shapes)
+
+
 @dataclass(frozen=True)
-class Top1(Scored):
+class Top1(MeanScored):
     """Share of pictures whose best-scored class is the labelled one."""
 
     name: str
@@ -113,13 +166,10 @@ class Top1(Scored):
         return {name: self.folder / name for name in self.labels}
 
     def judge(self, name: str, image: Image) -> Judgement:
-        scores, label = self.classify(image), self.labels[name]
+        scores, label = checked_scores(self.classify(image), self.name, name), self.labels[name]
         if not 0 <= label < len(scores):
             raise ValueError(f"{name} has class {label}, {self.name} gives scores of 0 to {len(scores) - 1}")
         return int(np.argmax(scores)) == label
-
-    def score(self, judgements: Mapping[str, Judgement]) -> float:
-        return float(np.mean(list(judgements.values())))
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -144,6 +194,8 @@ class CocoMap(Scored):
     metric: ClassVar[str]
     kind: ClassVar[str]
     """pycocotools' name of what is compared."""
+    needed: ClassVar[tuple[str, ...]] = ()
+    """Fields of an annotation, besides those that say what it is of."""
 
     def shapes(self, name: str, found: Detections) -> list[list[Any]]:
         """What is kept of the shape of each object in the picture `name`, JSON values."""
@@ -155,7 +207,7 @@ class CocoMap(Scored):
 
     @functools.cached_property
     def _dataset(self) -> dict[str, Any]:
-        return read_instances(self.instances)
+        return read_instances(self.instances, self.needed)
 
     @functools.cached_property
     def _sizes(self) -> dict[str, tuple[int, int]]:
@@ -175,7 +227,7 @@ class CocoMap(Scored):
                 f"{name} is {width}x{height} (turned upright), its annotations are for a picture of "
                 f"{expected[1]}x{expected[0]}"
             )
-        found = Detections(*self.detect(image))
+        found = checked_detections(self.detect(image), self.name, name)
         count = len(self._dataset["categories"])
         if wrong := [c for c in found.classes.tolist() if not 0 <= c < count]:
             raise ValueError(
@@ -198,14 +250,27 @@ class CocoMap(Scored):
         return coco_maps(dataset, results, self.kind, [[ids[name] for name in part] for part in parts])
 
 
-def read_instances(path: Path) -> dict[str, Any]:
-    """Content of a COCO file of instances; ``ValueError`` where it is none."""
+def read_instances(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Content of a COCO file of instances; ``ValueError`` where it is none.
+
+    ``needed``: fields that every annotation must have besides those that say what it is of.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise ValueError(f"{path} lacks images, annotations or categories: it is no COCO file of instances")
+    for kind, fields in {
+        "images": ("id", "file_name"),
+        "categories": ("id", "name"),
+        "annotations": ("image_id", "category_id", *needed),
+    }.items():
+        if not isinstance(content[kind], list):
+            raise ValueError(f"{path}: {kind} is no list")
+        for index, item in enumerate(content[kind]):
+            if lacking := [name for name in fields if not (isinstance(item, dict) and name in item)]:
+                raise ValueError(f"{path}: {kind}[{index}] lacks {', '.join(lacking)}")
     return content
 
 
@@ -276,7 +341,7 @@ def coco_maps(
 class BoxMap(CocoMap):
     """mAP of boxes; kept are left, top, right, bottom."""
 
-    kind, metric = "bbox", "mAP"
+    kind, metric, needed = "bbox", "mAP", ("bbox",)
 
     def shapes(self, name: str, found: Detections) -> list[list[Any]]:
         del name
@@ -350,7 +415,7 @@ class MeanIou(Scored):
         """[true class, predicted class, pixels] of each pair that occurs."""
         with PIL.Image.open(self.masks / f"{Path(name).stem}.png") as mask:
             truth = np.asarray(mask)
-        predicted = self.segment(image)
+        predicted = checked_integers(self.segment(image), self.name, name)
         if predicted.shape != truth.shape:
             raise ValueError(f"{name}: the segmenter returned {predicted.shape} for a mask of {truth.shape}")
         known = truth != UNKNOWN
