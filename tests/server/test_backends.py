@@ -278,8 +278,10 @@ async def test_files_that_cannot_be_deleted_stay_alone(
     for path in files(tmp_path):
         os.utime(path, (0, 0))
     with structlog.testing.capture_logs() as logs:
-        ids = await store(cache, *(bytes([i]) for i in range(10)))
-        await swept(cache)
+        ids = []
+        for i in range(10):
+            ids += await store(cache, bytes([i]))
+            await swept(cache)
     assert len(files(tmp_path)) == 9
     assert owned_by_others < {path.name for path in files(tmp_path)}
     (line,) = logs
