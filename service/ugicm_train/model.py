@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from ugicm.codec.conditioning import Gains, tilt_of
 from ugicm.codec.config import LATENT_STRIDE, ModelConfig
-from ugicm.codec.entropy_twin import LIKELIHOOD_MIN, EntropyNetwork, add_noise, round_straight
+from ugicm.codec.entropy_twin import (
+    LIKELIHOOD_MIN,
+    EntropyNetwork,
+    add_noise,
+    logistic_mass,
+    round_straight,
+)
 from ugicm.codec.networks import (
     Analysis,
     HyperAnalysis,
@@ -36,12 +42,9 @@ class FactorizedPrior(nn.Module):
         """Probability of the unit bin around z, (B, N, h, w) -> the same shape."""
         z = z.float()[..., None]
         location = self.location[None, :, None, None]
-        scale = self.log_scale.exp()[None, :, None, None]
+        inverse = torch.exp(-self.log_scale)[None, :, None, None]
         weight = self.logits.softmax(-1)[None, :, None, None]
-        # abs() keeps both arguments in the accurate tail.
-        distance = (z - location).abs()
-        mass = torch.sigmoid((0.5 - distance) / scale) - torch.sigmoid((-0.5 - distance) / scale)
-        return (weight * mass).sum(-1)
+        return (weight * logistic_mass(z, location, inverse)).sum(-1)
 
     def bits(self, z: Tensor) -> Tensor:
         return -torch.log2(self.mass(z).clamp_min(LIKELIHOOD_MIN))

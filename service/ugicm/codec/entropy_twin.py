@@ -36,16 +36,20 @@ def round_straight(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Probability of the unit bin around y under a logistic distribution of scale 1 / `inverse`."""
+    # abs() keeps both arguments in the accurate tail.
+    distance = (y - mean).abs()
+    return torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
+
+
 def logistic_bits(y: Tensor, mean: Tensor, unit: Tensor) -> Tensor:
     """Bits of y under a logistic distribution integrated over unit bins. Shapes equal.
 
     Its standard deviation is 2^(1.25 unit).
     """
-    # abs() keeps both arguments in the accurate tail.
-    distance = (y - mean).abs()
     inverse = torch.exp2(-OCTAVES_PER_UNIT * unit) / LOGISTIC_SCALE
-    mass = torch.sigmoid((0.5 - distance) * inverse) - torch.sigmoid((-0.5 - distance) * inverse)
-    return -torch.log2(mass.clamp_min(LIKELIHOOD_MIN))
+    return -torch.log2(logistic_mass(y, mean, inverse).clamp_min(LIKELIHOOD_MIN))
 
 
 def entropy_block(x: Tensor, expand: Layer, spatial: Layer, project: Layer) -> Tensor:

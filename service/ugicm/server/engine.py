@@ -132,8 +132,8 @@ class Engine:
             DeadlineExceededError: the deadline passed.
         """
         async with self.deadline():
-            # Not in the event loop, as a header can be made to take seconds; nor behind the pool's work, so
-            # that a refusal does not wait.
+            # Not in the event loop, as a large file takes time to open; nor behind the pool's work, so that a
+            # refusal does not wait.
             weight = self._weight(*await _run_in(self._headers, lambda: size_of_image(data)))
             with self.batcher.admit(weight):
                 on_admitted()
