@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("model_store/*/*.md")]
 )
-README, TRAINING = ROOT / "README.md", ROOT / "docs/training.md"
+README, TRAINING, HISTORY = (
+    ROOT / page for page in ("README.md", "docs/training.md", "docs/model-history.md")
+)
 
 
 def commands(program: str, page: Path = README) -> list[list[str]]:
@@ -67,8 +69,9 @@ def test_ugicm_options_exist() -> None:
 
 def test_training_understands_its_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ugicm_train.mix.model_path", Path)  # there need not be such models
-    examples = commands("ugicm-train", TRAINING) + commands(".venv/bin/ugicm-train")
-    for words in commands("torchrun", TRAINING):
+    examples = commands(".venv/bin/ugicm-train")
+    examples += commands("ugicm-train", TRAINING) + commands("ugicm-train", HISTORY)
+    for words in commands("torchrun", TRAINING) + commands("torchrun", HISTORY):
         launched = torchrun(words[1:])
         assert (launched.module, launched.training_script) == (True, "ugicm_train")
         examples.append(["ugicm-train", *launched.training_script_args])
