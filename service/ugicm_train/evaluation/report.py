@@ -9,6 +9,7 @@ from typing import Any
 
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
+from ugicm_train.evaluation.metrics import MS_SSIM_MIN_SIDE
 from ugicm_train.evaluation.rate_distortion import BPP_RANGES, read_report
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
@@ -39,6 +40,11 @@ def table(report: Mapping[str, Any]) -> str:
     )
     if len(report["ours"]) > 1:
         lines.append("Common rates are those of the qualities that the other codec and all of ours reach.")
+    if missing := {row["image"] for row in report["rows"] if row["ms_ssim"] is None}:
+        lines.append(
+            f"No means of MS-SSIM: pictures with a side below {MS_SSIM_MIN_SIDE} pixels have none, "
+            f"the first of {len(missing)} is {min(missing)}."
+        )
     if (above := checks["real_above_estimated_bpp_percent"]) is not None:
         lines.append(f"Real bitstreams are {above:+.2f} % against the entropy model's estimate.")
     lower = len(checks["quality_steps_with_lower_psnr"])
