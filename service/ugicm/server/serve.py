@@ -31,7 +31,8 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
     The parser collects a head of any size. A connection may be without a request in progress for `idle_s`
     seconds before the first one and where the rest of a refused body goes on arriving, for `keep_alive_s`
-    seconds between two.
+    seconds between two. What is closed waits for its client to take what was written, so one that takes
+    nothing is cut off: after twice `idle_s`, as `PacedAnswer`, which gives up the request, waits that long.
     """
 
     class Connection(HttpToolsProtocol):
@@ -39,6 +40,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             super().__init__(*args, **kwargs)
             self._head_bytes = 0
             self._idle: asyncio.TimerHandle | None = None
+            self._unread: asyncio.TimerHandle | None = None
             self._declined_at: int | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -50,7 +52,16 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._go_on()
+            self._taken()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(2 * idle_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._taken()
+            super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
             self._head_bytes += len(data)
@@ -110,6 +121,10 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
         def _go_on(self) -> None:
             if self._idle is not None:
                 self._idle.cancel()
+
+        def _taken(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
 
     return Connection
 
