@@ -30,6 +30,14 @@ def test_one_line_per_image_in_order(client: Any, image_file: Any) -> None:
     assert answer[3]["result"] == {**single, "cached": False}
 
 
+def test_a_batch_without_storing(client: Any, image_file: Any) -> None:
+    answer = client.post("/encode/batch", params={"store": False}, files=parts(image_file()))
+    (line,) = lines(answer)
+    assert line["result"]["stored"] is False
+    assert client.get(line["result"]["links"]["bitstream"]).status_code == 404
+    assert answer.headers["cache-control"] == "no-store"
+
+
 def test_a_bad_image_fails_alone(client: Any, image_file: Any) -> None:
     answer = lines(client.post("/encode/batch", files=parts(image_file(), b"junk", image_file(2000, 2000))))
     assert "result" in answer[0]
@@ -65,9 +73,12 @@ def test_a_filename_that_json_cannot_hold(client: Any, image_file: Any, charset:
     assert all("result" in line for line in answer)
 
 
-def test_no_images_and_no_form(client: Any) -> None:
+def test_no_images_and_no_form(client: Any, image_file: Any) -> None:
     response = client.post("/encode/batch", files={"image": ("a", b"x")})
     assert response.json()["code"] == "invalid-parameter"
+    response = client.post("/encode/batch", files=[*parts(image_file()), ("images", (None, "a text"))])
+    assert response.json()["code"] == "invalid-parameter"
+    assert "each with a file name" in response.json()["detail"]
     broken = {"Content-Type": "multipart/form-data; boundary=b"}
     response = client.post("/encode/batch", content=b"junk", headers=broken)
     assert response.json()["code"] == "malformed-body"
@@ -81,11 +92,10 @@ def test_a_batch_does_not_overload_the_queue_by_itself(make_client: Any, image_f
     assert all("result" in line for line in lines(client.post("/encode/batch", files=parts(*images))))
 
 
-def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
-    client: Any, codec: Any, image_file: Any
-) -> None:
-    request = client.build_request("POST", "/encode/batch", files=parts(*[image_file()] * 4))
-    body = request.read()
+def scope_and_body(client: Any, image_file: Any, images: int) -> tuple[dict[str, Any], bytes]:
+    """Of a request, as a server hands it to the application."""
+    files = parts(*(image_file(seed=seed) for seed in range(images)))
+    request = client.build_request("POST", "/encode/batch", files=files)
     headers = [(name.lower().encode(), value.encode()) for name, value in request.headers.items()]
     scope = {
         "type": "http",
@@ -94,6 +104,13 @@ def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
         "query_string": b"",
         "headers": headers,
     }
+    return scope, request.read()
+
+
+def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
+    client: Any, codec: Any, image_file: Any
+) -> None:
+    scope, body = scope_and_body(client, image_file, 4)
 
     async def ask() -> None:
         started, sent = asyncio.Event(), False
@@ -116,3 +133,39 @@ def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
     before = list(codec.calls)
     client.portal.call(ask)
     assert codec.calls == before
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_no_more_is_encoded_for_a_client_that_takes_no_more_lines(
+    make_client: Any, codec: Any, image_file: Any, leaves: bool
+) -> None:
+    client = make_client(warm_up=False, pool_threads=1, transfer_timeout_s=60 if leaves else 0.05)
+    scope, body = scope_and_body(client, image_file, 12)
+
+    async def ask() -> set[str]:
+        reading, sent = asyncio.Event(), False
+
+        async def receive() -> dict[str, Any]:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await reading.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                codec.gate.clear()
+                if leaves:
+                    reading.set()
+                await asyncio.Event().wait()
+
+        before = asyncio.all_tasks()
+        await client.app(scope, receive, send)
+        await asyncio.sleep(0)  # what was cancelled ends
+        await asyncio.sleep(0)
+        names = {task.get_coro().__qualname__ for task in asyncio.all_tasks() - before}
+        codec.gate.set()
+        return names
+
+    assert not [name for name in client.portal.call(ask) if "line" in name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, NamedTuple
 
@@ -11,6 +12,7 @@ import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
+from starlette.types import Send
 
 from ugicm.server.batching import OverloadedError
 from ugicm.server.deps import ServicesDep, media_type_of, open_form, unsupported
@@ -45,7 +47,8 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
     most, name = services.settings.max_batch_images, setting("max_batch_images")
     try:
         async with open_form(request, max_files=most) as form:
-            files = [item for item in form.getlist("images") if isinstance(item, UploadFile)]
+            items = form.getlist("images")
+            files = [item for item in items if isinstance(item, UploadFile)]
             parts = [Part(_encodable(file.filename), await file.read()) for file in files]
     except ServiceError as error:
         if error.detail.startswith("Too many files"):
@@ -57,14 +60,28 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
                 setting=name,
             ) from None
         raise
-    if not parts:
-        raise ServiceError(Code.INVALID_PARAMETER, "the form needs file parts named 'images'")
+    if not parts or len(parts) < len(items):  # one that is left out would shift the lines of the others
+        raise ServiceError(
+            Code.INVALID_PARAMETER, "the form needs file parts named 'images', each with a file name"
+        )
     return parts
 
 
 def _encodable(filename: str | None) -> str | None:
     """Without lone surrogates, which some charsets of forms decode to and no JSON can hold."""
     return None if filename is None else filename.encode(errors="replace").decode()
+
+
+class _Lines(StreamingResponse):
+    """Lines of an answer; when it ends early, its generator does at once, not when it is collected."""
+
+    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
+        super().__init__(lines, media_type=NDJSON, headers={"Cache-Control": "no-store"})
+        self._lines = lines
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._lines):
+            await super().stream_response(send)
 
 
 PartsDep = Annotated[list[Part], Depends(read_parts)]
@@ -129,14 +146,15 @@ async def encode_batch(
             if problem.kind is Code.INTERNAL:
                 _log.exception("image of a batch failed", index=index)
             services.metrics.rejected.labels(problem.kind.code).inc()
-            answer.problem = problem.problem(instance=request.url.path, request_id=request_id)
+            answer.problem = problem.problem(instance=request.scope["path"], request_id=request_id)
         return answer
 
-    lines = _lines([partial(line, index, part) for index, part in enumerate(parts)])
-    return StreamingResponse(lines, media_type=NDJSON, headers={"Cache-Control": "no-store"})
+    return _Lines(_made([partial(line, index, part) for index, part in enumerate(parts)]))
 
 
-async def _lines(makers: Sequence[Callable[[], Coroutine[None, None, BatchLine]]]) -> AsyncIterator[str]:
+async def _made(
+    makers: Sequence[Callable[[], Coroutine[None, None, BatchLine]]],
+) -> AsyncGenerator[str, None]:
     """Lines in order, made at the same time; what is not sent when the client leaves is cancelled."""
     # Started here: of a client that left before, nobody would cancel them.
     tasks = [asyncio.create_task(make()) for make in makers]
