@@ -144,6 +144,12 @@ def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
         ]
 
 
+def _content(response: httpx2.Response) -> bytes:
+    if "bitstream-id" not in response.headers:  # the service names what it sends
+        raise _unknown(response)
+    return response.content
+
+
 def _object(response: httpx2.Response) -> dict[str, Any]:
     with _understood(response):
         return dict(response.json())
@@ -255,11 +261,11 @@ class Client:
         format: ImageFormat = "png",
     ) -> bytes:
         """Image file of a bitstream (bytes) or of the id of a kept one (str)."""
-        return self._send(_decode_call(source, preference, strength, format)).content
+        return _content(self._send(_decode_call(source, preference, strength, format)))
 
     def bitstream(self, id: str) -> bytes:
         """A kept bitstream. ``ValueError`` if `id` cannot be one."""
-        return self._send(_Call("GET", _path(id), {})).content
+        return _content(self._send(_Call("GET", _path(id), {})))
 
     def delete(self, id: str) -> None:
         """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""
@@ -341,11 +347,11 @@ class AsyncClient:
         format: ImageFormat = "png",
     ) -> bytes:
         """Image file of a bitstream (bytes) or of the id of a kept one (str)."""
-        return (await self._send(_decode_call(source, preference, strength, format))).content
+        return _content(await self._send(_decode_call(source, preference, strength, format)))
 
     async def bitstream(self, id: str) -> bytes:
         """A kept bitstream. ``ValueError`` if `id` cannot be one."""
-        return (await self._send(_Call("GET", _path(id), {}))).content
+        return _content(await self._send(_Call("GET", _path(id), {})))
 
     async def delete(self, id: str) -> None:
         """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""

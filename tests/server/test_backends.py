@@ -366,6 +366,25 @@ async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
     assert await cache.get(id) == b"whole bitstream"
 
 
+async def test_a_torn_file_of_others_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "not yours", str(path))
+
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    (id,) = await store(cache, b"whole bitstream")
+    (tmp_path / id[:2] / id).write_bytes(b"whole")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert await cache.get(id) is None
+
+
+async def test_storing_again_is_a_use(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    (id,) = await store(cache, b"bits")
+    os.utime(tmp_path / id[:2] / id, (0, 0))
+    await store(cache, b"bits")
+    assert (tmp_path / id[:2] / id).stat().st_mtime > 0
+
+
 @pytest.mark.parametrize("left", [b"whole", b"whole" + bytes(10)])
 async def test_a_torn_file_is_written_anew(tmp_path: Path, left: bytes) -> None:
     cache = FileCache(tmp_path, 10 * BLOCK)
@@ -450,8 +469,18 @@ async def test_connections_that_redis_closed_are_made_again(redis_server: RedisS
 async def test_redis_entries_expire(redis_server: RedisServer) -> None:
     cache = RedisCache(redis_server.url, ttl_s=100)
     (id,) = await store(cache, b"bits")
-    assert 90 < await cache._redis.ttl(RedisCache.PREFIX + id) <= 100
+    key = RedisCache.PREFIX + id
+    assert 90 < await cache._redis.ttl(key) <= 100
+    await cache._redis.expire(key, 10)
+    await store(cache, b"bits")  # again
+    assert 90 < await cache._redis.ttl(key) <= 100
     await cache.close()
+
+
+def test_variables_of_s3_that_make_no_sense_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "perhaps")
+    with pytest.raises(ValueError, match=r'^UGICM_CACHE_URL: .*"perhaps" as boolean$'):
+        open_cache(Settings(cache_url="s3://bucket"))
 
 
 async def test_a_missing_bucket_fails_the_check(s3_url: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ugicm.server.batching import MicroBatcher, OverloadedError
+from ugicm.server.batching import MicroBatcher, OverloadedError, Rate
 
 pytestmark = pytest.mark.anyio
 
@@ -84,6 +84,15 @@ async def test_what_waits_goes_together_within_the_budget(batcher: MicroBatcher,
     assert device.batches == [[0], [1, 2, 3], [4]]
     assert len(device.threads) == 1
     assert threading.get_ident() not in device.threads
+
+
+async def test_a_batch_may_be_as_heavy_as_the_budget(batcher: MicroBatcher, device: Device) -> None:
+    tasks = await queued(batcher, device, 1, 2)
+    last = asyncio.create_task(batcher.run(device.double, 3, weight=4))
+    await asyncio.sleep(0)
+    device.gate.set()
+    await asyncio.gather(*tasks, last)
+    assert device.batches == [[0], [1, 2, 3]]
 
 
 async def test_functions_do_not_mix(batcher: MicroBatcher, device: Device) -> None:
@@ -170,6 +179,8 @@ async def test_admission_is_bounded_by_weight(batcher: MicroBatcher) -> None:
     assert batcher.admitted == 0
     with batcher.admit(1000):
         assert batcher.admitted == 1000
+        with batcher.admit(0):  # refused with an error of its own, which is no overload
+            assert batcher.admitted == 1000
 
 
 async def test_retry_after_is_what_is_inside_over_the_measured_rate(
@@ -185,6 +196,17 @@ async def test_retry_after_is_what_is_inside_over_the_measured_rate(
         assert batcher.retry_after_s() == 20
     with batcher.admit(10_000):
         assert batcher.retry_after_s() == 60
+
+
+async def test_the_rate_follows_a_change_of_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("ugicm.server.batching.time.monotonic", lambda: now)
+    rate = Rate()
+    for seconds, expected in ((1.0, 10.0), (0.1, 100.0)):
+        for _ in range(200):
+            now += seconds
+            rate.add(10)
+        assert rate.per_second == pytest.approx(expected, rel=0.01)
 
 
 async def test_failed_work_does_not_count_as_throughput(batcher: MicroBatcher) -> None:

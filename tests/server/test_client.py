@@ -84,7 +84,7 @@ class Overloaded:
         if self.left:
             self.left -= 1
             return httpx2.Response(503, headers=self.headers, text="busy")
-        return httpx2.Response(200, content=b"picture")
+        return httpx2.Response(200, headers={"Bitstream-Id": "0" * 64}, content=b"picture")
 
 
 @pytest.fixture
@@ -183,6 +183,8 @@ def test_another_server_is_a_problem() -> None:
             client.info,
             lambda: client.encode(b"picture"),
             lambda: client.encode_batch([b"picture"]),
+            lambda: client.decode(b"bits"),
+            lambda: client.bitstream("0" * 64),
         ):
             with pytest.raises(ProblemError, match="200 unknown: <html>Welcome"):
                 call()

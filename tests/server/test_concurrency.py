@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import CodecError
-from ugicm.server.engine import RateTarget
+from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
 from ugicm.server.timings import Timings
 
 pytestmark = pytest.mark.anyio
@@ -110,6 +110,31 @@ async def test_what_is_too_large_for_good_is_not_told_to_come_again(
     assert (too_large.status_code, too_large.json()["code"]) == (413, "too-many-pixels")
     codec.gate.set()
     assert await statuses(tasks) == [200] * 3
+
+
+async def test_nor_where_one_picture_is_more_than_the_queue(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(queue_pixels=1000)
+    codec.gate.clear()
+    tasks = start([client.post("/encode", content=image_file())])
+    await until(lambda: sample(client, "ugicm_queue_pixels") > 1000)
+    too_large = await client.post("/encode", content=image_file(1001, 1000))
+    assert (too_large.status_code, too_large.json()["code"]) == (413, "too-many-pixels")
+    codec.gate.set()
+    assert await statuses(tasks) == [200]
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "budget"),
+    [("cpu", {}, CPU_BATCH_PIXELS), ("cuda:0", {}, CUDA_BATCH_PIXELS), ("cpu", {"batch_pixels": 7}, 7)],
+)
+async def test_the_device_decides_how_large_batches_are(
+    make_async_client: MakeAsyncClient, codec: Any, device: str, setting: dict[str, int], budget: int
+) -> None:
+    codec.device = device
+    client = await make_async_client(**setting)
+    assert client.app.state.services.engine.batcher.budget == budget
 
 
 async def test_a_strip_counts_as_what_the_networks_see(

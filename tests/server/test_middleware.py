@@ -65,11 +65,13 @@ async def answer(send: Send, status: int = 200) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def test_work_of_a_departed_client_is_cancelled(metrics: Metrics) -> None:
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "POST"])
+async def test_work_of_a_departed_client_is_cancelled(metrics: Metrics, method: str) -> None:
     cancelled = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        assert (await receive())["body"] == b"all"
+        if method == "POST":  # bodies of the others are not read
+            assert (await receive())["body"] == b"all"
         client.gone.set()
         try:
             await asyncio.sleep(60)
@@ -78,7 +80,8 @@ async def test_work_of_a_departed_client_is_cancelled(metrics: Metrics) -> None:
             raise
 
     client = Client(chunk(b"all"))
-    await CancelDeparted(app, metrics)(scope(), client.receive, client.send)
+    async with asyncio.timeout(30):
+        await CancelDeparted(app, metrics)(scope(method), client.receive, client.send)
     assert cancelled.is_set()
     assert client.received == []
     assert metrics.registry.get_sample_value("ugicm_client_disconnects_total") == 1
@@ -142,6 +145,19 @@ async def test_a_body_of_exactly_the_limit_passes() -> None:
     assert client.received[0]["status"] == 200
 
 
+@pytest.mark.parametrize(("length", "status"), [("10", 200), ("11", 413)])
+async def test_zeros_in_front_of_a_length_say_nothing(metrics: Metrics, length: str, status: int) -> None:
+    """Python converts 4300 digits at most."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    client = Client()
+    limited = RequestContext(BodyLimit(app, 10, 60), metrics, Lifecycle())
+    await limited(scope(content_length=5000 * "0" + length), client.receive, client.send)
+    assert client.received[0]["status"] == status
+
+
 async def test_a_longer_body_stops_at_the_limit() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         while True:
@@ -161,6 +177,43 @@ async def test_a_failure_after_the_answer_began_sends_nothing_more(metrics: Metr
     client = Client()
     await RequestContext(app, metrics, Lifecycle())(scope(), client.receive, client.send)
     assert len(client.received) == 1
+
+
+async def test_a_failed_request_makes_room_for_the_next(metrics: Metrics) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("lost")
+
+    stack = RequestContext(RequestLimit(app, 1), metrics, Lifecycle())
+    for _ in range(2):
+        client = Client()
+        await stack(scope(), client.receive, client.send)
+        assert client.received[0]["status"] == 500
+
+
+async def test_log_lines_of_a_request_have_its_id(metrics: Metrics) -> None:
+    bound: list[Any] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        bound.append(structlog.contextvars.get_contextvars())
+        await answer(send)
+
+    client = Client()
+    await RequestContext(app, metrics, Lifecycle())(scope(x_request_id="r1"), client.receive, client.send)
+    assert bound == [{"request_id": "r1"}]
+    assert structlog.contextvars.get_contextvars() == {}
+
+
+@pytest.mark.parametrize(("path", "level"), [("/readyz", "debug"), ("/metrics", "debug"), ("/info", "info")])
+async def test_probes_are_logged_at_debug_level_only(
+    metrics: Metrics, log: list[Any], path: str, level: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answer(send)
+
+    client = Client()
+    asked = {**scope("GET"), "path": path}
+    await RequestContext(app, metrics, Lifecycle())(asked, client.receive, client.send)
+    assert [(line["path"], line["status"], line["log_level"]) for line in log] == [(path, 200, level)]
 
 
 async def test_other_protocols_pass_untouched(metrics: Metrics) -> None:
@@ -230,6 +283,29 @@ async def test_a_client_that_does_not_read_keeps_its_place_for_a_while_only(
         writer.close()
     (stall,) = (line for line in log if line["event"] == "the client does not read its answer")
     assert stall["limit"] == "1 s, UGICM_TRANSFER_TIMEOUT_S changes it"
+
+
+async def test_the_application_paces_its_answers_and_limits_its_uploads(
+    make_app: Any, image_file: Any
+) -> None:
+    app = make_app(transfer_timeout_s=0.05, warm_up=False)
+    async with app.router.lifespan_context(app):
+
+        async def ask(path: str, query: bytes, *messages: Message) -> list[Message]:
+            client = Client(*messages)
+            await app({**scope(), "path": path, "query_string": query}, client.receive, client.send)
+            return client.received
+
+        bitstream = await ask("/encode", b"", chunk(b"x", more=True))
+        assert bitstream[0]["status"] == 408
+        headers = scope(accept="application/vnd.ugicm")["headers"]
+        client = Client(chunk(image_file(300, 200)))
+        encode = {**scope(), "path": "/encode", "query_string": b"", "headers": headers}
+        await app(encode, client.receive, client.send)
+        bits = b"".join(message.get("body", b"") for message in client.received)
+        _, *pieces = await ask("/decode", b"format=npy", chunk(bits))
+    assert sum(len(piece["body"]) for piece in pieces) > 300 * 200 * 3
+    assert max(len(piece["body"]) for piece in pieces) == PIECE_BYTES
 
 
 async def test_what_is_cut_off_while_stopping_is_told(metrics: Metrics) -> None:

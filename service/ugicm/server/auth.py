@@ -32,7 +32,8 @@ async def require_key(request: Request, services: ServicesDep) -> None:
     if not settings.api_keys:
         return
     if SIGNATURE in request.query_params and request.method in ("GET", "HEAD"):
-        _check_link(request.url.path, dict(request.query_params), settings.url_keys)
+        # Not the path of `request.url`, which is made of the Host header, too.
+        _check_link(request.scope["path"], dict(request.query_params), settings.url_keys)
         return
     given = _given_key(request)
     if given is None:

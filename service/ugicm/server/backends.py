@@ -96,7 +96,8 @@ class FileCache:
         try:
             bitstream = path.read_bytes()
             if bitstream_id(bitstream) != id:  # torn by a power failure, or edited
-                path.unlink()
+                with contextlib.suppress(OSError):  # others may own it
+                    path.unlink()
                 return None
         except FileNotFoundError:
             return None
@@ -278,9 +279,13 @@ class S3Cache:
     """
 
     def __init__(self, url: str) -> None:
+        from obstore.exceptions import BaseError
         from obstore.store import S3Store
 
-        self._store = S3Store.from_url(url)
+        try:
+            self._store = S3Store.from_url(url)
+        except BaseError as error:  # of the variables; its further lines are for programmers
+            raise ValueError(str(error).partition("\n")[0]) from error
 
     async def get(self, id: str) -> bytes | None:
         try:

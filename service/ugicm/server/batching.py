@@ -102,8 +102,8 @@ class MicroBatcher:
 
     @contextmanager
     def admit(self, weight: int) -> Iterator[None]:
-        """Hold `weight` of the limit, or raise `OverloadedError`."""
-        if self.admitted and self.admitted + weight > self.limit:
+        """Hold `weight` of the limit, or raise `OverloadedError`; what weighs nothing is always admitted."""
+        if self.admitted and weight and self.admitted + weight > self.limit:
             raise OverloadedError(
                 held=self.admitted,
                 weight=weight,

@@ -140,7 +140,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        # Without zeros in front, of which Python converts only so many.
+        declared = Headers(scope=scope).get("content-length", "").lstrip("0")
         if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
             await too_many_bytes(int(declared), self.max_bytes).response(scope)(scope, receive, send)
             return
