@@ -67,6 +67,15 @@ def test_a_replica_on_cuda_asks_for_a_gpu(device: str, gpus: int) -> None:
     assert "ray_actor_options" not in application.deployments[0].model_fields_set
 
 
+def test_a_replica_answers_for_itself_up_to_its_limit() -> None:
+    from ugicm.cluster import app
+
+    settings = {"cache_url": "redis://cache", "max_requests": 7, "shutdown_timeout_s": 9}
+    deployment = app(settings)._bound_deployment
+    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (7, 7)
+    assert deployment._deployment_config.graceful_shutdown_timeout_s == 9
+
+
 def test_what_replicas_cannot_share_is_refused() -> None:
     from ugicm.cluster import app
 

@@ -143,6 +143,26 @@ def test_strength_overrides_preference(client: TestClient, image_file: Any, pixe
     assert abs(pixels(between.content).astype(int) - 127).max() <= 1
 
 
+def test_strengths_are_rounded_so_that_pictures_can_be_kept(client: TestClient, image_file: Any) -> None:
+    id = encode(client, image_file())["id"]
+    first, second = (
+        client.post("/decode", params={"strength": strength, "format": "webp"}, json={"id": id})
+        for strength in (0.504, 0.496)
+    )
+    assert second.headers["cache-status"] == "ugicm; hit"
+    location = first.headers["content-location"]
+    assert location == f"/bitstreams/{id}/image?strength=0.5&format=webp"
+    assert first.content == second.content == client.get(location).content
+
+
+def test_answers_to_posts_are_not_for_caches(client: TestClient, image_file: Any) -> None:
+    encoded = client.post("/encode", content=image_file())
+    assert (encoded.headers["cache-control"], encoded.headers["vary"]) == ("no-store", "Accept")
+    assert client.post("/decode", json={"id": encoded.json()["id"]}).headers["cache-control"] == "no-store"
+    name = f'inline; filename="{encoded.json()["id"][:8]}.ugic"'
+    assert client.get(encoded.headers["location"]).headers["content-disposition"] == name
+
+
 def test_quality_reaches_the_codec(client: TestClient, image_file: Any) -> None:
     assert encode(client, image_file(), quality=7.5)["quality"] == 7.5
 
@@ -207,6 +227,15 @@ def test_delete_forgets_bitstream_and_pictures(client: TestClient, image_file: A
     assert (response.status_code, response.content) == (204, b"")
     assert_problem(client.get(f"{path}/image"), 404, "unknown-bitstream")
     assert_problem(client.delete(path), 404, "unknown-bitstream")
+    encode(client, image_file())
+    assert client.get(f"{path}/image").headers["cache-status"] == "ugicm; fwd=miss"
+
+
+def test_delete_leaves_the_pictures_of_others(client: TestClient, image_file: Any) -> None:
+    kept, gone = (encode(client, image_file(seed=seed))["links"]["bitstream"] for seed in (1, 2))
+    assert client.get(f"{kept}/image").status_code == 200
+    client.delete(gone)
+    assert client.get(f"{kept}/image").headers["cache-status"] == "ugicm; hit"
 
 
 def test_info(client: TestClient) -> None:
@@ -230,6 +259,11 @@ def test_live(client: TestClient, path: str) -> None:
 def test_ready(client: TestClient, path: str) -> None:
     response = client.get(path)
     assert (response.status_code, response.json()) == (200, {"status": "ready", "cache": "up"})
+
+
+def test_both_transforms_have_run_before_it_is_ready(make_client: Any, codec: Any) -> None:
+    make_client()
+    assert codec.calls == [("analyse", 1), ("synthesise", 1), ("synthesise", 1)]
 
 
 def test_not_ready_while_draining(client: TestClient) -> None:
@@ -474,7 +508,9 @@ def test_bitstream_is_immutable_and_conditional(client: TestClient, image_file: 
     assert "immutable" in full.headers["cache-control"]
     again = client.get(path, headers={"If-None-Match": f'"other", {full.headers["etag"]}'})
     assert (again.status_code, again.content) == (304, b"")
-    head = client.head(path)
+    for known in ("*", f"W/{full.headers['etag']}"):
+        assert client.get(path, headers={"If-None-Match": known}).status_code == 304
+    head = client.head(path, headers={"Range": "bytes=0-7"})  # of GET only
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(full.content))
     assert head.headers["etag"] == full.headers["etag"]
@@ -502,8 +538,9 @@ def test_ranges(client: TestClient, image_file: Any) -> None:
         response = client.get(path, headers={"Range": beyond})
         assert_problem(response, 416, "range-not-satisfiable")
         assert response.headers["content-range"] == f"bytes */{size}"
-    stale = client.get(path, headers={"Range": "bytes=0-7", "If-Range": '"other"'})
-    assert stale.status_code == 200
+    for known, status in (('"other"', 200), (client.head(path).headers["etag"], 206)):
+        response = client.get(path, headers={"Range": "bytes=0-7", "If-Range": known})
+        assert response.status_code == status
 
 
 def test_image_etag_follows_the_picture(client: TestClient, image_file: Any) -> None:

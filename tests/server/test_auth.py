@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_older_secrets_and_expiry(client: Any, links: dict[str, str]) -> None:
     assert client.get(sign(path, {}, old, later)).status_code == 200
     assert client.get(sign(path, {}, old, earlier)).json()["code"] == "bad-signature"
     assert client.get(sign(path, {}, unknown, later)).json()["code"] == "bad-signature"
+
+
+def test_the_first_secret_signs_for_as_long_as_is_set(make_client: Any, image_file: Any) -> None:
+    client = make_client(api_keys=KEYS, url_keys=URL_KEYS, url_ttl_s=100)
+    before = int(time.time())
+    link = client.post("/encode", content=image_file(), headers=KEY).json()["links"]["human"]
+    expiry = int(re.findall(r"exp=(\d+)", link)[0])
+    assert before + 100 <= expiry <= int(time.time()) + 100
+    path = link.partition("?")[0]
+    assert link == sign(path, {"preference": "human"}, SecretStr("old-secret-01"), expiry)
 
 
 def test_a_signature_without_secrets_is_worth_nothing(make_client: Any) -> None:

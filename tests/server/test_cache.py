@@ -134,6 +134,9 @@ async def test_a_broken_cache_is_named_and_then_left_alone(broken: BrokenCache) 
     for _ in range(3):
         with pytest.raises(CacheDownError):
             await guarded.get("a" * 64)
+    for operation in (guarded.put("a" * 64, b"bits"), guarded.delete("a" * 64)):
+        with pytest.raises(CacheDownError):
+            await operation
     assert broken.asked == 1
     assert metrics.registry.get_sample_value("ugicm_cache_errors_total") == 1
     assert metrics.registry.get_sample_value("ugicm_cache_up") == 0
@@ -142,6 +145,23 @@ async def test_a_broken_cache_is_named_and_then_left_alone(broken: BrokenCache) 
     assert await guarded.up() is True
     assert await guarded.get("a" * 64) is None
     assert metrics.registry.get_sample_value("ugicm_cache_up") == 1
+
+
+async def test_a_store_is_asked_again_after_a_while(
+    broken: BrokenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("ugicm.server.cache.time.monotonic", lambda: now)
+    guarded = GuardedCache(broken, Metrics(), timeout_s=1)
+    with pytest.raises(CacheDownError):
+        await guarded.get("a" * 64)
+    broken.broken = False
+    now += GuardedCache.PAUSE_S - 0.1
+    with pytest.raises(CacheDownError):
+        await guarded.get("a" * 64)
+    now += 0.2
+    assert await guarded.get("a" * 64) is None
+    assert await guarded.put("a" * 64, b"bits") is False
 
 
 async def test_a_full_store_can_still_be_read() -> None:

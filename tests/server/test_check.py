@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi import FastAPI
 
 from tests import live
+from ugicm.codec.codec import Codec
 from ugicm.server.check import check, health
 from ugicm.server.settings import Settings
 
@@ -71,6 +73,22 @@ def test_a_cache_that_cannot_be_reached(tiny_settings: Settings, url: str) -> No
     assert not findings["cache"].ok
     assert "UGICM_CACHE_URL" in findings["cache"].detail
     assert findings["round trip"].ok
+
+
+def test_a_cache_that_keeps_nothing(tiny_settings: Settings) -> None:
+    findings = {f.name: f for f in check(tiny_settings.model_copy(update={"cache_bytes": 100}))}
+    assert findings["cache"] == ("cache", False, "memory: lost an entry")
+
+
+def test_a_round_trip_that_loses_the_picture(
+    tiny_settings: Settings, tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def black(codec: Codec, latents: list[Any], strength: list[float]) -> list[Any]:
+        return [np.zeros((128, 128, 3), np.uint8)]
+
+    monkeypatch.setattr(Codec, "synthesise", black)
+    finding = list(check(tiny_settings))[-1]
+    assert (finding.name, finding.ok) == ("round trip", False)
 
 
 @pytest.fixture

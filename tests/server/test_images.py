@@ -327,6 +327,17 @@ def test_pixels_that_cannot_be_converted(monkeypatch: pytest.MonkeyPatch) -> Non
         read(file(Image.fromarray(RAMP), "PNG"))
 
 
+@pytest.mark.parametrize("step", ["ugicm.server.images.to_rgb", "PIL.Image.Image.load"])
+def test_too_little_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    def fail(image: Image.Image) -> None:
+        raise MemoryError
+
+    data = file(Image.fromarray(RAMP), "BMP")
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(MemoryError):
+        read(data)
+
+
 def test_profile_for_other_pixels_is_ignored() -> None:
     grey = Image.fromarray(RAMP[..., 0])
     assert np.array_equal(read(file(grey, "PNG", icc_profile=profile())), read(file(grey, "PNG")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -18,7 +19,8 @@ def samples(client: Any) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 def test_traffic_is_counted_under_bounded_labels(make_client: Any, image_file: Any) -> None:
     client = make_client(warm_up=False)
-    id = client.post("/encode", content=image_file()).json()["id"]
+    encoded = client.post("/encode", content=image_file()).json()
+    id = encoded["id"]
     client.post("/decode", json={"id": id})
     client.post("/decode", json={"id": "0" * 64})
     client.get(f"/bitstreams/{id}")
@@ -47,6 +49,8 @@ def test_traffic_is_counted_under_bounded_labels(make_client: Any, image_file: A
         assert value("ugicm_codec_seconds_count", stage=stage) == 1
     assert value("ugicm_queue_seconds_count") == 2
     assert value("ugicm_bitstream_bpp_count") == 1
+    assert value("ugicm_bitstream_bpp_sum") == pytest.approx(encoded["bpp"])
+    assert value("ugicm_cache_bytes", tier="bitstream") > encoded["size"]
     assert value("ugicm_batch_pixels_sum") == 2 * 128 * 128
     assert value("ugicm_cache_bytes", tier="picture") > 0
     assert (

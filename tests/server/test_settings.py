@@ -43,7 +43,8 @@ def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyP
         ("max_pixels", 16_383),
         ("max_bytes", 0),
         ("precision", "float16"),
-        ("api_keys", "short"),
+        ("api_keys", "7-chars"),
+        ("url_keys", "7-chars"),
         ("api_keys", " , "),
         ("url_keys", ","),
         ("api_keys", "schlüssel-geheim"),
@@ -55,6 +56,10 @@ def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyP
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ValidationError):
         Settings(**{name: value})
+
+
+def test_keys_of_eight_characters_are_long_enough() -> None:
+    assert len(Settings(api_keys="8-chars-", url_keys="8-chars-").api_keys) == 1
 
 
 def test_settings_are_frozen() -> None:
