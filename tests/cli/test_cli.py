@@ -481,6 +481,9 @@ def test_the_model_is_loaded_once(
     given = ["--model", "m", "--model-store", "s", "--device", "d", "--precision", "p", "--max-pixels", 99999]
     assert ugicm_("encode", *photos, "-o", tmp_path / "out", *given).exit_code == 0
     assert calls == [(("m",), options)]
+    bitstreams = sorted((tmp_path / "out").iterdir())
+    assert ugicm_("decode", *bitstreams, "-o", tmp_path / "views", *given).exit_code == 0
+    assert calls == [(("m",), options)] * 2
 
 
 def test_info(encoded: Path, tiny_codec: Codec) -> None:
@@ -539,10 +542,11 @@ def test_serve_passes_options_over_variables(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("UGICM_PORT", "9001")
     monkeypatch.setenv("UGICM_MAX_PIXELS", "1234567")
     assert ugicm_("serve", "--host", "0.0.0.0", "--device", "cpu").exit_code == 0
-    assert ugicm_("serve", "--port", 9002, "--model", "other").exit_code == 0
+    assert ugicm_("serve", "--port", 9002, "--model", "other", "--model-store", "models").exit_code == 0
     first, second = seen
     assert (first.host, first.port, first.device, first.model) == ("0.0.0.0", 9001, "cpu", "tiny")
     assert (second.host, second.port, second.model) == ("127.0.0.1", 9002, "other")
+    assert second.model_store == Path("models")
     assert first.max_pixels == second.max_pixels == 1234567
 
 
@@ -567,6 +571,15 @@ def test_check(monkeypatch: pytest.MonkeyPatch) -> None:
     result = ugicm_("check")
     assert result.exit_code == 1
     assert "FAIL  model: no model 'large'" in result.stdout
+
+
+def test_check_fails_whatever_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UGICM_MAX_PIXEL", "5")
+    result = ugicm_("check")
+    assert result.exit_code == 1
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
+        "FAIL  settings", "ok    model", "ok    cache", "ok    round trip",
+    ]  # fmt: skip
 
 
 def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
