@@ -181,25 +181,31 @@ def polish(
         Exit status of `Trainer.run`; nothing is written where that was stopped.
 
     Raises:
-        ValueError: no such grain, the checkpoint is of a polish with other options or of another model, or
-            the polish has diverged; nothing is written then.
+        ValueError: no such grain, scales of no machine view, the checkpoint is of a polish with other options
+            or of another model, or the polish has diverged; nothing is written then.
     """
     if not 0 <= grain < math.inf:
         raise ValueError(f"grain must be finite and at least 0, got {grain}")
     config, tensors, training, model = _read(source)
     # Of a run, too, which has no hash of its own.
     identity = hashlib.sha256(save(tensors)).hexdigest()[:16]
+    if restart:
+        for part in PREFERENCE:
+            make_zero(getattr(model, part))
+        for known in (tensors, training):
+            known.pop("reach", None)
+    added = (weight for part in PREFERENCE for weight in getattr(model, part).parameters())
+    if options.learn == "scales" and not any(weight.any() for weight in added):
+        raise ValueError(
+            "--learn scales: there is no machine view yet, and scales of nothing stay nothing; learn "
+            "weights, or leave out --restart"
+        )
     run.mkdir(parents=True, exist_ok=True)
     if not resume and (run / CHECKPOINT).exists():
         raise FileExistsError(f"{run} holds an unfinished polish: use --resume, or another --run")
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if restart:
-        for part in PREFERENCE:
-            make_zero(getattr(model, part))
-        for known in (tensors, training):
-            known.pop("reach", None)
     polisher = Polisher(model, options, run, view=view, reach=tensors.get("reach"))
     polisher.record = {"view": view, "restart": restart, "source": identity}
     if resume:
@@ -290,7 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-scale", type=float, default=1.0, help="shrink photos to between this and 1 of their size"
     )
     parser.add_argument("--matrix-lr", type=float, default=0.001, help="dense weights (both views)")
-    parser.add_argument("--other-lr", type=float, default=0.003, help="conditioning, gains, depthwise")
+    parser.add_argument("--other-lr", type=float, default=0.003, help="biases and filters, or all scales")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16"))

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
 from ugicm.bench import run
-from ugicm.bench.stages import observed
+from ugicm.bench.peers import Peer
+from ugicm.bench.stages import StageClock, observed
 from ugicm.cli import app
 from ugicm.codec.codec import Codec
 
@@ -114,6 +117,71 @@ def test_networks_that_are_not_installed(arguments: list[str], monkeypatch: pyte
     result = CliRunner().invoke(app, [*arguments, "--learned", "mbt2018-mean"])
     assert result.exit_code == 1
     assert "pip install 'ugicm[bench]'" in result.stderr
+
+
+def test_times_are_against_ours_for_the_same_picture() -> None:
+    def row(codec: str, op: str, megapixels: float, batch: int, median: float) -> dict[str, Any]:
+        return {"codec": codec, "op": op, "megapixels": megapixels, "batch": batch, "median_ms": median}
+
+    rows = [
+        row("ugicm tiny", "encode", 0.1, 1, 10.0),
+        row("ugicm tiny", "encode", 0.1, 8, 77.0),
+        row("ugicm tiny", "decode", 0.1, 1, 20.0),
+        row("ugicm tiny", "encode", 0.4, 1, 40.0),
+        row("peer", "encode", 0.1, 1, 25.0),
+        row("peer", "decode", 0.1, 1, 5.0),
+        row("peer", "encode", 1.0, 1, 5.0),
+    ]
+    run._add_ratios(rows)
+    assert [each.get("times_ours") for each in rows] == [None] * 4 + [2.5, 0.25, None]
+
+
+def test_a_peer_that_is_too_slow_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        run, "measure", lambda work: (work(), run.Timing(9000.0, 9000.0, 9000.0, {}))
+    )  # a second for a thousand pixels
+    peer = Peer("slow", lambda image: bytes(image.size), lambda data: np.zeros(1, np.uint8), len)
+    images = [np.zeros((side, 100, 3), np.uint8) for side in (90, 200, 201, 900)]
+    rows = list(run._peer_rows(peer, images, 2))
+    assert [(row["op"], row["megapixels"], row["bytes"]) for row in rows] == [
+        *(("encode", 0.009, 27_000), ("decode", 0.009, 27_000)),
+        *(("encode", 0.02, 60_000), ("decode", 0.02, 60_000)),
+        *(("encode", 0.02, 60_300), ("decode", 0.02, 60_300)),
+    ]
+
+
+def test_times_are_of_calls_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, costs = [0.0], iter([100.0, 0.5, 0.1, 0.2, 9.0])
+
+    def work() -> float:
+        cost = next(costs)
+        now[0] += cost
+        return cost
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(run, "TIMED_S", 0.75)
+    result, timing = run.measure(work)
+    assert result == 100.0
+    assert timing[:3] == pytest.approx((200.0, 100.0, 500.0))
+
+
+def test_a_stage_does_not_count_what_is_within_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = StageClock(torch.device("cpu"))
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
+    def outer() -> str:
+        wait(1.0)
+        for _ in range(2):
+            clock.observe("coder", lambda: wait(0.25))
+        return "done"
+
+    assert clock.observe("entropy model", outer) == "done"
+    clock.observe("synthesis", lambda: wait(2.0))
+    assert clock.seconds == {"coder": 0.5, "entropy model": 1.0, "synthesis": 2.0}
 
 
 @pytest.mark.slow

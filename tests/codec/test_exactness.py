@@ -131,6 +131,20 @@ def test_equals_int64_reference_on_a_photo(
     check_against_reference(stored.config, reference, latent.tiles[0], latent.y_hat)
 
 
+def test_a_hyper_latent_beyond_its_limit(stored: StoredModel, reference: ReferenceEntropy) -> None:
+    """An encoder writes none, but a bitstream may have one; sums would no longer be exact."""
+    model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn(1, 2, 3, stored.config.hyper_channels, generator=generator) * 600
+    y = torch.randn(1, 8, 12, stored.config.latent_channels, generator=generator)
+    (tile,) = model.quantise(z, y)
+    beyond = tile._replace(z=np.where(np.abs(tile.z) == 511, 60 * tile.z, tile.z))
+    assert (beyond.z != tile.z).any()
+    decoded, y_hat = model.unpack(model.pack(beyond, 0.3), 8, 12, 0.3)
+    np.testing.assert_array_equal(decoded.z, beyond.z)
+    check_against_reference(stored.config, reference, decoded, y_hat)
+
+
 def random_symbols(model: EntropyModel) -> bytes:
     generator = torch.Generator().manual_seed(7)
     z = torch.randn(1, 2, 3, model.config.hyper_channels, generator=generator) * 40

@@ -13,7 +13,7 @@ from ugicm.codec import codec as codec_module
 from ugicm.codec import lossless
 from ugicm.codec.bitstream import parse, peek, serialise
 from ugicm.codec.codec import Codec
-from ugicm.codec.errors import MalformedBitstreamError
+from ugicm.codec.errors import CodecError, MalformedBitstreamError
 
 Image = NDArray[np.uint8]
 
@@ -34,6 +34,10 @@ def test_photos_are_not_tried(photo: Image) -> None:
     assert not lossless.promising(photo)
     assert lossless.promising(stripes(300, 451))
     assert not lossless.promising(stripes(1, lossless.MAX_SIDE + 1))
+    # Looked at are rows all over the picture.
+    framed = photo.copy()
+    framed[:4] = 0
+    assert not lossless.promising(framed)
 
 
 def test_stripes_are_kept_exactly_in_both_views(tiny_codec: Codec) -> None:
@@ -88,6 +92,14 @@ def test_budget_is_spent_on_exactness_where_it_suffices(tiny_codec: Codec) -> No
     exact = tiny_codec.encode_to_size(image, max_bytes=200)
     assert peek(exact).lossless
     np.testing.assert_array_equal(tiny_codec.decode([exact])[0], image)
+
+
+def test_the_least_budget_is_that_of_exactness(tiny_codec: Codec) -> None:
+    image = stripes(128, 128)
+    needed = len(tiny_codec.encode([image], 1.0)[0])
+    with pytest.raises(CodecError, match=rf"needs {needed} bytes at quality 1, over the budget of 40"):
+        tiny_codec.encode_to_size(image, max_bytes=40)
+    assert len(tiny_codec.encode_to_size(image, max_bytes=needed)) == needed
 
 
 def test_header_says_so_and_allows_no_tiles(tiny_codec: Codec) -> None:

@@ -13,6 +13,7 @@ from ugicm.codec import codec as codec_module
 from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import lambda_of, quality_to_level
+from ugicm.codec.entropy_twin import round_straight
 from ugicm.codec.errors import CodecError
 from ugicm.codec.refine import draw
 from ugicm.codec.store import load_codec
@@ -39,6 +40,25 @@ def test_a_refined_picture_costs_less(tiny_codec: Codec, crop: Image) -> None:
     (plain,) = tiny_codec.encode([crop], QUALITY)
     (refined,) = tiny_codec.encode([crop], QUALITY, refine=STEPS)
     assert cost(tiny_codec, crop, refined) < 0.97 * cost(tiny_codec, crop, plain)
+
+
+def test_what_is_minimised_is_the_cost(
+    tiny_codec: Codec, crop: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where symbols are rounded as ever; but for the hyper latent's few bytes and the container's."""
+    seen: list[float] = []
+    backward = torch.Tensor.backward
+
+    def watched(loss: torch.Tensor) -> None:
+        seen.append(float(loss.detach()))
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", watched)
+    monkeypatch.setattr("ugicm.codec.refine.draw", lambda x, temperature, generator: round_straight(x))
+    for quality in (20.0, QUALITY):
+        tiny_codec.encode([crop], quality, refine=1)
+        (plain,) = tiny_codec.encode([crop], quality)
+        assert seen.pop() == pytest.approx(cost(tiny_codec, crop, plain), rel=0.1)
 
 
 def test_it_is_the_same_every_time(tiny_codec: Codec, crop: Image) -> None:

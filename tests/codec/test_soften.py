@@ -9,8 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import ugicm.codec.codec as codec_module
 from tests.conftest import write_tiny_model
 from ugicm.codec.codec import Codec
+from ugicm.codec.inference import Sides
 from ugicm.codec.networks import bounded
 from ugicm.codec.soften import size_of, soften, worse_than_blurred
 from ugicm.codec.store import load_codec, read_model
@@ -71,6 +73,41 @@ def test_photos_are_not_softened(tmp_path: Path, photo: NDArray[np.uint8]) -> No
     assert coded(1e6) == Codec(stored, device="cpu").encode([photo], 50.0)[0]
     # As if every photo were too much: this untrained model decodes all of it worse than its blur.
     assert coded(1e-3) != coded(1e6)
+
+
+def test_what_stays_oversized_is_bounded_and_found_within_its_margin(
+    tmp_path: Path, photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = read_model(write_tiny_model(tmp_path))
+    limit = 1e-3
+    tensors = stored.tensors | {"largest": torch.full((stored.config.levels,), limit)}
+    codec = Codec(stored._replace(tensors=tensors), device="cpu", precision="float32")
+    pixels = torch.from_numpy(photo[None, :144, :192].copy())
+    margin = Sides(above=1, below=0, before=2, after=3)
+    where = (0, 4, 5)
+    softened: list[torch.Tensor] = []
+
+    def worse(decoded: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(original, pixels[:, 16:, 32:-48])
+        mask = torch.zeros(1, 8, 7, dtype=torch.bool)
+        mask[where] = True
+        return mask
+
+    def watched(picture: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(picture, pixels)
+        softened.append(times.clone())
+        return soften(picture, times)
+
+    monkeypatch.setattr(codec_module, "worse_than_blurred", worse)
+    monkeypatch.setattr(codec_module, "soften", watched)
+    y = codec._transform(pixels, 0.0, margin)
+    # Three times more, there and nowhere else.
+    assert [times.nonzero().tolist() for times in softened] == [[[0, 5, 7]]] * 3
+    assert [int(times.max()) for times in softened] == [1, 2, 3]
+    expected = codec._analysis_for(0.0)(soften(pixels, softened[-1]), margin)
+    assert float(size_of(y)[where]) == pytest.approx(limit, rel=1e-3)
+    expected[where] = y[where]
+    torch.testing.assert_close(y, expected)
 
 
 def test_softening_is_local() -> None:

@@ -178,6 +178,17 @@ def another_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["entropy.base.weight"] = tensors["entropy.base.weight"][:-1]
 
 
+def tables_of_fewer_channels(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["tables.z.choice"] = tensors["tables.z.choice"][..., :-1]
+
+
+def fewer_levels(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.ones(2)
+
+    return change
+
+
 def a_foreign_layer(tensors: dict[str, torch.Tensor]) -> None:
     for kind in ("weight", "bias", "bits"):
         tensors[f"entropy.trunk.9.expand.{kind}"] = tensors[f"entropy.base.{kind}"].clone()
@@ -194,6 +205,10 @@ def a_foreign_layer(tensors: dict[str, torch.Tensor]) -> None:
         (a_foreign_layer, "knows nothing of: .*trunk.9.expand"),
         (one_table_less, "tiny has 63 tables of y, not 64"),
         (a_wrong_sum, "must be at least 1 and sum to"),
+        (tables_of_fewer_channels, "tiny has tables of 7 hyper channels, not 8"),
+        (fewer_levels("grain"), r"tiny has 3 levels, but grain of shape \(2,\)"),
+        (fewer_levels("reach"), "3 levels, but reach of shape"),
+        (fewer_levels("largest"), "3 levels, but largest of shape"),
         (lambda tensors: None, None),
     ],
 )

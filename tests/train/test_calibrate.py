@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from tests.conftest import TINY, write_tiny_model
+from tests.conftest import TINY, tiny_trainable, write_tiny_model
+from ugicm.codec.codec import Codec
 from ugicm.codec.coder import TOTAL
+from ugicm.codec.soften import size_of
 from ugicm.codec.store import load_codec, read_model
-from ugicm_train.calibrate import RADIUS, group
+from ugicm_train.calibrate import LARGEST, RADIUS, group, largest
 from ugicm_train.cli import main
+from ugicm_train.data import CropSampler
 from ugicm_train.export import narrow_table, read_training
 from ugicm_train.restore import restore
 
@@ -27,7 +31,9 @@ def test_calibrated_model_needs_fewer_bytes(
     assert main([*command, "--crops", "12", "--size", "192", "--tables", "9"]) == 0
     assert "bits of a hyper symbol" in capsys.readouterr().out
     # At most as many as asked for; what is counted differs by the processor's precision.
-    made = len(read_model(counted).tensors["tables.z.lengths"])
+    tensors = read_model(counted).tensors
+    made = len(tensors["tables.z.lengths"])
+    assert tensors["largest"].shape == (TINY.levels,)
     assert 1 < made <= 9
     assert read_training(counted)["calibrated"] == {"crops": 12, "size": 192, "tables": made, "seed": 0}
     codecs = [load_codec(folder, device="cpu", precision="float32") for folder in (plain, counted)]
@@ -39,6 +45,27 @@ def test_calibrated_model_needs_fewer_bytes(
         assert np.array_equal(before, after)
     assert codecs[0].digest != codecs[1].digest
     restore(TINY, read_model(counted).tensors)
+
+
+def test_the_largest_latent_to_expect_is_measured(tiny_codec: Codec, photo: NDArray[np.uint8]) -> None:
+    """On three kinds of crops, each equal to its mirror image, of which the first is the usual one."""
+    half = photo[:64, :32]
+    usual = np.concatenate([half, half[:, ::-1]], 1)
+    busy = np.where(np.indices((64, 64)).sum(0)[..., None] // 8 % 2, 255, usual).astype(np.uint8)
+    busy[:, 32:] = busy[:, 31::-1]
+    plain = np.full_like(usual, 128)
+    model = tiny_trainable()
+    photos = [torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in (*[usual] * 6, busy, plain)]
+    found = largest(model, CropSampler(photos, size=64, seed=0))
+    assert found.shape == (TINY.levels,)
+    for level, quality in enumerate((1.0, 50.5, 100.0)):
+        sizes = []
+        for picture in (plain, usual, busy):
+            pixels = torch.from_numpy(picture.copy())[None]
+            y = tiny_codec._transform(pixels, tiny_codec._tilt(tiny_codec._header(picture, quality)))
+            sizes.append(float(size_of(y).max()))
+        assert 1.1 * sizes[0] < sizes[1] < sizes[2] / 1.1
+        assert float(found[level]) == pytest.approx(LARGEST * sizes[1], rel=0.01)
 
 
 @pytest.mark.parametrize(

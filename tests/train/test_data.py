@@ -102,6 +102,17 @@ def test_crops_are_windows_of_the_photos(folder: Path) -> None:
     assert torch.equal(again, batch)
 
 
+def test_photos_are_drawn_by_the_root_of_their_area_and_mirrored() -> None:
+    dark = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    dark[:, :, 32:] = 50
+    light = torch.full((3, 64, 64 * 9), 255, dtype=torch.uint8)
+    crops = CropSampler([dark, light], size=64, seed=0).batch(800)
+    dark_ones = crops[crops.amax((1, 2, 3)) < 0.5]
+    assert len(dark_ones) == pytest.approx(800 / 4, abs=50)
+    mirrored = int((dark_ones[:, 0, 0, 0] > 0).sum())
+    assert mirrored == pytest.approx(len(dark_ones) / 2, abs=30)
+
+
 def test_photos_are_shrunk_as_far_as_a_crop_fits() -> None:
     # Columns in turn 0 and 1: once shrunk to about half or less, all grey.
     columns = torch.tensor([0, 255], dtype=torch.uint8).repeat(128).expand(3, 256, 256)

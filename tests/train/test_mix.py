@@ -75,6 +75,9 @@ def test_reach_weakens_the_machine_view_by_quality(tmp_path: Path, photo: NDArra
         np.testing.assert_allclose(alone.astype(int), picture, atol=1)
         np.testing.assert_array_equal(weaker.decode([data], 1.0)[0], whole.decode([data], strength)[0])
     np.testing.assert_array_equal(weaker.decode(bitstreams)[2], whole.decode(bitstreams)[2])
+    # So does half of it.
+    half, quarter = (codec.decode(bitstreams[1:2], s)[0] for codec, s in ((weaker, 0.5), (whole, 0.25)))
+    np.testing.assert_array_equal(half, quarter)
     # Mixtures keep it, but not those of views that differ in it.
     assert main(["mix", str(tmp_path / "again"), str(base), str(mixed)]) == 0
     assert read_model(tmp_path / "again").tensors["reach"].tolist() == [1.0, 0.5, 0.0]

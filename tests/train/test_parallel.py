@@ -96,6 +96,19 @@ def test_matrices_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(hand) for hand in processes.deal(matrices[:1])] == [1]
 
 
+def test_gradients_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes()
+    monkeypatch.setattr(processes, "count", 4)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda values: values.add_(3.0))  # of the others
+    moved, still = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(2))
+    other = torch.nn.Parameter(torch.zeros(5))
+    moved.grad, other.grad = torch.full((2, 3), 1.0), torch.full((5,), 5.0)
+    processes.average_gradients([moved, still, other])
+    assert torch.equal(moved.grad, torch.full((2, 3), 1.0))
+    assert torch.equal(other.grad, torch.full((5,), 2.0))
+    assert still.grad is None
+
+
 def test_polishing_writes_one_model(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
     data = tmp_path / "photo.png"
     PIL.Image.fromarray(photo).save(data)

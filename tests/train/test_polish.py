@@ -24,7 +24,7 @@ from ugicm_train.data import CropSampler
 from ugicm_train.export import export, model_tensors, read_training, write_model
 from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, make_zero
-from ugicm_train.polish import VIEWS, PolishedCodec, add_arguments, polish, run, usual_error
+from ugicm_train.polish import VIEWS, PolishedCodec, Polisher, add_arguments, polish, run, usual_error
 from ugicm_train.restore import restore
 from ugicm_train.train import LEARN, DivergedError, TrainOptions, train
 
@@ -217,14 +217,19 @@ def test_a_resumed_polish_is_the_same(
     source, other = write_tiny_model(tmp_path / "model"), write_tiny_model(tmp_path / "other", seed=1)
     out, work = tmp_path / "out", tmp_path / "run"
     options = dataclasses.replace(OPTIONS, learn=learn, steps=2)
-    asked = {"view": "both", "restart": True}
+    again = learn == "weights"  # scales of a forgotten view would have nothing to learn
+    asked = {"view": "both", "restart": again}
     status = polish(source, out, options, [data], work, teacher=Stopping(), **asked)
     assert status == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "stopped at step 1: go on with --resume\n"
     assert not out.exists()
     for model, change, message in (
         (source, {"view": "machine"}, "with view both, got view machine"),
-        (source, {"restart": False}, "with restart True, got restart False"),
+        (
+            source,
+            {"restart": not again},
+            "with restart True, got restart False" if again else "scales of nothing stay nothing",
+        ),
         (other, {}, "with source .*, got source "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -236,7 +241,31 @@ def test_a_resumed_polish_is_the_same(
     torch.save(state, work / "checkpoint.pt")
     assert polish(source, out, options, [data], work, resume=True, **asked) == 0
     (record,) = read_training(out)["polish"]
-    assert (record["steps"], record["view"], record["restarted"]) == (3, "both", True)
+    assert (record["steps"], record["view"], record["restarted"]) == (3, "both", again)
+
+
+def test_scales_of_no_machine_view_are_refused(tmp_path: Path, data: Path) -> None:
+    model = tiny_trainable()
+    for part in PREFERENCE:
+        make_zero(getattr(model, part))
+    source, out, work = tmp_path / "model", tmp_path / "out", tmp_path / "run"
+    write_model(source, model.config, model_tensors(model), {})
+    options = dataclasses.replace(OPTIONS, learn="scales", steps=1, batch=1, crop=64)
+    with pytest.raises(ValueError, match="--learn scales: there is no machine view yet"):
+        polish(source, out, options, [data], work)
+    assert not out.exists()
+    assert not work.exists()
+    # Weights learn from nothing.
+    assert polish(source, out, dataclasses.replace(options, learn="weights"), [data], work) == 0
+
+
+def test_what_is_stored_is_the_moving_average(tmp_path: Path) -> None:
+    polisher = Polisher(tiny_trainable(), OPTIONS, tmp_path, view="machine")
+    for parameter in polisher.average.preference.parameters():
+        parameter.fill_(0.25)
+    learned = polisher.learned("machine")
+    assert {name.partition(".")[0] for name in learned} == set(PREFERENCE)
+    assert all((value == 0.25).all() for name, value in learned.items() if name.startswith("preference."))
 
 
 def test_a_model_in_the_current_folder_is_polished(

@@ -20,10 +20,18 @@ import torch
 from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
+from ugicm.codec.store import load_codec, read_model
 from ugicm_train.cli import main
 from ugicm_train.evaluation import coders, metrics, parts, rate_distortion, report
 from ugicm_train.evaluation.anchors import Point, points_of, read_anchors
-from ugicm_train.evaluation.coders import PEERS, Coder, installed_peers, pillow_coder, ugicm_coder
+from ugicm_train.evaluation.coders import (
+    PEERS,
+    Coder,
+    installed_peers,
+    pillow_coder,
+    refined_coder,
+    ugicm_coder,
+)
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -34,6 +42,7 @@ from ugicm_train.evaluation.measurement import (
 )
 from ugicm_train.evaluation.parts import Part
 from ugicm_train.evaluation.rate_distortion import check, compare, mean_curves, read_measurement
+from ugicm_train.export import write_model
 from ugicm_train.files import written_whole
 
 CSV = (
@@ -304,6 +313,37 @@ def test_peers_trade_rate_for_distortion(name: str, photo: NDArray[np.uint8]) ->
     assert all(row.ms_ssim is not None and 0.5 < row.ms_ssim < 1 for row in rows)
 
 
+def test_what_gives_other_numbers_has_another_identity(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = read_model(tiny_store / "tiny")
+    tensors = stored.tensors | {"preference.fold.bias": stored.tensors["preference.fold.bias"] + 1}
+    write_model(tmp_path, stored.config, tensors, {})
+    assert read_model(tmp_path).digest == stored.digest  # of the same bitstreams
+    found: list[Coder] = []
+    for folder, precision in (
+        (tiny_store / "tiny", "float32"),
+        (tmp_path, "float32"),
+        (tmp_path, "bfloat16"),
+    ):
+        codec = load_codec(folder, device="cpu", precision=precision)
+        found.append(ugicm_coder(codec, folder))
+    found += [refined_coder(found[0], codec, steps, (50.0,)) for steps in (10, 20)]
+    feature, qualities, options = PEERS["webp"]
+    for method in (4, 6):
+        monkeypatch.setitem(PEERS, "webp", (feature, qualities, options | {"method": method}))
+        found.append(pillow_coder("webp"))
+    assert len({coder.identity for coder in found}) == len(found)
+
+
+def test_a_picture_of_another_shape_is_another(tmp_path: Path) -> None:
+    hashes = set()
+    for size in ((20, 40), (40, 20)):
+        PIL.Image.new("RGB", size, "grey").save(tmp_path / "a.png")
+        hashes.add(measure([Shift().coder()], tmp_path).images["a.png"])
+    assert len(hashes) == 2
+
+
 def test_unknown_peer() -> None:
     with pytest.raises(ValueError, match="no peer 'gif'; there are jpeg"):
         pillow_coder("gif")
@@ -327,6 +367,14 @@ def test_psnr_and_ms_ssim_of_known_pictures(photo: NDArray[np.uint8]) -> None:
     assert metrics.psnr_db(black, white) == pytest.approx(0)
     with pytest.raises(ValueError, match="different sizes"):
         metrics.psnr_db(black, crop)
+
+
+def test_ms_ssim_of_flat_pictures_is_that_of_their_means() -> None:
+    """No contrast to compare: what is left is the luminance of the coarsest scale, by its weight."""
+    first, second = (np.full((176, 176, 3), value, np.uint8) for value in (0, 10))
+    constant = (0.01 * 255) ** 2
+    luminance = constant / (10**2 + constant)
+    assert metrics.ms_ssim(first, second) == pytest.approx(luminance**0.1333, abs=1e-4)
 
 
 @pytest.mark.skipif(not metrics.butteraugli_installed(), reason="the program butteraugli is not installed")
@@ -577,6 +625,18 @@ def test_other_files_are_no_reports(
         assert main(command) == 1
         assert f"ugicm-train: {path} is no rd.json" in capsys.readouterr().err
     assert path.read_bytes() == content
+
+
+def test_points_of_both_views_and_times_in_milliseconds() -> None:
+    point = {"quality": 20.0, "bpp": 0.25, "psnr_db": 30.0, "ms_ssim": 0.95, "butteraugli": None}
+    point |= {"encode_s": 0.0123, "decode_s": 0.0045}
+    curves = [
+        {"codec": "ours", "view": "human", "points": [point]},
+        {"codec": "ours", "view": "machine", "points": [point | {"psnr_db": 29.0, "encode_s": 7.0}]},
+        {"codec": "peer", "view": "human", "points": [point, point]},
+    ]
+    *_, row = report._points({"model": "ours", "curves": curves})
+    assert row == "| 20 | 0.250 | 30.00 | 0.9500 |  | 29.00 | 0.9500 |  | 12 | 4 |"
 
 
 def test_insert_needs_its_marks(tmp_path: Path) -> None:

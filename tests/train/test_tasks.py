@@ -25,6 +25,7 @@ from ugicm_train.evaluation.journal import Entry, Journal, Key, locked
 from ugicm_train.evaluation.machine import (
     add_arguments,
     bd_rate_errors,
+    chosen_images,
     evaluate,
     identity_of_data,
     point_of,
@@ -35,10 +36,12 @@ from ugicm_train.evaluation.machine import (
 from ugicm_train.evaluation.machine_report import (
     Point,
     compare,
+    contact_sheet,
     curve,
     plot_scores,
     plot_strengths,
     score_at,
+    table,
 )
 from ugicm_train.evaluation.tasks import BoxMap, Detections, MaskMap, MeanIou, Top1, check_images, read_labels
 
@@ -445,6 +448,48 @@ class TestRuntimes:
             identities.add(adaptors.identity_of(str(tmp_path / "net.onnx")))
         assert len(identities) == 3
 
+    def test_classifiers_see_the_middle(self) -> None:
+        """Seven eighths of the shorter side."""
+        picture = np.zeros((64, 96, 3), np.uint8)
+        picture[4:60, 20:76] = 255
+        assert (adaptors.centre_crop(picture, 56) == 255).all()
+        for edge in (np.s_[4:5], np.s_[59:60], np.s_[:, 20:21], np.s_[:, 75:76]):
+            darker = picture.copy()
+            darker[edge] = 0
+            assert (adaptors.centre_crop(darker, 56) < 255).any()
+
+    def test_the_background_is_no_class(self) -> None:
+        class Scores(adaptors.Runtime):
+            side = 8
+
+            def __init__(self, count: int) -> None:
+                self.count = count
+
+            def __call__(self, image: Image) -> NDArray[np.float32]:
+                return np.arange(self.count, dtype=np.float32)
+
+        picture = np.zeros((8, 8, 3), np.uint8)
+        for count, first in ((1001, 1), (1000, 0)):
+            scores = adaptors.classifier(Scores(count))(picture)
+            assert scores.tolist() == list(range(first, count))
+
+    def test_a_coarse_map_lies_where_its_picture_does(self) -> None:
+        class Halves(adaptors.Runtime):
+            """Class 1 in the right half of the picture, which is twice as wide as high; else 0."""
+
+            side = 32
+
+            def __call__(self, image: Image) -> NDArray[np.int64]:
+                assert (image[16:] == adaptors.GREY).all()
+                assert (image[:16] == 200).all()
+                classes = np.zeros((8, 8), np.int64)
+                classes[:4, 4:] = 1
+                classes[4:] = 7  # beside the picture
+                return classes
+
+        classes = adaptors.segmenter(Halves())(np.full((20, 40, 3), 200, np.uint8))
+        np.testing.assert_array_equal(classes, np.indices((20, 40))[1] >= 20)
+
     def test_class_maps_of_many_classes(self) -> None:
         classes = adaptors.to_original(np.full((2, 2), 299), np.zeros((4, 4, 3), np.uint8))
         assert (classes == 299).all()
@@ -468,6 +513,14 @@ class TestRuntimes:
         (tmp_path / "means.tflite").write_bytes(lite_rt_model("MEAN", scale=0.5, zero=10))
         scores = adaptors.load_classifier(str(tmp_path / "means.tflite"))(np.full((16, 16, 3), 30, np.uint8))
         assert scores.tolist() == [10.0, 10.0, 10.0]
+
+    def test_lite_rt_floats_are_from_minus_one_to_one(self, tmp_path: Path) -> None:
+        pytest.importorskip("ai_edge_litert")
+        pytest.importorskip("flatbuffers")
+        (tmp_path / "means.tflite").write_bytes(lite_rt_model("MEAN", floats=True))
+        picture = np.full((16, 16, 3), (0, 51, 255), np.uint8)
+        scores = adaptors.load_classifier(str(tmp_path / "means.tflite"))(picture)
+        assert scores.tolist() == pytest.approx([-1.0, -0.6, 1.0])
 
     @pytest.mark.parametrize("free", ["side", "layout"])
     def test_lite_rt_models_of_another_input(self, tmp_path: Path, free: str) -> None:
@@ -516,6 +569,41 @@ class TestRuntimes:
         assert classes.tolist() == [17]
         assert scores[0] == pytest.approx(0.8**0.4, abs=1e-5)
         np.testing.assert_allclose(boxes[0], [200 - 55, 50 - 27.5, 200 + 55, 50 + 27.5], atol=0.1)
+
+    def test_fastestdet_sees_blue_first_and_finds_each_object_once(self, tmp_path: Path) -> None:
+        """A network that is as sure of its objects as its first channel is bright."""
+        pytest.importorskip("onnxruntime")
+        onnx = pytest.importorskip("onnx")
+        helper = onnx.helper
+        sure, rest = np.zeros((2, 1, 85, 22, 22), np.float32)
+        rest[0, 3:5] = np.log(0.25 / 0.75)
+        # Two of one class beside each other, of which the second is less likely, and one of another class.
+        for column, class_, score in ((10, 17, 0.8), (11, 17, 0.5), (12, 3, 0.4)):
+            sure[0, 0, 5, column] = 1.0
+            rest[0, 5 + class_, 5, column] = score
+        constants = [
+            onnx.numpy_helper.from_array(array, name)
+            for name, array in (("sure", sure), ("rest", rest), ("first", np.zeros(1, np.int64)))
+        ]
+        graph = helper.make_graph(
+            [
+                helper.make_node("Gather", ["images", "first"], ["channel"], axis=1),
+                helper.make_node("ReduceMean", ["channel"], ["mean"]),
+                helper.make_node("Mul", ["mean", "sure"], ["scaled"]),
+                helper.make_node("Add", ["scaled", "rest"], ["out"]),
+            ],
+            "first channel",
+            [helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1, 3, 352, 352])],
+            [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [1, 85, 22, 22])],
+            constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        onnx.save_model(model, tmp_path / "det.onnx")
+        detect = adaptors.load_detector(f"fastestdet:{tmp_path}/det.onnx", None)
+        found = detect(np.full((44, 44, 3), (255, 255, 51), np.uint8))
+        assert found.classes.tolist() == [17, 3]
+        # Blue is a fifth of the brightest.
+        assert found.scores.tolist() == pytest.approx([0.2**0.6 * 0.8**0.4, 0.2**0.6 * 0.4**0.4], rel=1e-3)
 
     @pytest.mark.parametrize(("shape", "axis"), [((150, 8, 8), 0), ((8, 8, 150), 2), ((3, 8, 8), 0)])
     def test_scores_of_many_classes(self, shape: tuple[int, ...], axis: int) -> None:
@@ -591,15 +679,28 @@ class TestRuntimes:
                 assert content in task.identity
                 identities.add(task.identity)
         assert len(identities) == 4
+        # One network may be asked for several things.
+        kinds = {
+            tasks_of(parser.parse_args([*common, "--agree", kind, f"{file}:Network", str(colours)]))[
+                0
+            ].identity
+            for kind in ("classes", "boxes", "pixels")
+        }
+        assert len(kinds) == 3
         file.write_text(file.read_text().replace(".read_text()", ""))
         with pytest.raises(adaptors.NetworkError, match="the identity of a network is a string"):
             adaptors.load_classifier(f"{file}:Network")
 
 
 def lite_rt_model(
-    operator: str, *, scale: float = 1.0, zero: int = 0, shape: tuple[int, ...] = (1, 16, 16, 3)
+    operator: str,
+    *,
+    scale: float = 1.0,
+    zero: int = 0,
+    shape: tuple[int, ...] = (1, 16, 16, 3),
+    floats: bool = False,
 ) -> bytes:
-    """A LiteRT model on uint8: MEAN over the places, or ARG_MAX over the channels.
+    """A LiteRT model on uint8 or floats: MEAN over the places, or ARG_MAX over the channels.
 
     ``scale`` and ``zero``: what the integers mean; ``shape`` of the input, -1 where it is free.
     """
@@ -615,15 +716,14 @@ def lite_rt_model(
         return out
 
     kinds = schema.TensorType
+    kind = kinds.FLOAT32 if floats else kinds.UINT8
     axes = np.array([1, 2] if operator == "MEAN" else 3, np.int32)
     answer = (
-        tensor("out", [1, 3], kinds.UINT8, 0)
-        if operator == "MEAN"
-        else tensor("out", [1, 16, 16], kinds.INT64, 0)
+        tensor("out", [1, 3], kind, 0) if operator == "MEAN" else tensor("out", [1, 16, 16], kinds.INT64, 0)
     )
     subgraph = schema.SubGraphT()
     subgraph.tensors = [
-        tensor("in", [abs(side) for side in shape], kinds.UINT8, 0),
+        tensor("in", [abs(side) for side in shape], kind, 0),
         tensor("axes", list(axes.shape), kinds.INT32, 1),
         answer,
     ]
@@ -856,6 +956,42 @@ def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, o
     assert len(calls) == 2 * 2
 
 
+def test_fewer_pictures_are_spread_evenly(colours: Path) -> None:
+    task = Top1("task", colour_scores, colours, {f"{index}.png": 0 for index in range(10)})
+    assert list(chosen_images([task], 4)["task"]) == ["0.png", "3.png", "6.png", "9.png"]
+    assert len(chosen_images([task], 11)["task"]) == 10
+
+
+def test_table_of_results() -> None:
+    task = {
+        "metric": "mAP",
+        "pictures": 20,
+        "original": 0.5,
+        "bd_rate_percent": {"ours human": -12.34, "jpeg": None, "webp": 5.0},
+        "bd_rate_error": {"ours human": 3.21, "jpeg": None},
+        "at_equal_rate": [{"bpp": 0.25, "machine": 0.4321, "human": 0.4, "jpeg": None}],
+    }
+    lines = table({"model": "ours", "command": "evaluate", "tasks": {"boxes": task}}).splitlines()
+    assert lines[2:5] == ["| ours human | -12.3 ± 3.2 % |", "| jpeg |  |", "| webp | +5.0 % |"]
+    assert "**boxes**: mAP at equal rate, 20 pictures; 0.500 uncompressed" in lines
+    assert lines[lines.index("| bpp | machine | human | jpeg |") + 2] == "| 0.250 | 0.432 | 0.400 |  |"
+
+
+def test_contact_sheet_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a.png", np.full((50, 40, 3), 100, np.uint8))
+    coder = Coder(
+        "coder", "", (), lambda image, quality: bytes(int(quality)),
+        lambda data, strength: np.full((50, 40, 3), 100 + 5 * (1 + strength), np.uint8),
+    )  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr("PIL.ImageDraw.ImageDraw.text", lambda draw, place, text, **_: said.append(text))
+    contact_sheet(coder, 25.0, {"a": tmp_path / "a.png"}, tmp_path / "sheet.png")
+    assert said == ["a, 40x50", "human, 0.100 bpp, 34.15 dB", "machine, 0.100 bpp, 28.13 dB"]
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        middles = [sheet.getpixel((20 + column * (40 + 6), 16 + 25)) for column in range(3)]
+    assert middles == [(value,) * 3 for value in (100, 105, 110)]
+
+
 def test_other_masks_are_other_data(tmp_path: Path) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -1074,6 +1210,7 @@ class TestAgreement:
         assert task.score(same) == pytest.approx(1)
         moved = task.judge("red.png", np.zeros_like(pictures["red.png"]))
         # The box of score .9 alone is the truth; of two pictures one has it at no threshold.
+        assert [row[1] for row in moved[0]] == [0.9]
         assert 0 < task.score({"red.png": moved, "blue.png": same["blue.png"]}) < 0.6
         assert task.score({"red.png": moved}) == 0
         assert task.score({"red.png": [[], moved[1]]}) == 0
@@ -1161,6 +1298,22 @@ class TestErrors:
         assert bd_rate_errors(task, {"ours": points}, "ours", self.NAMES[:19], journal) == {}
         journal.close()
         return found
+
+    def test_the_error_of_a_mean_is_known(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That of the mean of ten groups of pictures, where what is compared is a mean over pictures."""
+        journal, task = Journal(tmp_path / "mean.jsonl", {}), SameClasses("task", colour_scores, tmp_path)
+        scores = np.random.default_rng(2).normal(0, 1, len(self.NAMES))
+        for name, score in zip(self.NAMES, scores, strict=True):
+            journal.add(Key("task", "ours", 1.0, 1.0, name), Entry(0.1, 30.0, float(score)))
+        points = [point_of(task, "ours", 1.0, 1.0, self.NAMES, journal)]
+        monkeypatch.setattr(
+            "ugicm_train.evaluation.machine.compare",
+            lambda curves, ours: {"bd_rate_percent": {"mean": 100 * curves[ours][0].score}},
+        )
+        found = bd_rate_errors(task, {"ours": points}, "ours", self.NAMES, journal)
+        journal.close()
+        groups = 100 * scores.reshape(4, 10).mean(0)
+        assert found == {"mean": pytest.approx(groups.std(ddof=1) / 10**0.5, abs=0.006)}
 
     def test_equal_pictures_have_none(self, tmp_path: Path) -> None:
         assert self.errors(tmp_path, 0.0) == {"ours human": 0.0}

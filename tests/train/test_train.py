@@ -27,7 +27,7 @@ from ugicm.codec.store import load_codec, read_model
 from ugicm_train.cli import main
 from ugicm_train.data import DataError
 from ugicm_train.export import export, model_tensors, write_model
-from ugicm_train.losses import Judge, level_of, rate_distortion_loss
+from ugicm_train.losses import Judge, LossTerms, level_of, rate_distortion_loss
 from ugicm_train.model import PREFERENCE, CodecOutput, FactorizedPrior
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
@@ -494,6 +494,99 @@ def test_the_moving_average_forgets_the_start(tmp_path: Path) -> None:
     torch.testing.assert_close(followed, 0.98 * moved, atol=1e-6, rtol=1e-3)
 
 
+def test_a_gradient_that_is_out_of_line_is_skipped_until_it_lasts() -> None:
+    model, average = tiny_trainable(), tiny_trainable().requires_grad_(False)
+    optimizer = Optimizer(model, average, Processes(), clip=2.0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+
+    def step(norm: float) -> float:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, norm / count**0.5)
+        before = model.gains.log_gain.detach().clone()
+        skipped = float(optimizer.step(torch.tensor(1e-3), torch.tensor(1e-3), torch.tensor(0.9)))
+        assert torch.equal(before, model.gains.log_gain) is (skipped == 1)
+        return skipped
+
+    assert [step(norm) for norm in (1.0, 1.0, 11.0, 1.0, 9.0)] == [0, 0, 1, 0, 0]
+    # What lasts is taken for usual.
+    lasting = [step(100.0) for _ in range(100)]
+    assert lasting[:4] == [1] * 4
+    assert sum(lasting) < 50
+    assert not any(lasting[50:])
+
+
+def test_long_gradients_are_shortened() -> None:
+    moments = []
+    for norm in (1.0, 4.0, 8.0):
+        model = tiny_trainable()
+        optimizer = Optimizer(model, tiny_trainable().requires_grad_(False), Processes(), clip=4.0)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, norm / count**0.5)
+        optimizer.step(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.9))
+        seen = optimizer.adam.state[model.gains.log_gain]["exp_avg"]
+        moments.append(float(seen.mean()) * count**0.5 / (1 - 0.9))
+    assert moments == pytest.approx([1.0, 4.0, 4.0], rel=1e-4)
+
+
+def test_parts_of_a_batch_count_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, batch_levels=4), tmp_path)
+    weight = trainer.model.analysis.unfold.weight
+    sizes, gradients = [], []
+
+    def loss(
+        config: ModelConfig, output: CodecOutput, x: torch.Tensor, *_: object, **__: object
+    ) -> LossTerms:
+        sizes.append(len(x))
+        value = len(x) * weight.sum()
+        return LossTerms(value, *(value.detach().new_tensor(float(len(x))) for _ in range(4)))
+
+    def step(**_: object) -> torch.Tensor:
+        assert weight.grad is not None
+        gradients.append(weight.grad.clone())
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr("ugicm_train.train.rate_distortion_loss", loss)
+    monkeypatch.setattr(trainer.optimizer, "step", step)
+    terms = trainer.train_step(torch.rand(7, 3, 64, 64), 1.0, None)
+    assert sizes == [2, 2, 2, 1]
+    mean = (4 + 4 + 4 + 1) / 7
+    torch.testing.assert_close(gradients[0], torch.full_like(weight, mean))
+    assert float(terms["bpp"]) == pytest.approx(mean)
+
+
+def test_what_a_step_is_asked_for(tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, matrix_lr=0.5, other_lr=0.25, ema=0.9, batch_levels=3)
+    trainer = Trainer(tiny_trainable(), options, tmp_path)
+    asked: list[dict[str, float]] = []
+    trainer.graph_step = lambda x, levels, **given: asked.append(given)  # type: ignore[assignment]
+    torch.manual_seed(0)
+    for _ in range(1000):
+        assert trainer.train_step(torch.rand(1), 0.1, None) == {}
+    assert {(step["matrix_lr"], step["other_lr"], step["judge"]) for step in asked} == {(0.05, 0.025, None)}
+    kept = [step["kept"] for step in asked]
+    assert kept[0] == 1 / 50
+    assert kept == sorted(kept)
+    assert kept[-1] == 0.9
+    # Mostly the machine's end, else all of the way.
+    between = [step["strength"] for step in asked if step["strength"] != 1]
+    assert len(between) == pytest.approx(150, abs=40)
+    assert min(between) < 0.1
+    assert max(between) > 0.9
+    assert np.mean(between) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_resumed_run_draws_anew(photos: Path, tmp_path: Path) -> None:
+    drawn = []
+    for step in (0, 60, 0):
+        trainer = Trainer(tiny_trainable(), OPTIONS, tmp_path)
+        trainer.step = step
+        crops = trainer.read([photos]).batch(2)
+        drawn.append((crops.sum().item(), trainer.next_levels(1), torch.rand(()).item()))
+    assert drawn[0] == drawn[2]
+    assert all(first != second for first, second in zip(drawn[0], drawn[1], strict=True))
+
+
 def far_from_green(machine: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     """A judge that dislikes green."""
     return (machine[:, 1] - original[:, 1]).abs().mean((1, 2)) + machine[:, 1].mean((1, 2))
@@ -551,6 +644,26 @@ def test_a_percent_counts_the_same_at_any_rate_where_bits_cannot_move() -> None:
     torch.testing.assert_close(unequal[[1, 3]], quiet[[1, 3]])
     torch.testing.assert_close(unequal[0], 3 * unequal[2])
     assert float(unequal.sum()) == pytest.approx(float(quiet.sum()))
+
+
+def test_the_loss_is_that_of_its_formula() -> None:
+    """Of the first sample both views, of the second people's alone; each rate pulls by its own balance."""
+    x = torch.full((2, 3, 64, 64), 0.5)
+    human, machine = torch.tensor([0.01, 0.03]), torch.tensor([0.02])
+    output = CodecOutput(
+        x + human.view(2, 1, 1, 1), x[:1] + machine.view(1, 1, 1, 1), torch.tensor([0.2, 0.3])
+    )
+    for level in (0.0, 1.0, 1.7):
+        terms = rate_distortion_loss(TINY, output, x, torch.full((2,), level))
+        trade = TINY.lambda_min * (TINY.lambda_max / TINY.lambda_min) ** (level / (TINY.levels - 1))
+        errors = (0.01**2 + 0.5 * 0.02**2) / 1.5, 0.03**2
+        costs = [bpp + trade * 255**2 * error for bpp, error in zip((0.2, 0.3), errors, strict=True)]
+        balance = (trade / (TINY.lambda_min * TINY.lambda_max) ** 0.5) ** -0.45
+        assert balance * max(costs) < 4  # none is an outlier
+        expected = np.mean([(balance * cost) ** 0.5 for cost in costs])
+        assert float(terms.loss) == pytest.approx(expected, rel=1e-4)
+        assert float(terms.mse_human) == pytest.approx((0.01**2 + 0.03**2) / 2, rel=1e-3)
+        assert float(terms.mse_machine) == pytest.approx(0.02**2, rel=1e-3)
 
 
 def test_busy_samples_count_by_the_square_root_of_their_loss() -> None:

@@ -166,6 +166,11 @@ class Codec:
         self._preference = load(Synthesis(config), "preference")
         self._preference_low = load(Synthesis(config), "preference_low")
         self._preference_high = load(Synthesis(config), "preference_high")
+        for name in ("grain", "reach", "largest"):
+            if (table := model.tensors.get(name)) is not None and table.shape != (config.levels,):
+                raise ModelStoreError(
+                    f"{config.name} has {config.levels} levels, but {name} of shape {tuple(table.shape)}"
+                )
         grain = model.tensors.get("grain")
         self._grain = None if grain is None else grain.to(self._device)
         self._reach = model.tensors.get("reach")
@@ -268,6 +273,7 @@ class Codec:
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
             max_bytes = int(min(target_bpp * image.shape[0] * image.shape[1] / 8, sys.maxsize))
+        exact = None
         if lossless.promising(image):
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
@@ -312,8 +318,10 @@ class Codec:
             again = attempt(step, refine)
             best = next(data for data in (again, refined, best) if len(data) <= max_bytes)
         if len(best) > max_bytes:
+            # A drawn picture may need the fewest where it is kept exactly.
+            least = len(best) if exact is None else min(len(best), len(exact))
             raise CodecError(
-                f"the picture needs {len(best)} bytes at quality {QUALITY_MIN:g}, over the budget of "
+                f"the picture needs {least} bytes at quality {QUALITY_MIN:g}, over the budget of "
                 f"{max_bytes}; raise max_bytes or target_bpp, or shrink the picture"
             )
         return best

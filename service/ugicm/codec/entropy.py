@@ -177,13 +177,18 @@ class EntropyModel:
         """``tensors``: the ``entropy.*`` and ``tables.*`` entries of ``weights.safetensors``.
 
         Raises:
-            ModelStoreError: a layer's sums could leave the range in which they are exact.
+            ModelStoreError: a layer's sums could leave the range in which they are exact, or layers or tables
+                are not those of the config.
         """
         self.config = config
         self.device = device
         self._weights = {torch.float32: _load_weights(config, tensors, device)}
         self._float32_is_exact = self._probe()
         self.hyper_prior = HyperPrior(tensors)
+        if (channels := tensors["tables.z.choice"].shape[2]) != config.hyper_channels:
+            raise ModelStoreError(
+                f"{config.name} has tables of {channels} hyper channels, not {config.hyper_channels}"
+            )
         self.y_tables = Tables(tensors["tables.y.frequencies"].numpy(), tensors["tables.y.lengths"].numpy())
         if (count := len(self.y_tables.tables)) != SCALE_COUNT:
             raise ModelStoreError(f"{config.name} has {count} tables of y, not {SCALE_COUNT}")
