@@ -131,6 +131,25 @@ def test_polishes_what_the_decoder_shows(tmp_path: Path, photo: NDArray[np.uint8
             np.testing.assert_allclose(pixels, expected, atol=1)
 
 
+def test_polishes_what_symbols_say(photo: NDArray[np.uint8]) -> None:
+    """Means are those of a rounded hyper latent, latents are decoded ones, and none is moved."""
+    model = PolishedCodec(TINY)
+    model.load_state_dict(tiny_trainable().state_dict())
+    given: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+    model.entropy.register_forward_pre_hook(lambda network, inputs: given.extend(inputs))
+    model.synthesis.register_forward_pre_hook(lambda network, inputs: shown.extend(inputs))
+    x = torch.from_numpy(photo[:64, :128].copy()).permute(2, 0, 1)[None] / 255
+    level = torch.tensor([1.0])
+    model(x, level)
+    z, y = given
+    assert torch.equal(z, z.round())
+    with torch.no_grad():
+        y_hat = model.entropy(z, y, noise=False).y_hat
+        torch.testing.assert_close(shown[0], y_hat * model.gains(level)[1])
+    assert not any(value.requires_grad for value in (z, y, shown[0]))
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_reach_outlives_all_but_the_view_it_belongs_to(tmp_path: Path, data: Path, restart: bool) -> None:
     before, after = tmp_path / "before", tmp_path / "after"

@@ -530,14 +530,15 @@ def test_long_gradients_are_shortened() -> None:
 
 
 def test_parts_of_a_batch_count_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, batch_levels=4), tmp_path)
+    options = dataclasses.replace(OPTIONS, batch_levels=4, machine_share=0.4)
+    trainer = Trainer(tiny_trainable(), options, tmp_path)
     weight = trainer.model.analysis.unfold.weight
     sizes, gradients = [], []
 
     def loss(
         config: ModelConfig, output: CodecOutput, x: torch.Tensor, *_: object, **__: object
     ) -> LossTerms:
-        sizes.append(len(x))
+        sizes.append((len(x), len(output.machine)))
         value = len(x) * weight.sum()
         return LossTerms(value, *(value.detach().new_tensor(float(len(x))) for _ in range(4)))
 
@@ -548,11 +549,14 @@ def test_parts_of_a_batch_count_by_their_size(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("ugicm_train.train.rate_distortion_loss", loss)
     monkeypatch.setattr(trainer.optimizer, "step", step)
-    terms = trainer.train_step(torch.rand(7, 3, 64, 64), 1.0, None)
-    assert sizes == [2, 2, 2, 1]
     mean = (4 + 4 + 4 + 1) / 7
-    torch.testing.assert_close(gradients[0], torch.full_like(weight, mean))
-    assert float(terms["bpp"]) == pytest.approx(mean)
+    for _ in range(2):
+        terms = trainer.train_step(torch.rand(7, 3, 64, 64), 1.0, None)
+        # As many have a machine view as asked for, or more.
+        assert sizes == [(2, 1), (2, 1), (2, 1), (1, 1)]
+        sizes.clear()
+        torch.testing.assert_close(gradients.pop(), torch.full_like(weight, mean))
+        assert float(terms["bpp"]) == pytest.approx(mean)
 
 
 def test_what_a_step_is_asked_for(tmp_path: Path) -> None:
@@ -610,6 +614,39 @@ def test_judge_moves_the_machine_view_alone() -> None:
     assert gradient[0] is None or not gradient[0].any()
     assert gradient[1] is not None
     assert gradient[1].any()
+
+
+@pytest.mark.parametrize("rates", [None, 2])
+def test_the_machine_view_teaches_the_encoder_but_not_the_human_view(rates: int | None) -> None:
+    model = tiny_trainable()
+    x, level = torch.rand(2, 3, 64, 64), torch.tensor([0.4, 1.6] if rates else [1.6, 1.6])
+    model(x, level, strength=0.5, rates=rates).machine.square().sum().backward()
+    learns = {
+        name.partition(".")[0]
+        for name, weight in model.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+    assert {"analysis", "gains", *PREFERENCE[:: 1 if rates else 2]} <= learns
+    assert not {name for name in learns if name.startswith("synthesis")}
+
+
+def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_trainable()
+    x, level = torch.rand(1, 3, 64, 64), torch.tensor([1.0])
+
+    def coded(z_noise: float, y_noise: float, *, noise: bool = True) -> CodecOutput:
+        monkeypatch.setattr("ugicm_train.model.add_noise", lambda z: z + z_noise)
+        monkeypatch.setattr("ugicm.codec.entropy_twin.add_noise", lambda y: y + y_noise)
+        with torch.no_grad():
+            return model(x, level, noise=noise)
+
+    plain = coded(0.0, 0.0)
+    for noises in ((50.0, 0.0), (0.0, 50.0)):
+        noisy = coded(*noises)
+        assert noisy.bpp > plain.bpp + 0.03
+        assert torch.equal(noisy.human, plain.human)
+        assert torch.equal(noisy.machine, plain.machine)
+        assert torch.equal(coded(*noises, noise=False).bpp, coded(0.0, 0.0, noise=False).bpp)
 
 
 def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:
