@@ -17,12 +17,15 @@ from ugicm.codec.config import PRESETS, ModelConfig
 
 MODULE_COMMANDS = {
     "polish": ("ugicm_train.polish", "improve the views of a model's existing bitstreams"),
-    "calibrate": ("ugicm_train.calibrate", "count photos for shorter bitstreams"),
+    "calibrate": (
+        "ugicm_train.calibrate",
+        "count the hyper latent's tables on photos, for shorter bitstreams",
+    ),
     "average": ("ugicm_train.average", "take the mean of models that one has become by further training"),
-    "mix": ("ugicm_train.mix", "make a machine view of several"),
-    "evaluate": ("ugicm_train.evaluation.machine", "score tasks on decoded views, against JPEG, WebP, AVIF"),
+    "mix": ("ugicm_train.mix", "make one machine view of those of several models"),
+    "evaluate": ("ugicm_train.evaluation.machine", "score tasks on decoded views, beside WebP, AVIF ..."),
     "rd": ("ugicm_train.evaluation.rate_distortion", "rate-distortion curves through real bitstreams"),
-    "report": ("ugicm_train.evaluation.report", "table and plot from the results of rd"),
+    "report": ("ugicm_train.evaluation.report", "tables and plot from the results of rd"),
     "integer-cost": ("ugicm_train.evaluation.integer_cost", "what exact integers cost in rate"),
     "robustness": ("ugicm_train.evaluation.robustness", "screenshots, stripes, noise ... against JPEG"),
 }
@@ -83,8 +86,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     )
 
     pack = commands.add_parser("pack", help="decode photos once into uint8 shards")
-    pack.add_argument("sources", type=Path, nargs="+")
-    pack.add_argument("--out", type=Path, required=True)
+    pack.add_argument("sources", type=Path, nargs="+", help="folders of photos, or single ones")
+    pack.add_argument("--out", type=Path, required=True, help="folder to write shards into")
     pack.add_argument("--max-mb", type=float, default=60.0, help="size of a shard in MB")
     pack.add_argument("--min-side", type=int, default=256, help="skip photos with a shorter side")
 

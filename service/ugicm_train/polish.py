@@ -275,7 +275,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue an interrupted polish")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="wall-clock budget")
-    budget.add_argument("--steps", type=int)
+    budget.add_argument("--steps", type=int, help="so many steps instead")
     parser.add_argument("--view", choices=tuple(VIEWS), default="machine", help="which view learns")
     parser.add_argument(
         "--learn", choices=LEARN, default="weights", help="the weights, or how much of each row and column"
@@ -283,12 +283,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart", action="store_true", help="begin with the human view as the machine view"
     )
-    parser.add_argument("--teacher-weight", type=float, default=0.3)
+    parser.add_argument("--teacher-weight", type=float, default=0.3, help="against the squared error")
     parser.add_argument(
         "--grain",
         type=float,
         default=GRAIN,
-        help="noise in the machine view, as a share of the codec's error",
+        help="noise in the machine view, as a share of the codec's error (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=256, help="pixels a side, a multiple of 64")

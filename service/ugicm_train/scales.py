@@ -1,7 +1,7 @@
 """Learning little about much: how much there is of each row and column of matrices that are trained already.
 
 A sixtieth of the parameters, which gradients of few crops tell more about than about the
-weights themselves (measured: docs/training.md).
+weights themselves (measured: docs/machine-view.md).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A working transform to start from: DCT in and out, Haar down and up.
 
-Training from here reaches in half an hour on two CPU cores what a random start does not reach in hours
-(measured: docs/training.md).
+Training from here reaches in half an hour on two CPU cores what a random start does not reach in hours.
 """
 
 from __future__ import annotations

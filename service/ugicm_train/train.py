@@ -75,7 +75,9 @@ class TrainOptions:
     synthetic_share: float = _option(
         0.04, "part of the crops that is drawn, not photographed: text, stripes, flat colour"
     )
-    min_scale: float = _option(1.0, "shrink photos to this or more of their size before a crop is taken")
+    min_scale: float = _option(
+        1.0, "shrink photos to between this and 1 of their size before a crop is taken"
+    )
     batch_levels: int = _option(4, "rates in a batch of each process, each with an equal part of it")
     level_power: float = _option(
         0.8,

@@ -1,4 +1,4 @@
-"""What can go wrong between pixels and bits. Each error names the limit, the value seen and the setting."""
+"""What can go wrong between pixels and bits. An error about a limit names it, the value and the setting."""
 
 from __future__ import annotations
 

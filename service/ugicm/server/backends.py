@@ -234,7 +234,7 @@ class FileCache:
 
 
 class RedisCache:
-    """Redis or Valkey; entries expire `ttl_s` after their last use for storing."""
+    """Redis or Valkey; entries expire `ttl_s` after they were last stored."""
 
     PREFIX = "ugicm:bitstream:"
 

@@ -62,7 +62,8 @@ class Settings(BaseSettings):
     device: str = "auto"
     """``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``: CUDA where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the transforms; ``auto`` is bfloat16 where a start-up probe finds it faster."""
+    """Precision of the transforms; ``auto`` is bfloat16 where that is fast: on a processor where a start-up
+    probe finds it faster, on a GPU from compute capability 8.0 on."""
     warm_up: bool = True
     """Run both transforms once before the service reports ready."""
 

@@ -24,7 +24,9 @@ from ugicm_train.train import CHECKPOINT, load_checkpoint
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
-    parser.add_argument("--qualities", type=float, nargs="+", default=[10.0, 40.0, 70.0, 100.0])
+    parser.add_argument(
+        "--qualities", type=float, nargs="+", default=[10.0, 40.0, 70.0, 100.0], help="1..100"
+    )
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="checkpoint file of the run")
 
 

@@ -243,7 +243,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100, at least two"
     )
-    parser.add_argument("--peers", nargs="*", default=installed_peers(), choices=list(PEERS))
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=installed_peers(),
+        choices=list(PEERS),
+        help="none named: none coded (default: those installed)",
+    )
     parser.add_argument(
         "--refine", type=int, metavar="STEPS", help="measure the model with refined latents, too; slow"
     )
