@@ -64,10 +64,10 @@ class Encoded:
 
 
 class _Call(NamedTuple):
-    """A request that can be sent again."""
+    """A request that can be sent again: arguments of httpx2's ``request``."""
 
     method: str
-    path: str
+    url: str
     params: Mapping[str, str | int | float | bool]
     content: bytes | None = None
     json: Mapping[str, str] | None = None
@@ -277,11 +277,11 @@ class Client:
 
     def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
-            response = self._http.request(call.method, call.path, **_arguments(call))
+            response = self._http.request(**call._asdict())
             if not _is_temporary(response):
                 return _checked(response)
             time.sleep(_wait_s(response, attempt))
-        return _checked(self._http.request(call.method, call.path, **_arguments(call)))
+        return _checked(self._http.request(**call._asdict()))
 
 
 class AsyncClient:
@@ -363,18 +363,8 @@ class AsyncClient:
 
     async def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
-            response = await self._http.request(call.method, call.path, **_arguments(call))
+            response = await self._http.request(**call._asdict())
             if not _is_temporary(response):
                 return _checked(response)
             await asyncio.sleep(_wait_s(response, attempt))
-        return _checked(await self._http.request(call.method, call.path, **_arguments(call)))
-
-
-def _arguments(call: _Call) -> dict[str, Any]:
-    return {
-        "params": call.params,
-        "content": call.content,
-        "json": call.json,
-        "files": call.files,
-        "headers": call.headers,
-    }
+        return _checked(await self._http.request(**call._asdict()))
