@@ -239,7 +239,7 @@ def info(
         "bpp": round(_bpp(data, header.width, header.height), 4),
         "model_digest": header.model_digest.hex(),
         "tile_side": header.tile_side,
-        "tiles": header.tiles_x * header.tiles_y,
+        "tiles": header.tiles,
         "lossless": header.lossless,
         "version": header.version,
     }

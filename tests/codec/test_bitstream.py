@@ -41,7 +41,7 @@ def test_crc_is_castagnoli() -> None:
 
 def test_tiles_are_row_major_and_ceil_divided() -> None:
     parsed = parse(TILED, max_pixels=MAX_PIXELS)
-    assert (parsed.header.tiles_x, parsed.header.tiles_y) == (3, 2)
+    assert parsed.header.tiles == 3 * 2
     assert parsed.segments == tuple(bytes([i]) * i for i in range(6))
 
 

@@ -25,8 +25,8 @@ def bitstreams(draw: st.DrawFn) -> Bitstream:
         model_digest=draw(st.binary(min_size=8, max_size=8)),
         tile_side=tile_side,
     )
-    count = header.tiles_x * header.tiles_y
-    return Bitstream(header, tuple(draw(st.lists(st.binary(max_size=40), min_size=count, max_size=count))))
+    segments = st.lists(st.binary(max_size=40), min_size=header.tiles, max_size=header.tiles)
+    return Bitstream(header, tuple(draw(segments)))
 
 
 @given(bitstreams())

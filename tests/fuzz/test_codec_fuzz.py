@@ -28,7 +28,7 @@ def decode_segment(codec: Codec, bitstream: bytes, segment: bytes, **changes: An
     header, _ = parse(bitstream, max_pixels=codec.max_pixels)
     header = replace(header, **changes)
     try:
-        (picture,) = codec.decode([serialise(header, [segment] * header.tiles_x * header.tiles_y)])
+        (picture,) = codec.decode([serialise(header, [segment] * header.tiles)])
     except MalformedBitstreamError:
         return
     assert picture.shape == (header.height, header.width, 3)

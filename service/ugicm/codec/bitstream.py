@@ -71,14 +71,11 @@ class Header:
         object.__setattr__(self, "quality", round(self.quality * QUALITY_STEPS) / QUALITY_STEPS)
 
     @property
-    def tiles_x(self) -> int:
-        """Tiles in a row."""
-        return -(-self.width // self.tile_side) if self.tile_side else 1
-
-    @property
-    def tiles_y(self) -> int:
-        """Tiles in a column."""
-        return -(-self.height // self.tile_side) if self.tile_side else 1
+    def tiles(self) -> int:
+        """Number of tiles, and so of segments."""
+        if not self.tile_side:
+            return 1
+        return -(-self.width // self.tile_side) * -(-self.height // self.tile_side)
 
 
 class Bitstream(NamedTuple):
@@ -91,8 +88,8 @@ class Bitstream(NamedTuple):
 
 def serialise(header: Header, segments: Sequence[bytes]) -> bytes:
     """Pack into one bitstream; ``ValueError`` unless there is one segment per tile."""
-    if len(segments) != (count := header.tiles_x * header.tiles_y):
-        raise ValueError(f"the header needs {count} segments, got {len(segments)}")
+    if len(segments) != header.tiles:
+        raise ValueError(f"the header needs {header.tiles} segments, got {len(segments)}")
     out = bytearray(
         _FIXED.pack(
             MAGIC,
@@ -126,10 +123,9 @@ def parse(data: bytes, *, max_pixels: int) -> Bitstream:
             actual=pixels,
             setting=MAX_PIXELS_SETTING,
         )
-    count = header.tiles_x * header.tiles_y
-    _need(data, position + count + _CRC.size, at_least=True)  # a length takes at least one byte
+    _need(data, position + header.tiles + _CRC.size, at_least=True)  # a length takes at least one byte
     lengths = []
-    for _ in range(count):
+    for _ in range(header.tiles):
         length, position = _read_varint(data, position)
         lengths.append(length)
     end = position + sum(lengths)

@@ -120,7 +120,7 @@ def describe(id: str, bitstream: bytes) -> BitstreamInfo:
         height=header.height,
         quality=header.quality,
         model=header.model_digest.hex(),
-        tiles=header.tiles_x * header.tiles_y,
+        tiles=header.tiles,
         lossless=header.lossless,
     )
 
