@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import google_crc32c
 
-from ugicm.codec.errors import MAX_PIXELS_SETTING, LimitExceededError, MalformedBitstreamError
+from ugicm.codec.errors import MalformedBitstreamError, check_pixels
 
 MAGIC = b"\x89UGIC\r\n\x1a"
 """As in PNG: a byte above 127, a CR LF pair and a DOS end-of-file mark, so text-mode transfer is noticed."""
@@ -116,13 +116,7 @@ def parse(data: bytes, *, max_pixels: int) -> Bitstream:
         LimitExceededError: the image has more than `max_pixels` pixels.
     """
     header, position = _read_header(data)
-    if (pixels := header.width * header.height) > max_pixels:
-        raise LimitExceededError(
-            f"pixels of a {header.width}x{header.height} image",
-            limit=max_pixels,
-            actual=pixels,
-            setting=MAX_PIXELS_SETTING,
-        )
+    check_pixels(header.width, header.height, max_pixels)
     _need(data, position + header.tiles + _CRC.size, at_least=True)  # a length takes at least one byte
     lengths = []
     for _ in range(header.tiles):

@@ -23,12 +23,12 @@ from ugicm.codec.config import LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN, padded_s
 from ugicm.codec.device import pick_device, pick_precision, without_autocast
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import (
-    MAX_PIXELS_SETTING,
     CodecError,
     LimitExceededError,
     MalformedBitstreamError,
     ModelMismatchError,
     ModelStoreError,
+    check_pixels,
 )
 from ugicm.codec.inference import (
     NOTHING,
@@ -457,13 +457,7 @@ class Codec:
             raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {type(image).__name__}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise CodecError(f"an image is uint8 (height, width, 3) RGB, got {image.dtype} {image.shape}")
-        if image.shape[0] * image.shape[1] > self.max_pixels:
-            raise LimitExceededError(
-                f"pixels of a {image.shape[1]}x{image.shape[0]} image",
-                limit=self.max_pixels,
-                actual=image.shape[0] * image.shape[1],
-                setting=MAX_PIXELS_SETTING,
-            )
+        check_pixels(image.shape[1], image.shape[0], self.max_pixels)
         if (side := max(image.shape[:2])) > container.MAX_SIDE:
             raise LimitExceededError(
                 f"pixels per side of a {image.shape[1]}x{image.shape[0]} image",

@@ -35,3 +35,14 @@ class LimitExceededError(CodecError):
 
 class ModelStoreError(CodecError):
     """The model folder is missing, incomplete or damaged."""
+
+
+def check_pixels(width: int, height: int, limit: int) -> None:
+    """``LimitExceededError`` where a picture has more than `limit` pixels."""
+    if width * height > limit:
+        raise LimitExceededError(
+            f"pixels of a {width}x{height} image",
+            limit=limit,
+            actual=width * height,
+            setting=MAX_PIXELS_SETTING,
+        )

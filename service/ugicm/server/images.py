@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
+from ugicm.codec.errors import CodecError, check_pixels
 from ugicm.pixels import Pixels, to_rgb
 
 ImageFormat = Literal["png", "webp", "jpeg", "npy"]
@@ -135,14 +135,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     file = _BoundedReads(data)
     try:
         image = Image.open(file, formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise LimitExceededError(
-                f"pixels of a {width}x{height} image",
-                limit=max_pixels,
-                actual=width * height,
-                setting=MAX_PIXELS_SETTING,
-            )
+        check_pixels(*image.size, max_pixels)
         _check_tiles(image)
         file.limit += BMP_READS if image.format == "BMP" else LOAD_READS + len(data) // BYTES_PER_READ
         image.load()
