@@ -343,8 +343,8 @@ class Codec:
                 continue
             pixels = torch.stack([self._padded(images[index]) for index in group])
             y = self._transform(pixels, self._tilt(headers[group[0]]))
-            tiles = tuple(self._quantise(list(y), [headers[index].quality for index in group]))
-            for index, tile in zip(group, tiles, strict=True):
+            quantised = self._quantise(y, [headers[index].quality for index in group])
+            for index, tile in zip(group, quantised, strict=True):
                 out[index] = Latent(headers[index], (tile,), picture=images[index])
         return [latent for latent in out if latent is not None]
 
@@ -540,10 +540,9 @@ class Codec:
 
     @without_autocast
     @torch.inference_mode()
-    def _quantise(self, latents: Sequence[Tensor], qualities: Sequence[float]) -> list[TileSymbols]:
-        """Apply the gains of each quality, then round."""
-        gain = self._gains(self._levels(qualities))[0].permute(0, 2, 3, 1)
-        y = torch.stack(list(latents)).to(self._device) * gain
+    def _quantise(self, y: Tensor, qualities: Sequence[float]) -> list[TileSymbols]:
+        """Apply to each of ``y`` (B, h, w, M) the gains of its quality, then round."""
+        y = y * self._gains(self._levels(qualities))[0].permute(0, 2, 3, 1)
         return self._entropy.quantise(self._hyper_analysis(y), y)
 
     def _latents(self, image: Image, tilt: float) -> Iterator[Tensor]:
@@ -552,21 +551,21 @@ class Codec:
             pixels = self._padded(image, window.rows, window.columns)[None]
             yield self._transform(pixels, tilt, window.margin)[0]
 
-    def _quantise_each(self, latents: Iterable[Tensor], header: Header) -> Iterator[TileSymbols]:
-        """One tile after the other, as they are asked for."""
-        for y in latents:
-            yield self._quantise([y], [header.quality])[0]
-
     def _analyse_image(self, image: Image, header: Header, refine: int = 0) -> Iterator[TileSymbols]:
         return self._tiles(self._latents(image, self._tilt(header)), image, header, refine)
 
     def _tiles(
         self, latents: Iterable[Tensor], image: Image, header: Header, refine: int
     ) -> Iterator[TileSymbols]:
-        """Integers of every tile from y before gains, in so many steps of refinement."""
+        """Integers of every tile from y before gains, in so many steps of refinement.
+
+        One tile after the other, as they are asked for.
+        """
         if refine:
-            return self._refine_each(latents, image, header, refine)
-        return self._quantise_each(latents, header)
+            yield from self._refine_each(latents, image, header, refine)
+            return
+        for y in latents:
+            yield self._quantise(y[None], [header.quality])[0]
 
     @cached_property
     @torch.inference_mode(False)
