@@ -53,17 +53,16 @@ def make_table(frequencies: NDArray[np.int32]) -> Table:
     return Table(len(frequencies) // 2 - 1, model)
 
 
-class Tables:
-    """A set of tables, selected by index."""
+def make_tables(frequencies: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[Table]:
+    """Tables, at most 256, that lie one after the other in ``frequencies``; ``lengths``: entries of each.
 
-    def __init__(self, frequencies: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-        """``frequencies``: all tables one after the other; ``lengths``: entries of each."""
-        if int(lengths.sum()) != len(frequencies) or len(lengths) > 256:
-            raise ValueError("table lengths do not match the stored frequencies")
-        ends = np.cumsum(lengths)
-        self.tables: Sequence[Table] = [
-            make_table(frequencies[end - length : end]) for end, length in zip(ends, lengths, strict=True)
-        ]
+    Raises:
+        ValueError: the lengths do not fit, or a table is not as `make_table` wants it.
+    """
+    if int(lengths.sum()) != len(frequencies) or len(lengths) > 256:
+        raise ValueError("table lengths do not match the stored frequencies")
+    ends = np.cumsum(lengths)
+    return [make_table(frequencies[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
 def _groups(indexes: Indexes, count: int, first: int) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
@@ -86,16 +85,16 @@ class SymbolEncoder:
     def __init__(self) -> None:
         self._coder = constriction.stream.queue.RangeEncoder()
 
-    def write(self, tables: Tables, symbols: Symbols, indexes: Indexes, first: int = 0) -> None:
+    def write(self, tables: Sequence[Table], symbols: Symbols, indexes: Indexes, first: int = 0) -> None:
         """Code ``symbols`` (n,), each by the table that ``indexes`` (n,) selects.
 
         Those of the tables before `first` are left out.
         """
-        order, slices = _groups(indexes, len(tables.tables), first)
+        order, slices = _groups(indexes, len(tables), first)
         grouped = symbols[order].astype(np.int32)
         outside = []
         for index, place in slices:
-            table, values = tables.tables[index], grouped[place]
+            table, values = tables[index], grouped[place]
             beyond = np.abs(values) > table.radius
             if beyond.any():
                 outside.append(values[beyond])
@@ -123,14 +122,14 @@ class SymbolDecoder:
         words = np.frombuffer(payload, "<u4").astype(np.uint32)
         self._coder = constriction.stream.queue.RangeDecoder(words)
 
-    def read(self, tables: Tables, indexes: Indexes, first: int = 0) -> Symbols:
+    def read(self, tables: Sequence[Table], indexes: Indexes, first: int = 0) -> Symbols:
         """Symbols (n,) of ``indexes`` (n,); those of the tables before `first` are zero."""
-        order, slices = _groups(indexes, len(tables.tables), first)
+        order, slices = _groups(indexes, len(tables), first)
         grouped = np.empty(len(order), np.int32)
         escapes = []
         try:
             for index, place in slices:
-                table = tables.tables[index]
+                table = tables[index]
                 values = self._coder.decode(table.model, place.stop - place.start) - table.radius
                 grouped[place] = values
                 if (beyond := np.flatnonzero(values > table.radius)).size:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
+from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, make_tables
 from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.dense import dense, has_onednn
 from ugicm.codec.entropy_twin import EntropyNetwork
@@ -189,8 +189,10 @@ class EntropyModel:
             raise ModelStoreError(
                 f"{config.name} has tables of {channels} hyper channels, not {config.hyper_channels}"
             )
-        self.y_tables = Tables(tensors["tables.y.frequencies"].numpy(), tensors["tables.y.lengths"].numpy())
-        if (count := len(self.y_tables.tables)) != SCALE_COUNT:
+        self.y_tables = make_tables(
+            tensors["tables.y.frequencies"].numpy(), tensors["tables.y.lengths"].numpy()
+        )
+        if (count := len(self.y_tables)) != SCALE_COUNT:
             raise ModelStoreError(f"{config.name} has {count} tables of y, not {SCALE_COUNT}")
 
     # What carries the integers

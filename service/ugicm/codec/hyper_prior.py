@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ugicm.codec.coder import Indexes, SymbolDecoder, SymbolEncoder, Symbols, Tables
+from ugicm.codec.coder import Indexes, SymbolDecoder, SymbolEncoder, Symbols, make_tables
 from ugicm.codec.errors import ModelStoreError
 
 _LIMITS = (-4, -2, 0, 1, 3, 5)
@@ -76,7 +76,7 @@ class HyperPrior:
                 f"the choice of hyper tables has shape {choice.shape} and names table {choice.max()} of "
                 f"{len(lengths)}; expected (levels, 1 or {CONTEXTS}, channels)"
             )
-        self._tables = Tables(frequencies, lengths)
+        self._tables = make_tables(frequencies, lengths)
         self._choice = np.broadcast_to(choice, (len(choice), CONTEXTS, choice.shape[2]))
 
     def indexes(self, z: Symbols, rate: float) -> Iterator[tuple[Mask, Indexes]]:
