@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL.Image
 import torch
-from numpy.typing import NDArray
 from PIL import features
 
+from ugicm.codec.codec import Image
 from ugicm.codec.errors import CodecError
-
-Image = NDArray[np.uint8]
 
 LEARNED = ("bmshj2018-hyperprior", "mbt2018-mean", "cheng2020-anchor", "elic2022")
 """Models of CompressAI."""
@@ -66,7 +64,7 @@ def pillow_peers(threads: int) -> Iterator[Peer]:
     yield from (peer(*setting) for setting in settings)
 
 
-def learned_peers(names: Sequence[str] = LEARNED) -> Iterator[Peer]:
+def learned_peers(names: Sequence[str]) -> Iterator[Peer]:
     """Models of CompressAI on the CPU. ``CodecError`` where it is not installed."""
     try:
         from compressai.models import Elic2022Official

@@ -8,9 +8,10 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,19 +19,18 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
-from numpy.typing import NDArray
 
 from ugicm.bench.peers import Peer, learned_peers, pillow_peers
 from ugicm.bench.stages import STAGES, TRANSFORMS, StageClock, macs_per_pixel, observed
 from ugicm.codec.bitstream import peek
-from ugicm.codec.codec import Codec
+from ugicm.codec.codec import Codec, Image
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.dense import dense
 from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
 from ugicm.server.images import read_image, write_image
 
-Image = NDArray[np.uint8]
-
+PEER_MEGAPIXELS = 1.0
+"""Peers are timed up to this size."""
 LIMIT_S = 20.0
 """A peer that would need longer for one picture is left out."""
 TIMED_S = 1.0
@@ -39,18 +39,18 @@ REPEATS = (3, 15)
 
 
 class Options(NamedTuple):
-    megapixels: Sequence[float] = (0.1, 0.4, 1, 4, 24)
-    batches: Sequence[int] = (1, 8)
-    """More than one picture up to 1 megapixel only."""
-    quality: float = 50.0
-    threads: int = 0
+    """What `run` measures."""
+
+    megapixels: Sequence[float]
+    batches: Sequence[int]
+    """Pictures at a time; more than one up to 1 megapixel only."""
+    quality: float
+    threads: int
     """0 leaves torch's choice."""
-    peers: bool = True
-    """Pillow's formats."""
-    learned: Sequence[str] = ()
-    """CompressAI's models."""
-    peer_megapixels: float = 1.0
-    """Peers are timed up to this size."""
+    peers: bool
+    """Pillow's formats, too."""
+    learned: Sequence[str]
+    """CompressAI's models to time as well, names among `peers.LEARNED`."""
 
 
 class Timing(NamedTuple):
@@ -174,9 +174,7 @@ class PeakMemory:
             return None
 
 
-def run(
-    codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[str], None] = lambda _: None
-) -> dict[str, Any]:
+def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Time the codec, its stages and its peers; `say` is told what is measured next.
 
     Returns one object for JSON: ``results`` has a row for every codec, operation, size and batch.
@@ -192,11 +190,10 @@ def run(
     torch.set_num_threads(threads)
     device = torch.device(codec.device)
     dtype: torch.dtype = getattr(torch, codec.precision)
-    peers: list[Iterable[Peer]] = []
-    if options.peers:
-        peers.append(pillow_peers(threads))
-    if options.learned:
-        peers.append(learned_peers(options.learned))
+    peers = chain(
+        pillow_peers(threads) if options.peers else (),
+        learned_peers(options.learned) if options.learned else (),
+    )
     photos = pictures(paths, codec.max_pixels)
     sizes = sorted(options.megapixels)
     say("memory")
@@ -210,8 +207,8 @@ def run(
             if batch == 1 or size <= 1:
                 say(f"ugicm, {batch} x {size:g} megapixels")
                 rows += _own_rows(context, [resized(photos, size, number) for number in range(batch)])
-    small = [resized(photos, size, 0) for size in sizes if size <= options.peer_megapixels]
-    for peer in (peer for group in peers for peer in group):
+    small = [resized(photos, size, 0) for size in sizes if size <= PEER_MEGAPIXELS]
+    for peer in peers:
         say(peer.name)
         rows += _peer_rows(peer, small, threads)
     _add_ratios(rows)

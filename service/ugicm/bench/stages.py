@@ -91,8 +91,8 @@ class StageClock:
         return result
 
 
-def macs_per_pixel(codec: Codec, side: int = 128) -> dict[str, float]:
-    """Multiply-accumulates per pixel of each stage that has any, counted while it codes a square picture."""
+def macs_per_pixel(codec: Codec) -> dict[str, float]:
+    """Multiply-accumulates per pixel of each stage that has any, counted while it codes a small picture."""
     counts: dict[str, float] = defaultdict(float)
 
     def observe(stage: str, work: Callable[[], Any]) -> Any:
@@ -102,7 +102,7 @@ def macs_per_pixel(codec: Codec, side: int = 128) -> dict[str, float]:
         return result
 
     # Noise, so that it is not kept lossless.
-    picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     fused, dense.FUSED = dense.FUSED, frozenset()  # the counter knows torch's public operations only
     try:
         with observed(codec, observe):
@@ -112,4 +112,4 @@ def macs_per_pixel(codec: Codec, side: int = 128) -> dict[str, float]:
             codec.decode(data)
     finally:
         dense.FUSED = fused
-    return {stage: count / side**2 for stage, count in counts.items() if count}
+    return {stage: count / 128**2 for stage, count in counts.items() if count}
