@@ -191,10 +191,10 @@ class Engine:
             gone.set()
         return bitstream
 
-    async def probe(self, side: int = 64) -> None:
+    async def probe(self) -> None:
         """One round trip of a noisy picture through the codec; raises what the codec raises."""
-        image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-        timings, weight = Timings(), self._weight(side, side)
+        image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        timings, weight = Timings(), self._weight(64, 64)
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))
         for strength in (0.0, 1.0):

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -29,11 +30,11 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _log = structlog.get_logger("ugicm.access")
 
 
+@dataclass
 class Lifecycle:
     """Whether the process is on its way out."""
 
-    def __init__(self) -> None:
-        self.draining = False
+    draining: bool = False
 
 
 class RequestContext:

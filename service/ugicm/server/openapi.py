@@ -84,7 +84,7 @@ def _headers(*names: str) -> dict[str, Any]:
     return {name: {"schema": {"type": "string"}} for name in names}
 
 
-IMAGE_TYPES = tuple(dict.fromkeys(MEDIA_TYPES.values()))
+IMAGE_TYPES = tuple(MEDIA_TYPES.values())
 IMAGE = binary_answer(
     "The decoded image.", IMAGE_TYPES, "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"
 )

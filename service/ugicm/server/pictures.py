@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ugicm.server.cache import ByteLru, Content, hash_of
@@ -26,11 +27,12 @@ class Picture(NamedTuple):
     """Strong entity tag, quoted."""
 
 
+@dataclass
 class _Flight:
     """A picture in the making and how many wait for it."""
 
-    def __init__(self, task: asyncio.Task[Picture]) -> None:
-        self.task, self.waiting = task, 0
+    task: asyncio.Task[Picture]
+    waiting: int = 0
 
 
 class PictureCache:
@@ -53,7 +55,7 @@ class PictureCache:
         flight = self._flights.get(key)
         if flight is None:
             self._metrics.cache_requests.labels("picture", "miss").inc()
-            flight = self._flights[key] = _Flight(asyncio.ensure_future(self._make(key, make)))
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._make(key, make)))
         else:
             self._metrics.cache_requests.labels("picture", "shared").inc()
         flight.waiting += 1
