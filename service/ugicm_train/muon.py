@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_MOMENTUM = 0.95
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,10 +32,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 class StackedMuon:
     """Moves matrices by the orthogonalised momentum of their gradients; 0.2 sqrt(max(m, n)) lr per step."""
 
-    def __init__(
-        self, matrices: Sequence[nn.Parameter], momentum: float = 0.95, dtype: torch.dtype = torch.bfloat16
-    ) -> None:
-        self.momentum, self.dtype = momentum, dtype
+    def __init__(self, matrices: Sequence[nn.Parameter], dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
         by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for matrix in matrices:
             by_shape[matrix.shape].append(matrix)
@@ -51,7 +50,7 @@ class StackedMuon:
                 [torch.zeros_like(one) if one.grad is None else one.grad for one in matrices]
             )
             gradients = torch.where(scale > 0, gradients * scale, 0.0)
-            average.lerp_(gradients, 1 - self.momentum)
-            update = orthogonalized(gradients.lerp(average, self.momentum), self.dtype).float()
+            average.lerp_(gradients, 1 - _MOMENTUM)
+            update = orthogonalized(gradients.lerp(average, _MOMENTUM), self.dtype).float()
             update *= -0.2 * math.sqrt(max(update.shape[1:])) * lr
             torch._foreach_add_(list(matrices), list(update.unbind()))

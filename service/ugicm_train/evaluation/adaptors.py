@@ -216,9 +216,7 @@ def class_indexes(own: Sequence[str], categories: Sequence[str] | None) -> NDArr
     return indexes
 
 
-def fastestdet(
-    path: Path, *, categories: Sequence[str] | None = None, min_score: float = 0.001, max_iou: float = 0.45
-) -> Detector:
+def fastestdet(path: Path, *, categories: Sequence[str] | None) -> Detector:
     """FastestDet (dog-qiuqiu/FastestDet) as ONNX: (1, 3, 352, 352) BGR in 0..1 -> (1, 85, 22, 22).
 
     ``categories``: as in `torchvision_detector`; its own are COCO's 80.
@@ -250,9 +248,9 @@ def fastestdet(
         half = out[3:5].sigmoid().permute(1, 2, 0) / 2
         size = torch.tensor([image.shape[1], image.shape[0]])
         boxes = torch.cat([(centre - half) * size, (centre + half) * size], -1)
-        keep = scores > min_score
+        keep = scores > 0.001
         boxes, scores, classes = boxes[keep], scores[keep], classes[keep]
-        first = batched_nms(boxes, scores, classes, max_iou)[:100]
+        first = batched_nms(boxes, scores, classes, iou_threshold=0.45)[:100]
         boxes = boxes[first].clamp(min=0).minimum(size.repeat(2))
         found = indexes[classes[first].numpy()]
         known = found >= 0
