@@ -14,11 +14,10 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -43,28 +42,14 @@ app = typer.Typer(
 )
 
 
-class Preference(StrEnum):
-    """Whom a decoded picture is for."""
-
-    human = "human"
-    machine = "machine"
-
-
-class Format(StrEnum):
-    """Files that `decode` writes."""
-
-    png = "png"
-    webp = "webp"
-    jpeg = "jpeg"
-    npy = "npy"
-
-
-SUFFIXES = {
-    ".png": Format.png,
-    ".webp": Format.webp,
-    ".jpg": Format.jpeg,
-    ".jpeg": Format.jpeg,
-    ".npy": Format.npy,
+Format = Literal["png", "webp", "jpeg", "npy"]
+"""Files that `decode` writes."""
+SUFFIXES: dict[str, Format] = {
+    ".png": "png",
+    ".webp": "webp",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".npy": "npy",
 }
 
 Output = Annotated[
@@ -181,8 +166,9 @@ def decode(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
     output: Output,
     preference: Annotated[
-        Preference, typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters.")
-    ] = Preference.human,
+        Literal["human", "machine"],
+        typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters."),
+    ] = "human",
     strength: Annotated[
         float | None,
         typer.Option(
@@ -203,19 +189,19 @@ def decode(
 ) -> None:
     """Decode bitstreams to pictures."""
     if strength is None:
-        strength = float(preference is Preference.machine)
+        strength = float(preference == "machine")
     if format is None:
         suffix = "" if _is_folder(files, output) else Path(output).suffix.lower()
         if suffix and suffix not in SUFFIXES:
             raise typer.BadParameter(f"{suffix!r} is none of {', '.join(SUFFIXES)}; give --format")
-        format = SUFFIXES.get(suffix, Format.png)
-    jobs = _plan(files, output, next(suffix for suffix, name in SUFFIXES.items() if name is format))
+        format = SUFFIXES.get(suffix, "png")
+    jobs = _plan(files, output, next(suffix for suffix, name in SUFFIXES.items() if name == format))
     codec = _load(model, model_store, device, precision, max_pixels)
     from ugicm.server.images import write_image
 
     def work(data: bytes) -> tuple[bytes, str]:
         image = codec.decode([data], strength)[0]
-        return write_image(image, format.value), f"{image.shape[1]}x{image.shape[0]}"
+        return write_image(image, format), f"{image.shape[1]}x{image.shape[0]}"
 
     _run(jobs, work, "decode")
 
