@@ -405,10 +405,10 @@ def test_rate_control_is_measured_only_inside_the_reach(
     assert coder.encode_to_bpp is not None
     assert coder.encode_to_bpp(photo, 1e-3) is None
     assert coder.encode_to_bpp(photo, 1e3) is None
-    middle = 8 * len(coder.encode(photo, 50.0)) / (photo.shape[0] * photo.shape[1])
+    middle = metrics.bits_per_pixel(coder.encode(photo, 50.0), photo)
     data = coder.encode_to_bpp(photo, middle)
     assert data is not None
-    assert 0.97 * middle <= 8 * len(data) / (photo.shape[0] * photo.shape[1]) <= middle
+    assert 0.97 * middle <= metrics.bits_per_pixel(data, photo) <= middle
 
 
 def _parse(add_arguments: Any, *arguments: object) -> argparse.Namespace:

@@ -16,12 +16,13 @@ from ugicm.codec.store import read_model
 from ugicm_train.data import DataError, read_image
 from ugicm_train.evaluation.coders import checked_qualities
 from ugicm_train.evaluation.measurement import read_images
-from ugicm_train.evaluation.metrics import psnr_db
+from ugicm_train.evaluation.metrics import bits_per_pixel, psnr_db
 from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.train import CHECKPOINT, load_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train integer-cost``."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of pictures")
     parser.add_argument(
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append(
                 (
                     float(output.bpp),
-                    len(data) * 8 / (image.shape[0] * image.shape[1]),
+                    bits_per_pixel(data, image),
                     psnr_db(image, view),
                     psnr_db(image, codec.decode([data])[0]),
                 )

@@ -57,7 +57,7 @@ from ugicm_train.evaluation.machine_report import (
     table,
 )
 from ugicm_train.evaluation.measurement import read_images
-from ugicm_train.evaluation.metrics import Image, psnr_db
+from ugicm_train.evaluation.metrics import Image, bits_per_pixel, psnr_db
 from ugicm_train.evaluation.parts import Part, end_with_parent, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.evaluation.progress import Progress
@@ -110,7 +110,7 @@ def judge_picture(uses: Sequence[Use], coder: Coder, quality: float, path: Path,
         return
     image = read_image(path)
     data = coder.encode(image, quality)
-    bpp = round(8 * len(data) / (image.shape[0] * image.shape[1]), 6)
+    bpp = round(bits_per_pixel(data, image), 6)
     for strength, judges in lacking.items():
         decoded = coder.decode(data, strength)
         psnr = round(psnr_db(image, decoded), 4)

@@ -19,7 +19,7 @@ from ugicm_train.data import read_image
 from ugicm_train.evaluation.anchors import LABELS
 from ugicm_train.evaluation.bdrate import Curve, bd_rate
 from ugicm_train.evaluation.coders import Coder
-from ugicm_train.evaluation.metrics import psnr_db
+from ugicm_train.evaluation.metrics import bits_per_pixel, psnr_db
 
 ORIGINAL = "original"
 """Stands for the uncompressed pictures in place of a codec."""
@@ -232,7 +232,7 @@ def contact_sheet(coder: Coder, quality: float, images: Mapping[str, Path], path
     for name, file in images.items():
         image = read_image(file)
         data = coder.encode(image, quality)
-        bpp = 8 * len(data) / (image.shape[0] * image.shape[1])
+        bpp = bits_per_pixel(data, image)
         cells = [(f"{name}, {image.shape[1]}x{image.shape[0]}", image)]
         for view, strength in (("human", 0.0), ("machine", 1.0)):
             decoded = coder.decode(data, strength)

@@ -111,8 +111,8 @@ def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarge
     if coder.encode_to_bpp is not None:
         for target in RATE_TARGETS:
             data = coder.encode_to_bpp(image, target)
-            bpp = None if data is None else round(8 * len(data) / (image.shape[0] * image.shape[1]), 6)
-            yield RateTarget(coder.name, name, target, bpp)
+            bpp = None if data is None else metrics.bits_per_pixel(data, image)
+            yield RateTarget(coder.name, name, target, rounded(bpp))
 
 
 def read_images(folder: Path) -> list[Path]:

@@ -24,6 +24,11 @@ BUTTERAUGLI = "butteraugli"
 BUTTERAUGLI_MIN_SIDE = 32
 
 
+def bits_per_pixel(data: bytes, image: Image) -> float:
+    """Of what codes a picture, everything counted."""
+    return 8 * len(data) / (image.shape[0] * image.shape[1])
+
+
 def psnr_db(original: Image, decoded: Image) -> float:
     """10 log10(255^2 / MSE) over all pixels and the three channels, at most `LOSSLESS_DB`."""
     if original.shape != decoded.shape:
