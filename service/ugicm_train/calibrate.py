@@ -25,7 +25,7 @@ from ugicm.codec.config import HYPER_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.soften import size_of
 from ugicm.codec.store import model_path
-from ugicm_train.data import CropSampler, read_photos
+from ugicm_train.data import CropSampler, medians, read_photos
 from ugicm_train.export import narrow_table, read_training, write_model
 from ugicm_train.model import TrainableCodec
 from ugicm_train.restore import read_stored, restore
@@ -38,27 +38,19 @@ FLOOR = 1e-3
 """Symbols that no photo of that channel and level has are taken to be this many."""
 ROUNDS = 30
 BATCH = 8
-
-MEASURED = 64
-"""Crops that the size of latents is measured on."""
 LARGEST = 1.7
 """What the encoder takes for a photo's, in multiples of the median crop's largest. Kodak reaches 1.73."""
 
 Counts = NDArray[np.float64]
 
 
-@torch.no_grad()
 def largest(model: TrainableCodec, sampler: CropSampler) -> Tensor:
     """Largest size (`ugicm.codec.soften.size_of`) of a latent position to expect at each level, (levels,)."""
-    x = sampler.batch(MEASURED)
-    medians = []
-    for level in range(model.config.levels):
-        sizes = []
-        for crops in x.split(BATCH):
-            y = model.latent_of(crops, torch.full((len(crops),), float(level)))
-            sizes.append(size_of(y.permute(0, 2, 3, 1)).amax((1, 2)))
-        medians.append(torch.cat(sizes).median())
-    return LARGEST * torch.stack(medians)
+
+    def largest_of(crops: Tensor, level: Tensor) -> Tensor:
+        return size_of(model.latent_of(crops, level).permute(0, 2, 3, 1)).amax((1, 2))
+
+    return LARGEST * medians(largest_of, sampler, levels=model.config.levels)
 
 
 def count(codec: Codec, sampler: CropSampler, crops: int) -> Counts:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -27,6 +27,9 @@ from ugicm_train.synthetic import draw_synthetic
 IMAGE_SUFFIXES = (".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SHARD_SUFFIX = ".shard.safetensors"
 """Packed photos: one uint8 tensor (3, H, W) a photo, named by its file."""
+
+MEDIAN_CROPS, MEDIAN_BATCH = 64, 8
+"""Crops that `medians` are of, and how many of them are measured at a time."""
 
 
 class DataError(ValueError):
@@ -229,6 +232,20 @@ class CropSampler:
             return self.size
         scale = self.min_scale ** self._random.random()
         return min(round(self.size / scale), *photo.shape[1:])
+
+
+@torch.no_grad()
+def medians(measure: Callable[[Tensor, Tensor], Tensor], sampler: CropSampler, *, levels: int) -> Tensor:
+    """Median over some crops, the same at each level, of what is measured of each, (levels,).
+
+    ``measure``: crops (B, 3, size, size) in [0, 1] and the level of each (B,), all the same -> (B,).
+    """
+    batches = sampler.batch(MEDIAN_CROPS).split(MEDIAN_BATCH)
+    measured = [
+        torch.cat([measure(crops, crops.new_full((len(crops),), level)) for crops in batches])
+        for level in range(levels)
+    ]
+    return torch.stack(measured).median(1).values
 
 
 def shrink(crop: Tensor, size: int) -> Tensor:

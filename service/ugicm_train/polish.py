@@ -28,7 +28,7 @@ from ugicm.codec.conditioning import at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
-from ugicm_train.data import CropSampler
+from ugicm_train.data import CropSampler, medians
 from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
@@ -48,10 +48,6 @@ VIEWS = {"machine": PREFERENCE, "both": ("synthesis", "synthesis_low", "synthesi
 
 GRAIN = 0.1
 """Default share of the error that comes back as grain."""
-GRAIN_CROPS = 64
-"""Crops that the error is measured on, the same at each level."""
-BATCH = 8
-"""So many of them at a time."""
 LEVEL_POWER = 1.2
 """Low rates are drawn more often: there machines lose most."""
 
@@ -237,21 +233,17 @@ def polish(
     return 0
 
 
-@torch.no_grad()
 def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
     """Root mean squared error of the human view at each level, (levels,), where pixels lie in [0, 1].
 
     That of the median crop: one that is unlike any photo can come out as anything at all.
     """
-    usual = []
-    x = sampler.batch(GRAIN_CROPS)
-    for level in range(model.config.levels):
-        errors = []
-        for crops in x.split(BATCH):
-            human = model(crops, crops.new_full((len(crops),), level), machine_count=0, noise=False).human
-            errors.append((human - crops).square().mean((1, 2, 3)))
-        usual.append(torch.cat(errors).median().sqrt())
-    return torch.stack(usual).cpu()
+
+    def error(crops: Tensor, level: Tensor) -> Tensor:
+        human = model(crops, level, machine_count=0, noise=False).human
+        return (human - crops).square().mean((1, 2, 3))
+
+    return medians(error, sampler, levels=model.config.levels).sqrt().cpu()
 
 
 def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
