@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -233,8 +234,6 @@ def load_average(state: dict[str, Any]) -> TrainableCodec:
 
 def export(run: Path, folder: Path, *, checkpoint: str = "checkpoint.pt", name: str | None = None) -> None:
     """Write the model folder of a run's checkpoint (its moving average)."""
-    import dataclasses
-
     from ugicm_train.train import load_checkpoint
 
     state = load_checkpoint(run, checkpoint)
