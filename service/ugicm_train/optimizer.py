@@ -45,8 +45,8 @@ class Optimizer:
         self._means: list[Tensor] = list(average.parameters())
         dense = [module.weight for module in model.modules() if isinstance(module, Pointwise)]
         ids = {id(parameter) for parameter in dense}
-        self._hands = processes.deal([matrix for matrix in dense if matrix.requires_grad])
-        self.muon = StackedMuon(self._hands[processes.rank % len(self._hands)], dtype=dtype)
+        self._assigned = processes.assign([matrix for matrix in dense if matrix.requires_grad])
+        self.muon = StackedMuon(self._assigned[processes.rank % len(self._assigned)], dtype=dtype)
         device = self._parameters[0].device
         self.adam = torch.optim.AdamW(
             # Frozen ones too, so that the state fits a run that moves them.
@@ -82,7 +82,7 @@ class Optimizer:
         # Adam divides gradients by the one and leaves out the step where the other is set.
         vars(self.adam).update(grad_scale=1 / scale.clamp_min(1e-12), found_inf=(~good).float())
         self.adam.step()
-        self._processes.hand_round(self._hands)
+        self._processes.broadcast(self._assigned)
         moved = torch._foreach_sub(self._parameters, self._means)
         torch._foreach_mul_(moved, 1 - kept)
         torch._foreach_add_(self._means, moved)

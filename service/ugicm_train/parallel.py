@@ -50,11 +50,11 @@ class Processes:
             dist.all_reduce(values)
             values /= self.count
 
-    def deal(self, matrices: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    def assign(self, matrices: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         """Which process works on which matrices, about the same work each; all of them everywhere if few."""
         if len(matrices) < self.count:
             return [list(matrices)]
-        hands: list[list[nn.Parameter]] = [[] for _ in range(self.count)]
+        assigned: list[list[nn.Parameter]] = [[] for _ in range(self.count)]
         work = [0] * self.count
 
         def cost(matrix: Tensor) -> int:
@@ -63,16 +63,16 @@ class Processes:
 
         for matrix in sorted(matrices, key=cost, reverse=True):
             least = work.index(min(work))
-            hands[least].append(matrix)
+            assigned[least].append(matrix)
             work[least] += cost(matrix)
-        return hands
+        return assigned
 
     @torch.no_grad()
-    def hand_round(self, hands: Sequence[Sequence[nn.Parameter]]) -> None:
+    def broadcast(self, assigned: Sequence[Sequence[nn.Parameter]]) -> None:
         """Give every process what each made of its matrices."""
-        if len(hands) == 1:
+        if len(assigned) == 1:
             return
-        for owner, matrices in enumerate(hands):
+        for owner, matrices in enumerate(assigned):
             with _together(matrices) as values:
                 dist.broadcast(values, owner)
 

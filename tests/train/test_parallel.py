@@ -87,13 +87,13 @@ def run_twice(program: str, *arguments: Path, status: int = 0) -> None:
 def test_matrices_are_dealt_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes()
     matrices = [torch.nn.Parameter(torch.zeros(side, 2 * side)) for side in (8, 16, 8, 4, 16, 8, 8)]
-    assert [len(hand) for hand in processes.deal(matrices)] == [7]
+    assert [len(part) for part in processes.assign(matrices)] == [7]
     monkeypatch.setattr(processes, "count", 2)
-    hands = processes.deal(matrices)
-    assert sorted(id(m) for hand in hands for m in hand) == sorted(map(id, matrices))
-    work = [sum(m.numel() * min(m.shape) for m in hand) for hand in hands]
+    assigned = processes.assign(matrices)
+    assert sorted(id(m) for part in assigned for m in part) == sorted(map(id, matrices))
+    work = [sum(m.numel() * min(m.shape) for m in part) for part in assigned]
     assert abs(work[0] - work[1]) <= 2 * 4**3
-    assert [len(hand) for hand in processes.deal(matrices[:1])] == [1]
+    assert [len(part) for part in processes.assign(matrices[:1])] == [1]
 
 
 def test_gradients_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
