@@ -48,11 +48,11 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             # Else the system takes megabytes at once, and says for as long that the client takes nothing.
             if connection := transport.get_extra_info("socket"):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-            self._wait(idle_s)
+            self._limit_idle(idle_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._go_on()
-            self._taken()
+            self._cancel_idle()
+            self._cancel_unread()
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -60,7 +60,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             self._unread = self.loop.call_later(2 * idle_s, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._taken()
+            self._cancel_unread()
             super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
@@ -77,7 +77,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
         def on_headers_complete(self) -> None:
             self._head_bytes = 0
-            self._go_on()
+            self._cancel_idle()
             if not self._declines():
                 super().on_headers_complete()
 
@@ -112,17 +112,17 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
         def on_response_complete(self) -> None:
             super().on_response_complete()
             if self.cycle.response_complete:  # else the next request was here already
-                self._wait(idle_s if self.cycle.more_body else keep_alive_s)
+                self._limit_idle(idle_s if self.cycle.more_body else keep_alive_s)
 
-        def _wait(self, seconds: float) -> None:
-            self._go_on()
+        def _limit_idle(self, seconds: float) -> None:
+            self._cancel_idle()
             self._idle = self.loop.call_later(seconds, self.transport.abort)
 
-        def _go_on(self) -> None:
+        def _cancel_idle(self) -> None:
             if self._idle is not None:
                 self._idle.cancel()
 
-        def _taken(self) -> None:
+        def _cancel_unread(self) -> None:
             if self._unread is not None:
                 self._unread.cancel()
 
