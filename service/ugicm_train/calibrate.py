@@ -23,7 +23,7 @@ from torch import Tensor
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import HYPER_STRIDE, QUALITY_MAX, QUALITY_MIN
 from ugicm.codec.hyper_prior import CONTEXTS, by_phase
-from ugicm.codec.soften import size_of
+from ugicm.codec.soften import rms
 from ugicm.codec.store import model_path
 from ugicm_train.data import CropSampler, medians, read_photos
 from ugicm_train.export import narrow_table, read_training, write_model
@@ -45,10 +45,10 @@ Counts = NDArray[np.float64]
 
 
 def largest(model: TrainableCodec, sampler: CropSampler) -> Tensor:
-    """Largest size (`ugicm.codec.soften.size_of`) of a latent position to expect at each level, (levels,)."""
+    """Largest `rms` of a latent position to expect at each level, (levels,)."""
 
     def largest_of(crops: Tensor, level: Tensor) -> Tensor:
-        return size_of(model.latent_of(crops, level).permute(0, 2, 3, 1)).amax((1, 2))
+        return rms(model.latent_of(crops, level).permute(0, 2, 3, 1)).amax((1, 2))
 
     return LARGEST * medians(largest_of, sampler, levels=model.config.levels)
 

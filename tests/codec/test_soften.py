@@ -14,7 +14,7 @@ from tests.conftest import write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.inference import Sides
 from ugicm.codec.networks import bounded
-from ugicm.codec.soften import size_of, soften, worse_than_blurred
+from ugicm.codec.soften import rms, soften, worse_than_blurred
 from ugicm.codec.store import load_codec, read_model
 
 
@@ -105,7 +105,7 @@ def test_what_stays_oversized_is_bounded_and_found_within_its_margin(
     assert [times.nonzero().tolist() for times in softened] == [[[0, 5, 7]]] * 3
     assert [int(times.max()) for times in softened] == [1, 2, 3]
     expected = codec._analysis_for(0.0)(soften(pixels, softened[-1]), margin)
-    assert float(size_of(y)[where]) == pytest.approx(limit, rel=1e-3)
+    assert float(rms(y)[where]) == pytest.approx(limit, rel=1e-3)
     expected[where] = y[where]
     torch.testing.assert_close(y, expected)
 
@@ -139,8 +139,8 @@ def test_noise_is_worse_than_blur_and_a_good_picture_is_not() -> None:
 def test_bounded_latents_keep_their_direction(limit: float) -> None:
     y = torch.randn(1, 4, 4, 8) * torch.rand(1, 4, 4, 1) * 5
     out = bounded(y, limit, -1)
-    assert float(size_of(out).max()) <= limit * 1.001
-    small = size_of(y) <= limit
+    assert float(rms(out).max()) <= limit * 1.001
+    small = rms(y) <= limit
     torch.testing.assert_close(out[small], y[small])
     torch.testing.assert_close(torch.cosine_similarity(out, y, -1), torch.ones(1, 4, 4))
     torch.testing.assert_close(bounded(y.movedim(-1, 1), limit, 1).movedim(1, -1), out)

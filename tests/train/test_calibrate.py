@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.codec import Codec
 from ugicm.codec.coder import TOTAL
-from ugicm.codec.soften import size_of
+from ugicm.codec.soften import rms
 from ugicm.codec.store import load_codec, read_model
 from ugicm_train.calibrate import LARGEST, RADIUS, group, largest
 from ugicm_train.cli import main
@@ -63,7 +63,7 @@ def test_the_largest_latent_to_expect_is_measured(tiny_codec: Codec, photo: NDAr
         for picture in (plain, usual, busy):
             pixels = torch.from_numpy(picture.copy())[None]
             y = tiny_codec._transform(pixels, tiny_codec._tilt(tiny_codec._header(picture, quality)))
-            sizes.append(float(size_of(y).max()))
+            sizes.append(float(rms(y).max()))
         assert 1.1 * sizes[0] < sizes[1] < sizes[2] / 1.1
         assert float(found[level]) == pytest.approx(LARGEST * sizes[1], rel=0.01)
 

@@ -31,7 +31,7 @@ from ugicm.codec.errors import (
     check_pixels,
 )
 from ugicm.codec.inference import (
-    NOTHING,
+    NO_MARGIN,
     InferenceAnalysis,
     InferenceHyperAnalysis,
     InferenceSynthesis,
@@ -39,7 +39,7 @@ from ugicm.codec.inference import (
 )
 from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rates, bounded, moved
 from ugicm.codec.refine import Frame, Refiner, check_steps
-from ugicm.codec.soften import TAKEN, size_of, soften, worse_than_blurred
+from ugicm.codec.soften import BLUR_SHARES, rms, soften, worse_than_blurred
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
 from ugicm.memory import keep_freed_memory
 
@@ -503,7 +503,7 @@ class Codec:
 
     @without_autocast
     @torch.inference_mode()
-    def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NOTHING) -> Tensor:
+    def _transform(self, pixels: Tensor, tilt: float, margin: Sides = NO_MARGIN) -> Tensor:
         """uint8 (B, H, W, 3) -> y before gains, float32 (B, H/16, W/16, M)."""
         pixels = pixels.to(self._device)
         y = self._analysis_for(tilt)(pixels, margin)
@@ -511,7 +511,7 @@ class Codec:
             return y
         level = torch.tensor([level_of_tilt(tilt, self.config.levels)], dtype=torch.float32)
         limit = float(at_level(self._largest, level))
-        if bool((size_of(y) <= limit).all()):
+        if bool((rms(y) <= limit).all()):
             return y
         # Each picture of a batch is coded as it would be alone.
         each = [
@@ -528,10 +528,10 @@ class Codec:
         original = margin.scaled(LATENT_STRIDE).trim(pixels)
         frame = (margin.before, margin.after, margin.above, margin.below)
         times = torch.zeros(y.shape[:3], dtype=torch.int64, device=y.device)
-        while bool((oversized := ~(size_of(y) <= limit)).any()):
+        while bool((oversized := ~(rms(y) <= limit)).any()):
             decoded = self._synthesis_for(tilt, 0.0)((y * gain).round() * inverse)
             beyond = oversized & worse_than_blurred(decoded, original)
-            more = beyond & (times < len(TAKEN) - 1)
+            more = beyond & (times < len(BLUR_SHARES) - 1)
             if not more.any():
                 return torch.where(beyond[..., None], bounded(y, limit, -1), y)
             times += more

@@ -69,7 +69,7 @@ def shuffle(x: Tensor, side: int) -> Tensor:
 
 
 class Sides(NamedTuple):
-    """Something at each side of a picture's part, in positions."""
+    """A width at each side of a part of a picture, in positions: a margin, or what is cut off."""
 
     above: int = 0
     below: int = 0
@@ -95,7 +95,7 @@ class Sides(NamedTuple):
         return x[:, self.above : height - self.below, self.before : width - self.after]
 
 
-NOTHING = Sides()
+NO_MARGIN = Sides()
 
 
 class _Block:
@@ -112,7 +112,7 @@ class _Block:
         )
         self._merge = _plain(block.merge, dtype)
 
-    def __call__(self, x: Tensor, trim: Sides = NOTHING) -> Tensor:
+    def __call__(self, x: Tensor, trim: Sides = NO_MARGIN) -> Tensor:
         """Changes ``x``, which may be more precise than what is computed from it.
 
         `trim` cuts the outermost positions off, once the 3x3 filter has seen them.
@@ -142,7 +142,7 @@ class InferenceAnalysis:
         self.margin = 1 + math.ceil(len(self._blocks) / 2)
         """How far the transform looks, in latent positions."""
 
-    def __call__(self, pixels: Tensor, margin: Sides = NOTHING) -> Tensor:
+    def __call__(self, pixels: Tensor, margin: Sides = NO_MARGIN) -> Tensor:
         """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it."""
         margin, needed = margin.scaled(2), len(self._blocks) + 2
         pixels = margin.over(needed).scaled(PATCH).trim(pixels)
@@ -186,7 +186,7 @@ class InferenceSynthesis:
         self.margin = 1 + math.ceil(len(self._blocks) / 2)
         """How far the transform looks, in latent positions."""
 
-    def __call__(self, y: Tensor, margin: Sides = NOTHING, grain: Tensor | None = None) -> Tensor:
+    def __call__(self, y: Tensor, margin: Sides = NO_MARGIN, grain: Tensor | None = None) -> Tensor:
         """``margin`` (latent positions) is looked at and cut off, each part once nothing needs it.
 
         ``grain`` (B,): standard deviation of the noise added, in units of the pixels.

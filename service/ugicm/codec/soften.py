@@ -16,23 +16,24 @@ from ugicm.codec.config import LATENT_STRIDE
 
 BLUR = 5
 """Pixels a side that are averaged."""
-TAKEN = (0.0, 0.5, 0.75, 1.0)
-"""How much of the difference to the average goes where it was too much so many times."""
-CLEARLY = 10.0**2
-"""Squared error that is no matter."""
+BLUR_SHARES = (0.0, 0.5, 0.75, 1.0)
+"""Share of the detail (the difference from that average) that is removed where the latent has been too large
+once, twice and so on; first, where it never has."""
+TOLERANCE = 10.0**2
+"""A decode is worse than the blur only from this much more squared error on, in levels of 0..255."""
 AROUND = 2
 """Latent positions around an oversized one that are softened with it: the transforms look so far."""
 
 
-def size_of(y: Tensor) -> Tensor:
+def rms(y: Tensor) -> Tensor:
     """Root mean square over the channels of (B, h, w, M), (B, h, w)."""
     return y.square().mean(-1).sqrt()
 
 
 def soften(pixels: Tensor, times: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3), with less detail around latent positions where it was too much (B, h, w) times."""
+    """uint8 (B, H, W, 3), with less detail where the latent has been too large (B, h, w) times."""
     x = pixels.permute(0, 3, 1, 2).float()
-    share = torch.tensor(TAKEN, dtype=x.dtype, device=x.device)[times][:, None]
+    share = torch.tensor(BLUR_SHARES, dtype=x.dtype, device=x.device)[times][:, None]
     share = F.max_pool2d(share, 2 * AROUND + 1, stride=1, padding=AROUND)
     share = average(F.interpolate(share, scale_factor=LATENT_STRIDE), 2 * LATENT_STRIDE + 1)
     return x.lerp(average(x, BLUR), share).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
@@ -46,7 +47,7 @@ def worse_than_blurred(decoded: Tensor, original: Tensor) -> Tensor:
         F.avg_pool2d((view - x).square().mean(1, keepdim=True), LATENT_STRIDE)
         for view in (seen, average(x, BLUR))
     )
-    worse = (error > blurred + CLEARLY).float()
+    worse = (error > blurred + TOLERANCE).float()
     return F.max_pool2d(worse, 3, stride=1, padding=1)[:, 0] > 0
 
 
