@@ -80,11 +80,11 @@ def test_tiles_are_refined_within_their_surroundings(
     tiny_codec: Codec, photo: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codec_module, "TILE_SIDE", 64)
-    image = np.ascontiguousarray(photo[60:190, 100:300])
+    image = np.ascontiguousarray(photo[60:190, 100:230])
     (plain,) = tiny_codec.encode([image], QUALITY)
     (refined,) = tiny_codec.encode([image], QUALITY, refine=STEPS)
     assert peek(refined) == peek(plain)
-    assert peek(refined).tiles == 12
+    assert peek(refined).tiles == 9
     assert cost(tiny_codec, image, refined) < 0.97 * cost(tiny_codec, image, plain)
 
 
