@@ -1,11 +1,12 @@
-"""Servers that tests start."""
+"""Servers that tests start, and waiting for what they do."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -18,6 +19,13 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for at most a minute, in the event loop that the condition depends on."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 @contextmanager

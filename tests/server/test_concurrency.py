@@ -16,6 +16,7 @@ import httpx2
 import pytest
 from fastapi import FastAPI
 
+from tests.live import until
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import CodecError
 from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
@@ -45,12 +46,6 @@ async def make_async_client(make_app: Any) -> AsyncIterator[MakeAsyncClient]:
 def sample(client: Any, name: str, **labels: str) -> float:
     registry = client.app.state.services.metrics.registry
     return registry.get_sample_value(name, labels) or 0.0
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def start(requests: Iterable[Awaitable[httpx2.Response]]) -> list[asyncio.Task[httpx2.Response]]:

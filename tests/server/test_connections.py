@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
 from starlette.responses import Response
 
+from tests.live import until
 from ugicm.server.metrics import Metrics
 from ugicm.server.middleware import BodyLimit, CancelDeparted, Lifecycle, PacedAnswer, RequestContext
 from ugicm.server.serve import UNSENT_BYTES, _bounded_connection
@@ -49,12 +50,6 @@ async def serving(
         yield server, client
     server.should_exit = True
     await task
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_a_client_that_takes_nothing_is_cut_off() -> None:
