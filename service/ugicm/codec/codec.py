@@ -215,18 +215,13 @@ class Codec:
         check_steps(refine)
         headers = [self._header(*each) for each in zip(images, qualities, strict=True)]
         small = [i for i, header in enumerate(headers) if not refine and not header.tile_side]
-        out: list[bytes | None] = [None] * len(images)
-        for index, latent in zip(
-            small,
-            self.analyse([images[i] for i in small], [qualities[i] for i in small]),
-            strict=True,
-        ):
-            out[index] = self.pack(latent)
+        latents = self.analyse([images[i] for i in small], [qualities[i] for i in small])
+        out = {index: self.pack(latent) for index, latent in zip(small, latents, strict=True)}
         for index, image in enumerate(images):
-            if out[index] is None:
+            if index not in out:
                 # Tile by tile, so that a large picture's integers are never all in memory.
                 out[index] = self._encode_tiles(image, headers[index], refine)
-        return [data for data in out if data is not None]
+        return [out[index] for index in range(len(images))]
 
     def decode(self, bitstreams: Sequence[bytes], strength: float | Sequence[float] = 0.0) -> list[Image]:
         """Decode bitstreams to RGB pictures, uint8 (H, W, 3).
@@ -334,7 +329,7 @@ class Codec:
         for image in images:
             self._check_image(image)
         headers = [self._header(image, q) for image, q in zip(images, qualities, strict=True)]
-        out: list[Latent | None] = [None] * len(images)
+        out: dict[int, Latent] = {}
         for group in _batches([(*_shape(header), self._tilt(header)) for header in headers]):
             if headers[group[0]].tile_side:
                 for index in group:
@@ -346,7 +341,7 @@ class Codec:
             quantised = self._quantise(y, [headers[index].quality for index in group])
             for index, tile in zip(group, quantised, strict=True):
                 out[index] = Latent(headers[index], (tile,), picture=images[index])
-        return [latent for latent in out if latent is not None]
+        return [out[index] for index in range(len(images))]
 
     def pack(self, latent: Latent) -> bytes:
         """CPU work of `encode`: entropy coding, or lossless coding where that takes fewer bytes."""
@@ -389,12 +384,11 @@ class Codec:
             (*_shape(header), header.lossless, value, self._tilt(header), self._share(header, value))
             for header, value in zip((latent.header for latent in latents), strengths, strict=True)
         ]
-        out: list[Image | None] = [None] * len(latents)
+        out: dict[int, Image] = {}
         for group in _batches(keys):
             images = self._synthesise_group([latents[i] for i in group], strengths[group[0]])
-            for index, image in zip(group, images, strict=True):
-                out[index] = image
-        return [image for image in out if image is not None]
+            out.update(zip(group, images, strict=True))
+        return [out[index] for index in range(len(latents))]
 
     # Parts
 
