@@ -12,21 +12,17 @@ _MMAP_BYTES = 1 << 25
 """The largest threshold that glibc accepts."""
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc's malloc reuse blocks of up to 32 MiB instead of unmapping them; True if it did.
+def keep_freed_memory() -> None:
+    """Let glibc's malloc reuse blocks of up to 32 MiB instead of unmapping them.
 
     Tensors of a few MiB otherwise cost a system call and page faults each. Does nothing outside glibc.
     """
     if not sys.platform.startswith("linux"):
-        return False
+        return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return False
-    settings = (
-        (_M_MMAP_THRESHOLD, _MMAP_BYTES),
-        (_M_TRIM_THRESHOLD, _KEEP_BYTES),
-        (_M_TOP_PAD, _GROW_BYTES),
-    )
-    accepted = [mallopt(name, value) for name, value in settings]
-    return all(accepted)
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+    mallopt(_M_TOP_PAD, _GROW_BYTES)
