@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from ugicm.codec.errors import MalformedBitstreamError
 
-PRECISION_BITS = 24
-TOTAL = 1 << PRECISION_BITS
+TOTAL = 1 << 24
 """Every table's frequencies sum to this."""
 SYMBOL_LIMIT = 32767
 """Largest magnitude of a symbol."""

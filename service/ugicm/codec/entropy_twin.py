@@ -115,7 +115,6 @@ class EntropyNetwork(nn.Module):
         self.context = nn.ModuleList(Pointwise(latent, width, scale=0.5) for _ in range(3))
         self.trunk = nn.ModuleList(EntropyBlock(width) for _ in range(config.context_blocks))
         self.heads = nn.ModuleList(Pointwise(width, 2 * latent, scale=0.1) for _ in range(4))
-        self.groups = 4
         self.group_channels = latent // 4
 
     def _parameters_of(self, step: int, position: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +141,7 @@ class EntropyNetwork(nn.Module):
         base = self.base(hyper)
         zeros = torch.zeros_like(y[:, : self.group_channels, ::2, ::2])
         targets = [phase.split(self.group_channels, 1) for phase in split_phases(y)]
-        known = [[zeros] * self.groups for _ in range(4)]
+        known = [[zeros] * 4 for _ in range(4)]
         observed, means, units = [], [], []
         for step in range(4):
             if step == 0:
