@@ -76,6 +76,11 @@ class View:
         """For file names."""
         return {0.0: "human", 1.0: "machine"}.get(self.strength, f"{self.strength:g}")
 
+    @property
+    def media_type(self) -> str:
+        """Of the picture."""
+        return MEDIA_TYPES[self.format.value]
+
 
 def get_view(
     request: Request,

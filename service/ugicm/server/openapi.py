@@ -44,7 +44,8 @@ def problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
 def _problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     by_status: dict[int | str, dict[str, Any]] = {}
     for kind in sorted(kinds, key=lambda kind: kind.status):
-        entry = by_status.setdefault(kind.status, {"description": "", "content": _problem_content()})
+        content = {PROBLEM_MEDIA_TYPE: {"schema": _reference("Problem")}}
+        entry = by_status.setdefault(kind.status, {"description": "", "content": content})
         line = f"{kind.title} (`{kind.code}`)"
         entry["description"] = "; ".join(filter(None, [entry["description"], line]))
     return by_status
@@ -179,10 +180,6 @@ def _drop_null(schema: dict[str, Any]) -> None:
 def _operations(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for path in schema["paths"].values():
         yield from path.values()
-
-
-def _problem_content() -> dict[str, Any]:
-    return {PROBLEM_MEDIA_TYPE: {"schema": _reference("Problem")}}
 
 
 def _reference(name: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ugicm.server.deps import Services, ServicesDep, TimingsDep, ViewDep
 from ugicm.server.models import BitstreamInfo
 from ugicm.server.openapi import BITSTREAM, IMAGE, problems
 from ugicm.server.problems import Code, ServiceError
-from ugicm.server.routes.codec import decoded, describe, kept, media_type, picture_headers
+from ugicm.server.routes.codec import decoded, describe, kept, picture_headers
 
 router = APIRouter(prefix="/bitstreams/{id}", tags=["bitstreams"])
 
@@ -98,7 +98,7 @@ async def get_image(
     picture, hit = await decoded(services, id, await kept(services, id, timings), view, timings)
     cache_control = _cache_control(request, services, PICTURE_AGE_S)
     headers = {**picture_headers(id, view, hit=hit), "Cache-Control": cache_control}
-    return respond(request, picture.content, etag=picture.etag, media_type=media_type(view), headers=headers)
+    return respond(request, picture.content, etag=picture.etag, media_type=view.media_type, headers=headers)
 
 
 @router.delete(

@@ -25,7 +25,7 @@ from ugicm.server.deps import (
     accepts_bitstream,
 )
 from ugicm.server.engine import RateTarget
-from ugicm.server.images import MEDIA_TYPES, ImageFormat
+from ugicm.server.images import ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
 from ugicm.server.openapi import DECODED, ENCODED, body, problems
 from ugicm.server.pictures import Picture, PictureKey
@@ -207,7 +207,7 @@ async def decode(
         headers["Content-Location"] = (
             f"/bitstreams/{id}/image?strength={view.strength:g}&format={view.format.value}"
         )
-    return Response(picture.content, headers=headers, media_type=media_type(view))
+    return Response(picture.content, headers=headers, media_type=view.media_type)
 
 
 async def kept(services: Services, id: str, timings: Timings) -> bytes:
@@ -233,11 +233,6 @@ async def decoded(
             PictureKey(id, view.strength, format),
             lambda: services.engine.decode(bitstream, view.strength, format, timings),
         )
-
-
-def media_type(view: View) -> str:
-    """Of the picture."""
-    return MEDIA_TYPES[view.format.value]
 
 
 def picture_headers(id: str, view: View, *, hit: bool) -> dict[str, str]:
