@@ -50,11 +50,16 @@ class Point(NamedTuple):
     score: float
 
 
+def line_of(points: Sequence[Point], strength: float) -> list[tuple[float, float]]:
+    """Rate and score of the points of one view, by rate."""
+    return sorted((p.bpp, p.score) for p in points if p.strength == strength)
+
+
 def curve(points: Sequence[Point], strength: float) -> Curve | None:
     """Score over bpp of one view, made monotone; None where fewer than two scores are left."""
     from scipy.optimize import isotonic_regression
 
-    view = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+    view = line_of(points, strength)
     if not view:
         return None
     bpp, scores = zip(*view, strict=True)
@@ -66,7 +71,7 @@ def curve(points: Sequence[Point], strength: float) -> Curve | None:
 
 def score_at(points: Sequence[Point], strength: float, bpp: float) -> float | None:
     """Score at a rate, linear in log bpp between the measured points; None outside them."""
-    view = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+    view = line_of(points, strength)
     if not view or not view[0][0] <= bpp <= view[-1][0]:
         return None
     rates, scores = zip(*view, strict=True)
@@ -77,9 +82,8 @@ def compare(curves: Mapping[str, Sequence[Point]], ours: str) -> dict[str, Any]:
     """BD-rates of the machine view at equal score, and the scores of all codecs at its rates."""
     mine = curves[ours]
     machine = curve(mine, 1.0)
-    references = {f"{ours} human": curve(mine, 0.0)} | {
-        name: curve(points, 0.0) for name, points in curves.items() if name not in (ours, ORIGINAL)
-    }
+    peers = {name: points for name, points in curves.items() if name not in (ours, ORIGINAL)}
+    references = {name: curve(points, 0.0) for name, points in {f"{ours} human": mine, **peers}.items()}
     rates = {
         name: None if machine is None or line is None else bd_rate(line, machine)
         for name, line in references.items()
@@ -89,11 +93,7 @@ def compare(curves: Mapping[str, Sequence[Point]], ours: str) -> dict[str, Any]:
             "bpp": point.bpp,
             "machine": point.score,
             "human": score_at(mine, 0.0, point.bpp),
-            **{
-                name: score_at(points, 0.0, point.bpp)
-                for name, points in curves.items()
-                if name not in (ours, ORIGINAL)
-            },
+            **{name: score_at(points, 0.0, point.bpp) for name, points in peers.items()},
         }
         for point in sorted(mine, key=lambda p: p.bpp)
         if point.strength == 1.0
@@ -183,7 +183,7 @@ def plot_scores(report: Mapping[str, Any], path: Path) -> None:
                 continue
             views = (0.0, 1.0) if codec == report["model"] else (0.0,)
             for strength in views:
-                line = sorted((p.bpp, p.score) for p in points if p.strength == strength)
+                line = line_of(points, strength)
                 style: dict[str, Any] = {"linestyle": "--", "linewidth": 1.2}
                 label = LABELS.get(codec, codec)
                 if codec == report["model"]:
