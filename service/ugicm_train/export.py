@@ -180,7 +180,7 @@ def write_model(
         "model": config.to_dict(),
         "digest": bitstream_digest(config, tensors).hex(),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "training": told_once(training, set()),
+        "training": without_repeats(training, set()),
     }
     text = json.dumps(description, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,21 +194,21 @@ def write_model(
         weights.write_bytes(data)
 
 
-def told_once(record: Any, told: set[str]) -> Any:
-    """The record, with what came before a model (named by its ``weights``) left out where it was told above.
+def without_repeats(record: Any, seen: set[str]) -> Any:
+    """The record; what came before a model, named by its ``weights``, is told the first time only.
 
     A mean of models that came from one another would repeat their past as often as it has branches.
     """
     if isinstance(record, list):
-        return [told_once(item, told) for item in record]
+        return [without_repeats(item, seen) for item in record]
     if not isinstance(record, dict):
         return record
     if "weights" in record:
         text = json.dumps(record, sort_keys=True)
-        if text in told:
+        if text in seen:
             return {name: record[name] for name in ("share", "weights") if name in record}
-        told.add(text)
-    return {name: told_once(value, told) for name, value in record.items()}
+        seen.add(text)
+    return {name: without_repeats(value, seen) for name, value in record.items()}
 
 
 def read_training(folder: Path) -> dict[str, Any]:

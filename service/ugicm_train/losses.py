@@ -96,12 +96,12 @@ def rate_distortion_loss(
         pull = teacher_weight * strength * distance * loss[:count].detach()
         loss = torch.cat([loss[:count] + pull, loss[count:]])
     weighted = weight * loss
-    # By value, too, an outlier is the worse the larger it is.
-    told = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
-    # No picture that is shown has a larger error than 1: one sample that explodes is not all that is told.
+    # An outlier's gradient no longer grows with its loss; the value that is reported does.
+    reported = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
+    # Decoders clip pixels, so no error is larger than 1: one sample that explodes must not hide the others.
     shown_human, shown_machine = human.detach().clamp(max=1.0), machine.detach().clamp(max=1.0)
     return LossTerms(
-        (weighted + told - weighted.detach()).mean(),
+        (weighted + reported - weighted.detach()).mean(),
         output.bpp.mean().detach(),
         shown_human.mean(),
         shown_machine.mean() if count else x.new_zeros(()),

@@ -57,7 +57,7 @@ DIFFERENCES = ("analysis_low", "analysis_high", "synthesis_low", "synthesis_high
 SCALED = ("analysis", "hyper_analysis", "entropy", "synthesis", *DIFFERENCES)
 """Parts that may learn `Scales` in place of weights: all but gains and prior, which are small."""
 DIFFERENCE_PACE = 8.0
-"""Of scales of `DIFFERENCES`: these are small, and so are shares of them."""
+"""How many times as fast scales of `DIFFERENCES` learn: these weights are small, and so are parts of them."""
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ class Scales(nn.Module):
     """
 
     def __init__(self, module: nn.Module, pace: float = 1.0) -> None:
-        """Of `module`; `pace` is how far a step of an optimiser moves them."""
+        """Of `module`; `pace` multiplies what an optimiser's steps change."""
         super().__init__()
         self.pace = pace
         named = {_key(name): value for name, value in weights_of(module).items()}

@@ -47,8 +47,8 @@ DIVERGED = 5.0
 COLLAPSED_DB, NOTHING_DB = 15.0, 3.0
 """So is one that has a view so far below its best PSNR, or below a PSNR at which half of the pictures show
 nothing."""
-LOGGED = 50
-"""Steps of a row of the log."""
+STEPS_PER_ROW = 50
+"""Of the log."""
 DRAWN_BEFORE = 1000
 """Drawn crops that a GPU, which needs some a step, chooses from; each takes milliseconds to draw."""
 FULL_STRENGTH_SHARE = 0.85
@@ -452,7 +452,7 @@ class Trainer:
                 now = time.monotonic()
                 if not writes:
                     continue
-                if self.step % LOGGED == 0:
+                if self.step % STEPS_PER_ROW == 0:
                     if self.graph_step is not None:
                         sums = self.graph_step.take_sums()
                     row = self._row(sums, count, factor, now - logged)

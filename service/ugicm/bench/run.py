@@ -229,7 +229,7 @@ def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[st
 
 
 def _memory(codec: Codec, images: Sequence[Image], quality: float) -> list[dict[str, Any]]:
-    """Peak memory of each picture, ascending, over the loaded codec beside the pictures."""
+    """Peak memory while each picture is coded, the smallest first, beyond that of codec and pictures."""
     rows = []
     peak = PeakMemory()
 

@@ -103,6 +103,7 @@ class SymbolEncoder:
             self._coder.encode(values + SYMBOL_LIMIT, _ESCAPES)
 
     def finish(self) -> bytes:
+        """The payload, a multiple of 4 bytes."""
         return self._coder.get_compressed().astype("<u4").tobytes()
 
 

@@ -85,6 +85,7 @@ class ModelConfig:
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8"))["model"])
 
     def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes."""
         return dataclasses.asdict(self)
 
 

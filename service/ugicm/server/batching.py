@@ -20,8 +20,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_RETRY_AFTER_S = 60
-_FORGET = 0.95
-"""What one finished admission leaves of the older ones in the measured rate."""
+_DECAY = 0.95
+"""Of the weight that older admissions have in the measured rate, with each that is finished."""
 
 
 class OverloadedError(Exception):
@@ -65,8 +65,8 @@ class Rate:
     def add(self, weight: int) -> None:
         """`weight` was finished."""
         now = time.monotonic()
-        self._weight = self._weight * _FORGET + weight
-        self._busy_s = self._busy_s * _FORGET + now - self._since
+        self._weight = self._weight * _DECAY + weight
+        self._busy_s = self._busy_s * _DECAY + now - self._since
         self._since = now
 
     @property

@@ -63,7 +63,7 @@ class Measurement(NamedTuple):
 
 
 def joined(measurements: Iterable[Measurement]) -> Measurement:
-    """All of them; where two know the same, or a picture by other pixels, the first."""
+    """All of them together; of two for one setting, or with other pixels of one name, the first counts."""
     images: dict[str, str] = {}
     rows: dict[tuple[str, str, float, str], Row] = {}
     targets: dict[tuple[str, str, float], RateTarget] = {}

@@ -52,6 +52,7 @@ def ms_ssim(original: Image, decoded: Image) -> float | None:
 
 
 def butteraugli_installed() -> bool:
+    """Whether the program `BUTTERAUGLI` is there."""
     return shutil.which(BUTTERAUGLI) is not None
 
 

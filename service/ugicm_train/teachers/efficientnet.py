@@ -59,5 +59,5 @@ class EfficientNetLite(nn.Module):
 
 
 def load(name: str, sides: Sequence[int]) -> FeatureTeacher:
-    """Teacher of one of the `VARIANTS`."""
+    """Teacher, one of the `VARIANTS`, that looks at regions of these sides in pixels."""
     return FeatureTeacher(EfficientNetLite(name), sides=sides, mean=MEAN, std=STD)

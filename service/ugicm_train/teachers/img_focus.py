@@ -117,4 +117,5 @@ def read_weights(depth: int) -> dict[str, Tensor]:
 
 
 def load(sides: Sequence[int]) -> FeatureTeacher:
+    """Teacher that looks at regions of these sides in pixels; ``TeacherError`` without the package."""
     return FeatureTeacher(ImgFocus(), sides=sides, mean=MEAN, std=STD)

@@ -136,4 +136,5 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
 
 
 def load(sides: Sequence[int], path: Path) -> FeatureTeacher:
+    """Teacher that looks at regions of these sides in pixels; ``TeacherError`` where `path` is not `FILE`."""
     return FeatureTeacher(NanoDet(path), sides=sides, mean=MEAN, std=STD)
