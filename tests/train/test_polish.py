@@ -82,11 +82,12 @@ def test_forgotten_machine_view_is_the_human_view() -> None:
             torch.testing.assert_close(model.machine_view(y, level, strength), human)
 
 
-def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+def test_restored_model_sees_the_latents_of_the_decoder(
+    tiny_store: Path, tiny_codec: Codec, photo: NDArray[np.uint8]
+) -> None:
     stored = read_model(tiny_store / "tiny")
-    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
     crop = photo[:128, :192]
-    exact = codec.unpack(codec.encode([crop], 50.0)[0]).y_hat
+    exact = tiny_codec.unpack(tiny_codec.encode([crop], 50.0)[0]).y_hat
     assert exact is not None
     model = restore(stored.config, stored.tensors).eval()
     x = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 255

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
+from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import lambda_of
-from ugicm.codec.store import load_codec, read_model
+from ugicm.codec.store import read_model
 from ugicm_train.export import export, model_tensors, read_training, write_model
 from ugicm_train.losses import Judge
 from ugicm_train.restore import fit_prior, hyper_tables, move_levels, move_rates, restore, start_from
@@ -132,13 +133,14 @@ def test_a_run_has_the_config_of_the_model_that_it_starts_from(
     assert load_checkpoint(tmp_path / "run")["config"] == wide.to_dict()
 
 
-def test_decoded_views_are_those_that_were_trained(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+def test_decoded_views_are_those_that_were_trained(
+    tiny_store: Path, tiny_codec: Codec, photo: NDArray[np.uint8]
+) -> None:
     stored = read_model(tiny_store / "tiny")
     model = restore(stored.config, stored.tensors).eval()
-    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
     for quality in (1.0, 25.75, 50.5, 100.0):
-        bitstream = codec.encode([photo[:128, :192]], quality)[0]
-        y_hat = codec.unpack(bitstream).y_hat
+        bitstream = tiny_codec.encode([photo[:128, :192]], quality)[0]
+        y_hat = tiny_codec.unpack(bitstream).y_hat
         assert y_hat is not None
         level = torch.tensor([(quality - 1) / 99 * (stored.config.levels - 1)])
         pictures = []
@@ -147,6 +149,6 @@ def test_decoded_views_are_those_that_were_trained(tiny_store: Path, photo: NDAr
                 latent = y_hat.permute(2, 0, 1)[None] * model.gains(level)[1]
                 view = model.machine_view(latent, level, strength)[0]
             expected = (view.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
-            pictures.append(codec.decode([bitstream], strength)[0])
+            pictures.append(tiny_codec.decode([bitstream], strength)[0])
             np.testing.assert_allclose(pictures[-1], expected, atol=1)
         assert (pictures[0] != pictures[2]).any()

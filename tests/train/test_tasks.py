@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 
 from ugicm.codec.codec import Codec
-from ugicm.codec.store import load_codec
 from ugicm_train.cli import main
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
@@ -1149,9 +1148,8 @@ def test_jobs_judge_the_same(tmp_path: Path, colours: Path, colour_network: str,
     assert not list((tmp_path / "three").glob("*part*"))
 
 
-def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, tiny_store: Path) -> None:
-    codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
-    ours = ugicm_coder(codec, tiny_store / "tiny", (1.0,))
+def test_high_rates_of_a_codec_are_skipped(tmp_path: Path, colours: Path, ours: Coder) -> None:
+    ours = dataclasses.replace(ours, qualities=(1.0,))
     webp = dataclasses.replace(pillow_coder("webp"), qualities=(1.0, 90.0, 95.0))
     task = Top1("colours", colour_scores, colours, read_labels(colours / "labels.csv"))
     points = evaluate(ours, [webp], [task], tmp_path)["tasks"]["colours"]["curves"]["webp"]
