@@ -5,6 +5,8 @@ Needs only torch, numpy, Pillow and safetensors.
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -252,3 +254,21 @@ def shrink(crop: Tensor, size: int) -> Tensor:
     """(3, side, side) uint8 -> (3, size, size) uint8, filtered against aliasing."""
     small = F.interpolate(crop[None].float(), size=(size, size), mode="bicubic", antialias=True)[0]
     return small.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train pack``."""
+    parser.add_argument("sources", type=Path, nargs="+", help="folders of photos, or single ones")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write shards into")
+    parser.add_argument("--max-mb", type=float, default=60.0, help="size of a shard in MB")
+    parser.add_argument("--min-side", type=int, default=256, help="skip photos with a shorter side")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Pack, and print the shards."""
+    if not 0 < arguments.max_mb < math.inf:
+        raise ValueError(f"max-mb must be finite and above 0, got {arguments.max_mb}")
+    max_bytes = int(arguments.max_mb * 1e6)
+    for shard in pack(arguments.sources, arguments.out, max_bytes=max_bytes, min_side=arguments.min_side):
+        print(shard)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -240,3 +241,17 @@ def export(run: Path, folder: Path, *, checkpoint: str = "checkpoint.pt", name: 
     model = load_average(state)
     config = dataclasses.replace(model.config, name=name or folder.resolve().name)
     write_model(folder, config, model_tensors(model), run_record(state))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train export``."""
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("folder", type=Path, help="model folder, such as model_store/ugicm-s")
+    parser.add_argument("--checkpoint", default="checkpoint.pt", help="checkpoint file of the run")
+    parser.add_argument("--name", help="model name (default: the folder's)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export."""
+    export(arguments.run, arguments.folder, checkpoint=arguments.checkpoint, name=arguments.name)
+    return 0

@@ -5,6 +5,7 @@ Needs only torch, numpy, Pillow and safetensors; shows a live progress bar where
 
 from __future__ import annotations
 
+import argparse
 import copy
 import csv
 import dataclasses
@@ -572,3 +573,69 @@ def train(
 def _has_rows(log: Path) -> bool:
     """Whether a run wrote more there than the header."""
     return log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 1
+
+
+def _config(name: str) -> ModelConfig:
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{name!r} is neither a config.json nor one of {', '.join(PRESETS)}")
+    try:
+        return ModelConfig.from_json(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{name} describes no model: {error}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``ugicm-train run``: where and from what, then the fields of `TrainOptions`."""
+    parser.add_argument(
+        "--config",
+        type=_config,
+        help="preset name or config.json (default: that of the checkpoint or of --start, else ugicm-s)",
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of photos or shards")
+    parser.add_argument("--out", type=Path, required=True, help="run folder (checkpoints, log)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=CHECKPOINT,
+        metavar="CHECKPOINT",
+        help="continue from a checkpoint of the run folder (default: checkpoint.pt)",
+    )
+    parser.add_argument("--start", metavar="MODEL", help="begin with the weights of a stored model")
+    kinds = {"minutes": float, "steps": int, "threads": int}  # those without a default
+    for option in dataclasses.fields(TrainOptions):
+        flag, kind = f"--{option.name.replace('_', '-')}", kinds.get(option.name) or type(option.default)
+        text = option.metadata["help"]
+        if option.default is not None:
+            text += " (default: %(default)s)"
+        if kind is bool:
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag, action=action, default=option.default, help=text)
+        else:
+            parser.add_argument(flag, type=kind, default=option.default, help=text)
+    parser.add_argument(
+        "--teacher", help="judge of the machine view, such as open_clip:ViT-B-32/openai (default: none)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train in the run folder."""
+    names = [option.name for option in dataclasses.fields(TrainOptions)]
+    options = TrainOptions(**{name: getattr(arguments, name) for name in names})
+    teacher = None
+    if arguments.teacher:
+        from ugicm_train.teachers import parse_teacher
+
+        teacher = parse_teacher(arguments.teacher, arguments.precision)
+    return train(
+        arguments.config,
+        options,
+        arguments.data,
+        arguments.out,
+        resume=arguments.resume,
+        start=arguments.start,
+        teacher=teacher,
+        teacher_name=arguments.teacher,
+    )
