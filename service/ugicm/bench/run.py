@@ -239,8 +239,8 @@ def _memory(codec: Codec, images: Sequence[Image], quality: float) -> list[dict[
     for image in images:
         megapixels = image.shape[0] * image.shape[1] / 1e6
         coded: list[bytes] = []
-        for op in ("encode", "decode"):
-            used = peak.during(partial(codec.decode, coded) if coded else partial(encode, image, coded))
+        for op, work in (("encode", partial(encode, image, coded)), ("decode", partial(codec.decode, coded))):
+            used = peak.during(work)
             if used is not None:
                 mib = used / 2**20
                 rows.append(
@@ -282,18 +282,14 @@ def _own_rows(context: _Context, images: Sequence[Image]) -> Iterator[dict[str, 
         row["stages_ms"] = {name: round(value, 2) for name, value in timing.stages.items()}
         row["stages_ms"]["other"] = round(timing.median - sum(timing.stages.values()), 2)
 
-        computed = pixels if op == "encode" else lossy
-
-        def gflops(stages: dict[str, str], timing: Timing = timing, computed: int = computed) -> float:
-            """Rate of stages, given with the names of what was counted for them."""
-            macs = sum(context.macs[name] for name in stages.values())
-            return 2 * computed * macs / sum(timing.stages[name] for name in stages) / 1e6
-
-        if computed:
-            rate = gflops({name: name for name in TRANSFORMS if name in timing.stages})
+        if coded_pixels := pixels if op == "encode" else lossy:
+            transforms = [name for name in TRANSFORMS if name in timing.stages]
+            macs, ms = (sum(each[name] for name in transforms) for each in (context.macs, timing.stages))
+            rate = 2 * coded_pixels * macs / ms / 1e6
             row["transform_gflops"] = round(rate, 1)
             row["share_of_peak"] = round(rate / context.peaks[codec.precision], 6)
-            row["entropy_gflops"] = round(gflops({"entropy model": f"{op}r's entropy model"}), 1)
+            macs, ms = context.macs[f"{op}r's entropy model"], timing.stages["entropy model"]
+            row["entropy_gflops"] = round(2 * coded_pixels * macs / ms / 1e6, 1)
         yield row
     if len(images) == 1:
         photo = write_image(images[0], "jpeg")
