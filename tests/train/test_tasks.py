@@ -27,7 +27,7 @@ from ugicm_train.evaluation.machine import (
     chosen_images,
     evaluate,
     identity_of_data,
-    point_of,
+    points_of,
     remembered,
     run,
     tasks_of,
@@ -1287,9 +1287,10 @@ class TestErrors:
                     key = Key("task", "ours", float(step), strength, name)
                     journal.add(key, Entry(bits, 30.0, score))
         points = [
-            point_of(task, "ours", float(step), strength, self.NAMES, journal)
+            point
             for step in range(4)
             for strength in (0.0, 1.0)
+            for point in points_of(task, "ours", float(step), strength, [self.NAMES], journal)
         ]
         assert compare({"ours": points}, "ours")["bd_rate_percent"]["ours human"] == pytest.approx(-50, abs=8)
         found = bd_rate_errors(task, {"ours": points}, "ours", self.NAMES, journal)
@@ -1303,7 +1304,7 @@ class TestErrors:
         scores = np.random.default_rng(2).normal(0, 1, len(self.NAMES))
         for name, score in zip(self.NAMES, scores, strict=True):
             journal.add(Key("task", "ours", 1.0, 1.0, name), Entry(0.1, 30.0, float(score)))
-        points = [point_of(task, "ours", 1.0, 1.0, self.NAMES, journal)]
+        points = points_of(task, "ours", 1.0, 1.0, [self.NAMES], journal)
         monkeypatch.setattr(
             "ugicm_train.evaluation.machine.compare",
             lambda curves, ours: {"bd_rate_percent": {"mean": 100 * curves[ours][0].score}},

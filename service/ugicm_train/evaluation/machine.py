@@ -118,14 +118,6 @@ def judge_picture(uses: Sequence[Use], coder: Coder, quality: float, path: Path,
             journal.add(key, Entry(bpp, psnr, use.task.judge(use.name, decoded)))
 
 
-def point_of(
-    task: Task, codec: str, quality: float, strength: float, names: Collection[str], journal: Journal
-) -> Point:
-    """A point of a curve from what the journal has of the named pictures."""
-    (point,) = points_of(task, codec, quality, strength, [names], journal)
-    return point
-
-
 def points_of(
     task: Task,
     codec: str,
@@ -134,7 +126,7 @@ def points_of(
     parts: Sequence[Collection[str]],
     journal: Journal,
 ) -> list[Point]:
-    """`point_of` for each of several choices of pictures."""
+    """A point of a curve for each of several choices of pictures, by name, from the journal."""
     names = dict.fromkeys(name for part in parts for name in part)
     entries = {name: journal[Key(task.name, codec, quality, strength, name)] for name in names}
     scores = task.scores({name: entry.judgement for name, entry in entries.items()}, parts)
@@ -174,7 +166,7 @@ def measure_curves(
             progress.advance()
         for task in list(wanted):
             for strength in coder.views.values():
-                point = point_of(task, coder.name, quality, strength, images[task.name], journal)
+                (point,) = points_of(task, coder.name, quality, strength, [images[task.name]], journal)
                 progress.say(
                     f"{task.name}: {coder.name} quality {quality:g} strength {strength:g}: "
                     f"{point.bpp:.3f} bpp, {task.metric} {point.score:.4f}, {point.psnr_db:.2f} dB"
