@@ -65,6 +65,18 @@ async def answer(send: Send, status: int = 200) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application that answers at once."""
+    await answer(send)
+
+
+async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+    """One that reads the whole body first."""
+    while (await receive())["more_body"]:
+        pass
+    await answer(send)
+
+
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "POST"])
 async def test_work_of_a_departed_client_is_cancelled(metrics: Metrics, method: str) -> None:
     cancelled = asyncio.Event()
@@ -135,13 +147,8 @@ async def test_a_cancelled_server_task_stays_cancelled(metrics: Metrics) -> None
 
 
 async def test_a_body_of_exactly_the_limit_passes() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive())["more_body"]:
-            pass
-        await answer(send)
-
     client = Client(chunk(b"12345", more=True), chunk(b"67890"))
-    await BodyLimit(app, 10, 60)(scope(content_length="10"), client.receive, client.send)
+    await BodyLimit(reading, 10, 60)(scope(content_length="10"), client.receive, client.send)
     assert client.received[0]["status"] == 200
 
 
@@ -149,11 +156,8 @@ async def test_a_body_of_exactly_the_limit_passes() -> None:
 async def test_zeros_in_front_of_a_length_say_nothing(metrics: Metrics, length: str, status: int) -> None:
     """Python converts 4300 digits at most."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await answer(send)
-
     client = Client()
-    limited = RequestContext(BodyLimit(app, 10, 60), metrics, Lifecycle())
+    limited = RequestContext(BodyLimit(answering, 10, 60), metrics, Lifecycle())
     await limited(scope(content_length=5000 * "0" + length), client.receive, client.send)
     assert client.received[0]["status"] == status
 
@@ -207,12 +211,9 @@ async def test_log_lines_of_a_request_have_its_id(metrics: Metrics) -> None:
 async def test_probes_are_logged_at_debug_level_only(
     metrics: Metrics, log: list[Any], path: str, level: str
 ) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await answer(send)
-
     client = Client()
     asked = {**scope("GET"), "path": path}
-    await RequestContext(app, metrics, Lifecycle())(asked, client.receive, client.send)
+    await RequestContext(answering, metrics, Lifecycle())(asked, client.receive, client.send)
     assert [(line["path"], line["status"], line["log_level"]) for line in log] == [(path, 200, level)]
 
 
@@ -347,12 +348,7 @@ async def test_an_answer_that_has_begun_breaks_off_while_stopping(metrics: Metri
 
 
 async def test_a_body_that_stops_arriving_is_given_up(metrics: Metrics) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive())["more_body"]:
-            pass
-        await answer(send)
-
-    limited = RequestContext(BodyLimit(app, 10, 0.01), metrics, Lifecycle())
+    limited = RequestContext(BodyLimit(reading, 10, 0.01), metrics, Lifecycle())
     silent = Client(chunk(b"x", more=True))
     await limited(scope(), silent.receive, silent.send)
     assert silent.received[0]["status"] == 408
@@ -370,12 +366,7 @@ class Trickle(Client):
 
 @pytest.mark.parametrize(("size", "status"), [(1, 408), (PIECE_BYTES // 4, 200)])
 async def test_a_body_that_trickles_is_given_up(metrics: Metrics, size: int, status: int) -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive())["more_body"]:
-            pass
-        await answer(send)
-
-    limited = RequestContext(BodyLimit(app, 1 << 30, 0.5), metrics, Lifecycle())
+    limited = RequestContext(BodyLimit(reading, 1 << 30, 0.5), metrics, Lifecycle())
     client = Trickle(*[chunk(bytes(size), more=True)] * 80, chunk(b""))
     await limited(scope(), client.receive, client.send)
     assert client.received[0]["status"] == status
