@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 MAX_RETRY_AFTER_S = 60
 _DECAY = 0.95
-"""Of the weight that older admissions have in the measured rate, with each that is finished."""
+"""Factor on what older admissions weigh in the measured rate, each time that one is finished."""
 
 
 class OverloadedError(Exception):
