@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,17 @@ def pillow_coder(name: str) -> Coder:
 def installed_peers() -> list[str]:
     """Those of `PEERS` that this Pillow can write."""
     return [name for name in PEERS if _library(name) is not None]
+
+
+def add_peers_argument(parser: argparse.ArgumentParser) -> None:
+    """Option of the commands that compare."""
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=installed_peers(),
+        choices=list(PEERS),
+        help="none named: none coded (default: those installed)",
+    )
 
 
 def _library(name: str) -> str | None:

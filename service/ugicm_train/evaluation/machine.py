@@ -38,10 +38,9 @@ from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import Agreement, SameBoxes, SameClasses, SamePixels
 from ugicm_train.evaluation.coders import (
     HUMAN_ONLY,
-    PEERS,
     Coder,
+    add_peers_argument,
     checked_qualities,
-    installed_peers,
     pillow_coder,
     ugicm_coder,
 )
@@ -458,13 +457,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strengths", type=float, nargs="+", default=(0.0, 1.0), help="0 and 1 are always decoded"
     )
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        default=installed_peers(),
-        choices=list(PEERS),
-        help="none named: none coded (default: those installed)",
-    )
+    add_peers_argument(parser)
     parser.add_argument(
         "--plain", metavar="MODEL", help="trained for people alone: its human view is a peer as well"
     )

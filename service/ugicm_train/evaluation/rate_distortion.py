@@ -28,9 +28,8 @@ from ugicm_train.evaluation.anchors import METRICS, Point, curve, points_of, rea
 from ugicm_train.evaluation.bdrate import bd_rate
 from ugicm_train.evaluation.coders import (
     DEFAULT_QUALITIES,
-    PEERS,
+    add_peers_argument,
     checked_qualities,
-    installed_peers,
     pillow_coder,
     refined_coder,
     ugicm_coder,
@@ -243,13 +242,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--qualities", type=float, nargs="+", default=DEFAULT_QUALITIES, help="1..100, at least two"
     )
-    parser.add_argument(
-        "--peers",
-        nargs="*",
-        default=installed_peers(),
-        choices=list(PEERS),
-        help="none named: none coded (default: those installed)",
-    )
+    add_peers_argument(parser)
     parser.add_argument(
         "--refine", type=int, metavar="STEPS", help="measure the model with refined latents, too; slow"
     )
