@@ -1,6 +1,7 @@
 """A working transform to start from: DCT in and out, Haar down and up.
 
-Training from here reaches in half an hour on two CPU cores what a random start does not reach in hours.
+A prototype with it, Muon and twice the latent channels passed the final result of an ordinary start in a
+third of its half hour on two CPU cores.
 """
 
 from __future__ import annotations
