@@ -7,6 +7,9 @@ import json
 from typing import Any
 
 import pytest
+from starlette.types import Message
+
+from tests.server.asgi import Client, chunk
 
 
 def lines(response: Any) -> list[dict[str, Any]]:
@@ -113,21 +116,13 @@ def test_nothing_is_encoded_for_a_client_that_left_before_the_answer(
     scope, body = scope_and_body(client, image_file, 4)
 
     async def ask() -> None:
-        started, sent = asyncio.Event(), False
+        sender = Client(chunk(body))
 
-        async def receive() -> dict[str, Any]:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await started.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            started.set()
+        async def send(message: Message) -> None:
+            sender.gone.set()
             await asyncio.sleep(60)  # it takes nothing
 
-        await client.app(scope, receive, send)
+        await client.app(scope, sender.receive, send)
         await asyncio.sleep(0.1)
 
     before = list(codec.calls)
@@ -143,25 +138,17 @@ def test_no_more_is_encoded_for_a_client_that_takes_no_more_lines(
     scope, body = scope_and_body(client, image_file, 12)
 
     async def ask() -> set[str]:
-        reading, sent = asyncio.Event(), False
+        sender = Client(chunk(body))
 
-        async def receive() -> dict[str, Any]:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
-            await reading.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
+        async def send(message: Message) -> None:
             if message["type"] == "http.response.body":
                 codec.gate.clear()
                 if leaves:
-                    reading.set()
+                    sender.gone.set()
                 await asyncio.Event().wait()
 
         before = asyncio.all_tasks()
-        await client.app(scope, receive, send)
+        await client.app(scope, sender.receive, send)
         for _ in range(10):  # what was cancelled ends
             await asyncio.sleep(0)
         names = {task.get_coro().__qualname__ for task in asyncio.all_tasks() - before}

@@ -13,6 +13,7 @@ import uvicorn
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from tests.server.asgi import Client, chunk
 from ugicm.server.metrics import Metrics
 from ugicm.server.middleware import (
     PIECE_BYTES,
@@ -36,28 +37,6 @@ def metrics() -> Metrics:
 def scope(method: str = "POST", **headers: str) -> Scope:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return {"type": "http", "method": method, "path": "/x", "headers": raw}
-
-
-class Client:
-    """Sends messages, then disconnects when told to."""
-
-    def __init__(self, *messages: Message) -> None:
-        self.messages = list(messages)
-        self.gone = asyncio.Event()
-        self.received: list[Message] = []
-
-    async def receive(self) -> Message:
-        if self.messages:
-            return self.messages.pop(0)
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(self, message: Message) -> None:
-        self.received.append(message)
-
-
-def chunk(body: bytes, more: bool = False) -> Message:
-    return {"type": "http.request", "body": body, "more_body": more}
 
 
 async def answer(send: Send, status: int = 200) -> None:

@@ -154,6 +154,14 @@ class Codec:
                 ) from error
             return module.requires_grad_(False).to(self._device)
 
+        def by_level(name: str) -> Tensor | None:
+            table = model.tensors.get(name)
+            if table is not None and table.shape != (config.levels,):
+                raise ModelStoreError(
+                    f"{config.name} has {config.levels} levels, but {name} of shape {tuple(table.shape)}"
+                )
+            return table
+
         self._analysis = load(Analysis(config), "analysis")
         self._analysis_low = load(Analysis(config), "analysis_low")
         self._analysis_high = load(Analysis(config), "analysis_high")
@@ -166,15 +174,9 @@ class Codec:
         self._preference = load(Synthesis(config), "preference")
         self._preference_low = load(Synthesis(config), "preference_low")
         self._preference_high = load(Synthesis(config), "preference_high")
-        for name in ("grain", "reach", "largest"):
-            if (table := model.tensors.get(name)) is not None and table.shape != (config.levels,):
-                raise ModelStoreError(
-                    f"{config.name} has {config.levels} levels, but {name} of shape {tuple(table.shape)}"
-                )
-        grain = model.tensors.get("grain")
+        grain = by_level("grain")
         self._grain = None if grain is None else grain.to(self._device)
-        self._reach = model.tensors.get("reach")
-        self._largest = model.tensors.get("largest")
+        self._reach, self._largest = by_level("reach"), by_level("largest")
         self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         try:
             self._entropy = EntropyModel(config, model.tensors, self._device)

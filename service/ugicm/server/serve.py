@@ -51,8 +51,8 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             self._limit_idle(idle_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel_idle()
-            self._cancel_unread()
+            _cancel(self._idle)
+            _cancel(self._unread)
             super().connection_lost(exc)
 
         def pause_writing(self) -> None:
@@ -60,7 +60,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             self._unread = self.loop.call_later(2 * idle_s, self.transport.abort)
 
         def resume_writing(self) -> None:
-            self._cancel_unread()
+            _cancel(self._unread)
             super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
@@ -77,7 +77,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
         def on_headers_complete(self) -> None:
             self._head_bytes = 0
-            self._cancel_idle()
+            _cancel(self._idle)
             if not self._declines():
                 super().on_headers_complete()
 
@@ -115,18 +115,15 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
                 self._limit_idle(idle_s if self.cycle.more_body else keep_alive_s)
 
         def _limit_idle(self, seconds: float) -> None:
-            self._cancel_idle()
+            _cancel(self._idle)
             self._idle = self.loop.call_later(seconds, self.transport.abort)
 
-        def _cancel_idle(self) -> None:
-            if self._idle is not None:
-                self._idle.cancel()
-
-        def _cancel_unread(self) -> None:
-            if self._unread is not None:
-                self._unread.cancel()
-
     return Connection
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 class _DrainingServer(uvicorn.Server):
