@@ -1,7 +1,7 @@
 """``ugicm-train average``: the mean of the weights of models that one has become by further training.
 
 Such models lie in one valley, and their mean can be better than each (Wortsman et al., "Model soups", ICML
-2022). Like a run's export it has tables and grain of its own only after `calibrate` and `polish`.
+2022). Like a run's export it has tables and grain of its own only after `calibrate`.
 """
 
 from __future__ import annotations

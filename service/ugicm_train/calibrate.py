@@ -7,12 +7,14 @@ another table at every level of quality and for every context, so they are count
 context and channel, each pulled towards its channel's, grouped into a few tables by k-means under code
 length. Bitstreams get shorter, most at low rates, and those of before no longer decode.
 
-Measure how large latents are, so that the encoder knows what is no photo's (`ugicm.codec.soften`).
+Measure how large latents are, so that the encoder knows what is no photo's (`ugicm.codec.soften`); and, with
+``--grain``, how large errors are, to set the machine view's grain (`ugicm.codec.grain`).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,8 @@ FLOOR = 1e-3
 """Symbols that no photo of that channel and level has are taken to be this many."""
 ROUNDS = 30
 BATCH = 8
+ERROR_SIZE = 256
+"""Errors are measured on crops of this side in pixels, as in training, or of `size` where that is smaller."""
 LARGEST = 1.7
 """What the encoder takes for a photo's, in multiples of the median crop's largest. Kodak reaches 1.73."""
 
@@ -51,6 +55,32 @@ def largest(model: TrainableCodec, sampler: CropSampler) -> Tensor:
         return rms(model.latent_of(crops, level).permute(0, 2, 3, 1)).amax((1, 2))
 
     return LARGEST * medians(largest_of, sampler, levels=model.config.levels)
+
+
+def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
+    """Root mean squared error of the human view at each level, (levels,), where pixels lie in [0, 1].
+
+    That of the median crop: one that is unlike any photo can come out as anything at all.
+    """
+
+    def error(crops: Tensor, level: Tensor) -> Tensor:
+        human = model(crops, level, machine_count=0, noise=False).human
+        return (human - crops).square().mean((1, 2, 3))
+
+    return medians(error, sampler, levels=model.config.levels).sqrt().cpu()
+
+
+def set_grain(tensors: dict[str, Tensor], model: TrainableCodec, sampler: CropSampler, grain: float) -> None:
+    """Store what deviation the grain of `model` has: that share of its `usual_error`, none for 0."""
+    tensors.pop("grain", None)
+    if grain:
+        tensors["grain"] = grain * usual_error(model, sampler)
+
+
+def check_grain(grain: float) -> None:
+    """``ValueError`` for no share that an error can have."""
+    if not 0 <= grain < math.inf:
+        raise ValueError(f"grain must be finite and at least 0, got {grain}")
 
 
 def count(codec: Codec, sampler: CropSampler, crops: int) -> Counts:
@@ -111,9 +141,20 @@ def group(probabilities: Counts, weights: Counts, tables: int) -> tuple[NDArray[
 
 
 def calibrate(
-    source: Path, folder: Path, data: list[Path], *, crops: int, size: int, tables: int, seed: int
+    source: Path,
+    folder: Path,
+    data: list[Path],
+    *,
+    crops: int,
+    size: int,
+    tables: int,
+    seed: int,
+    grain: float | None = None,
 ) -> None:
-    """Write the model in `source` with tables counted on `crops` of `size` pixels a side to `folder`."""
+    """Write the model in `source` with tables counted on `crops` of `size` pixels a side to `folder`.
+
+    ``grain``: share of the error that comes back in the machine view; None leaves it as it is.
+    """
     stored = read_stored(source)
     photos = [photo for _, photo in read_photos(data, min_side=size)]
     counts = count(Codec(stored), CropSampler(photos, size=size, seed=seed), crops)
@@ -122,19 +163,26 @@ def calibrate(
         distributions(counts).reshape(-1, counts.shape[-1]), counts.sum(-1).reshape(-1), tables
     )
     made = [narrow_table(centre[:-1]) for centre in centres]
+    model = restore(stored.config, stored.tensors)
     tensors = stored.tensors | {
-        "largest": largest(restore(stored.config, stored.tensors), CropSampler(photos, size=size, seed=seed)),
+        "largest": largest(model, CropSampler(photos, size=size, seed=seed)),
         "tables.z.frequencies": torch.from_numpy(np.concatenate(made)),
         "tables.z.lengths": torch.tensor([len(table) for table in made], dtype=torch.int32),
         "tables.z.choice": torch.from_numpy(choice.reshape(shape).astype(np.uint8)),
     }
+    record: dict[str, object] = {
+        "calibrated": {"crops": crops, "size": size, "tables": len(made), "seed": seed}
+    }
+    if grain is not None:
+        sampler = CropSampler(photos, size=min(size, ERROR_SIZE), seed=seed)
+        set_grain(tensors, model, sampler, grain)
+        record["grain"] = grain
     alone = counts.sum((0, 1)) + FLOOR
     bits = [
-        -(counts * np.log2(model)).sum() / counts.sum()
-        for model in (alone / alone.sum(-1, keepdims=True), centres[choice].reshape(counts.shape))
+        -(counts * np.log2(table)).sum() / counts.sum()
+        for table in (alone / alone.sum(-1, keepdims=True), centres[choice].reshape(counts.shape))
     ]
     print(f"bits of a hyper symbol: {bits[1]:.4f}, with one table for each channel {bits[0]:.4f}")
-    record = {"calibrated": {"crops": crops, "size": size, "tables": len(made), "seed": seed}}
     write_model(folder, stored.config, tensors, read_training(source) | record)
 
 
@@ -147,6 +195,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=512, help="their side in pixels")
     parser.add_argument("--tables", type=int, default=64, help="tables to make, at most 255")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--grain",
+        type=float,
+        help="noise in the machine view, as a share of the codec's error (default: what there is)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -158,6 +211,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("crops", 1), ("seed", 0)):
         if (value := getattr(arguments, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if arguments.grain is not None:
+        check_grain(arguments.grain)
     source = model_path(arguments.model)
     calibrate(
         source,
@@ -167,5 +222,6 @@ def run(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         tables=arguments.tables,
         seed=arguments.seed,
+        grain=arguments.grain,
     )
     return 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ugicm.codec.conditioning import at_level
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
-from ugicm_train.data import CropSampler, medians
+from ugicm_train.calibrate import check_grain, set_grain
 from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
@@ -180,8 +179,7 @@ def polish(
         ValueError: no such grain, scales of no machine view, the checkpoint is of a polish with other options
             or of another model, or the polish has diverged; nothing is written then.
     """
-    if not 0 <= grain < math.inf:
-        raise ValueError(f"grain must be finite and at least 0, got {grain}")
+    check_grain(grain)
     config, tensors, training, model = _read(source)
     # Of a run, too, which has no hash of its own.
     identity = hashlib.sha256(save(tensors)).hexdigest()[:16]
@@ -212,11 +210,8 @@ def polish(
         return status  # where stopped, the checkpoint waits for --resume
     learned = polisher.learned(view)
     tensors |= {name: value.float().cpu().contiguous() for name, value in learned.items()}
-    if grain:
-        model.load_state_dict(learned, strict=False)
-        tensors["grain"] = grain * usual_error(model.to(polisher.device), sampler)
-    else:
-        tensors.pop("grain", None)
+    model.load_state_dict(learned, strict=False)
+    set_grain(tensors, model.to(polisher.device), sampler, grain)
     record = {
         "view": view,
         "learned": options.learn,
@@ -227,23 +222,11 @@ def polish(
         "steps": polisher.step,
         "minutes": round(polisher.minutes, 1),
     }
+    training.pop("grain", None)  # what calibrating had set
     write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
     for name in (CHECKPOINT, STABLE_CHECKPOINT):
         (run / name).unlink(missing_ok=True)
     return 0
-
-
-def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
-    """Root mean squared error of the human view at each level, (levels,), where pixels lie in [0, 1].
-
-    That of the median crop: one that is unlike any photo can come out as anything at all.
-    """
-
-    def error(crops: Tensor, level: Tensor) -> Tensor:
-        human = model(crops, level, machine_count=0, noise=False).human
-        return (human - crops).square().mean((1, 2, 3))
-
-    return medians(error, sampler, levels=model.config.levels).sqrt().cpu()
 
 
 def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:

@@ -15,7 +15,7 @@ from ugicm.codec.codec import Codec
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.soften import rms
 from ugicm.codec.store import load_codec, read_model
-from ugicm_train.calibrate import LARGEST, RADIUS, group, largest
+from ugicm_train.calibrate import LARGEST, RADIUS, group, largest, usual_error
 from ugicm_train.cli import main
 from ugicm_train.data import CropSampler
 from ugicm_train.export import narrow_table, read_training
@@ -68,8 +68,48 @@ def test_the_largest_latent_to_expect_is_measured(tiny_codec: Codec, photo: NDAr
         assert float(found[level]) == pytest.approx(LARGEST * sizes[1], rel=0.01)
 
 
+def test_the_usual_error_is_that_of_the_median_crop(
+    photo: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_trainable()
+    sampler = CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=64, seed=0)
+    crops = sampler.batch(64)
+    wild = torch.cat([crops[:60], torch.full_like(crops[:4], 1e4)])
+    monkeypatch.setattr(sampler, "batch", lambda count: crops)
+    usual = usual_error(model, sampler)
+    monkeypatch.setattr(sampler, "batch", lambda count: wild)
+    torch.testing.assert_close(usual_error(model, sampler), usual, rtol=0.2, atol=0)
+    # Few at a time, and as if they came together.
+    sizes = []
+    monkeypatch.setattr(sampler, "batch", lambda count: crops)
+    model.register_forward_hook(lambda module, given, output: sizes.append(len(given[0])))
+    usual_error(model, sampler)
+    assert max(sizes) == 8
+    with torch.no_grad():
+        human = model(crops, torch.zeros(64), machine_count=0, noise=False).human
+    torch.testing.assert_close((human - crops).square().mean((1, 2, 3)).median().sqrt(), usual[0])
+
+
+def test_grain_is_set_kept_and_taken_away(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
+    photos = tmp_path / "photo.png"
+    PIL.Image.fromarray(photo).save(photos)
+    folder = write_tiny_model(tmp_path / "model")
+    command = ["calibrate", str(folder), "--data", str(photos), "--crops", "1", "--size", "64"]
+    assert main([*command, "--grain", "0.5"]) == 0
+    stored = read_model(folder)
+    sampler = CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=64, seed=0)
+    error = usual_error(restore(TINY, stored.tensors), sampler)
+    torch.testing.assert_close(stored.tensors["grain"], 0.5 * error)
+    assert read_training(folder)["grain"] == 0.5
+    assert main(command) == 0
+    torch.testing.assert_close(read_model(folder).tensors["grain"], stored.tensors["grain"])
+    assert main([*command, "--grain", "0"]) == 0
+    assert "grain" not in read_model(folder).tensors
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("--tables", "256"), ("--crops", "0"), ("--size", "200"), ("--seed", "-1")]
+    ("option", "value"),
+    [("--tables", "256"), ("--crops", "0"), ("--size", "200"), ("--seed", "-1"), ("--grain", "-0.1")],
 )
 def test_options_are_checked(
     tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
