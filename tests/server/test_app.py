@@ -299,6 +299,11 @@ def test_all_methods_of_a_path_are_allowed(client: TestClient) -> None:
     assert client.post("/static/viewer.js").headers["allow"] == "GET, HEAD"
 
 
+@pytest.mark.parametrize("path", ["/livez", "/v2/health/live", "/readyz", "/health", "/metrics", "/info"])
+def test_status_is_never_kept(client: TestClient, path: str) -> None:
+    assert client.get(path).headers["cache-control"] == "no-store"
+
+
 @pytest.mark.parametrize(
     "path", ["/", "/docs", "/livez", "/v2/health/live", "/readyz", "/health", "/metrics", "/info"]
 )

@@ -53,7 +53,8 @@ async def get_info(response: Response, services: ServicesDep) -> Info:
 @health_router.api_route("/v2/health/live", methods=_READ, include_in_schema=False)
 @health_router.head("/livez", include_in_schema=False)
 @health_router.get("/livez", operation_id="getLive", summary="Whether the process answers")
-async def get_live() -> Live:
+async def get_live(response: Response) -> Live:
+    response.headers.update(NO_STORE)
     return Live(status="live")
 
 
@@ -87,4 +88,4 @@ async def get_ready(services: ServicesDep) -> Response:
 
 @health_router.api_route("/metrics", methods=_READ, include_in_schema=False)
 async def get_metrics(services: ServicesDep) -> Response:
-    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(services.metrics.registry), 200, NO_STORE, CONTENT_TYPE_LATEST)
