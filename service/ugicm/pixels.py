@@ -67,7 +67,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         top = 2.0 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
         if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
             values = top - values
-    values = np.nan_to_num(values, copy=False).clip(0, top) * (255 / top)
+    values = np.clip(np.nan_to_num(values, copy=False), 0, top) * (255.0 / top)
     return Image.fromarray((values + 0.5).astype(np.uint8))
 
 

@@ -72,7 +72,7 @@ def letterbox(image: Image, side: int) -> tuple[Image, int, int]:
 
 def normalised(image: Image) -> NDArray[np.float32]:
     """(H, W, 3) uint8 -> (1, 3, H, W) with the mean and deviation of ImageNet."""
-    x = (image.astype(np.float32) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    x = (image.astype(np.float32) / 255.0 - IMAGENET_MEAN) / IMAGENET_STD
     return x.transpose(2, 0, 1)[None]
 
 
