@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,9 @@ from ugicm_train.start import start_from_dct
 # Settings of whoever runs the tests do not count, neither here nor in processes that tests start.
 for _name in [name for name in os.environ if name.startswith("UGICM_")]:
     del os.environ[_name]
+
+# A shell starts what it runs in the background with SIGINT ignored, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On a busy machine anything can take longer than hypothesis finds natural.
 hypothesis.settings.register_profile("tests", deadline=None)
