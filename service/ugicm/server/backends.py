@@ -8,7 +8,6 @@ import math
 import os
 import re
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +103,9 @@ class FileCache:
         self._touch(path)
         return bitstream
 
+    def _temporary(self, folder: Path) -> Path:
+        return folder / f"{self._TEMPORARY}{secrets.token_hex(8)}"
+
     def _put(self, id: str, bitstream: bytes) -> bool | None:
         path = self._path(id)
         try:
@@ -120,7 +122,7 @@ class FileCache:
             if busy and (self._size or self._written) + room > self.LARGEST * self._max_bytes:
                 return None
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{self._TEMPORARY}{secrets.token_hex(8)}")
+        temporary = self._temporary(path.parent)
         try:
             with temporary.open("xb") as file:
                 file.write(bitstream)
@@ -169,9 +171,11 @@ class FileCache:
 
     def _check(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=self._TEMPORARY, dir=self._folder) as file:
-            file.write(bytes(self.PROBE_BYTES))
-            file.flush()
+        probe = self._temporary(self._folder)
+        try:
+            probe.write_bytes(bytes(self.PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
         """Delete the longest unused files if all together are too large, and note what is left."""
