@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +91,21 @@ def test_a_name_that_cannot_be_a_folder(tiny_store: Path) -> None:
     message = r"cannot look for the model 'long.*File name too long|no model 'long.*; there: tiny"
     with pytest.raises(ModelStoreError, match=message):
         load_codec("long" * 100, store=tiny_store)
+
+
+def test_no_call_wakes_the_compiler(tiny_store: Path) -> None:
+    """Importing that takes as long as torch itself, and 150 MB."""
+    program = f"""
+import sys
+import numpy as np
+from ugicm.codec.store import load_codec
+codec = load_codec("tiny", store={str(tiny_store)!r}, device="cpu")
+image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+codec.decode(codec.encode([image]), 1.0)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_torch_of_another_default_type(tiny_store: Path, tiny_codec: Codec, photo: NDArray[np.uint8]) -> None:

@@ -100,8 +100,8 @@ class _Weights(NamedTuple):
 def _load_weights(config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device) -> _Weights:
     """Prove that the sums of the stored integers are exact, then scale and arrange them."""
     layers = {}
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in EntropyNetwork(config).state_dict().items()}
+    # Not on the meta device: what is computed there makes torch import its compiler, which takes a second.
+    shapes = {key: value.shape for key, value in EntropyNetwork(config).state_dict().items()}
     stored = {key.removeprefix("entropy.") for key in tensors if key.startswith("entropy.")}
     if unknown := sorted(key for key in stored - set(shapes) if not key.endswith(".bits")):
         raise ModelStoreError(f"entropy layers of {config.name} that its config knows nothing of: {unknown}")
