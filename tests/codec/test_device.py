@@ -18,15 +18,30 @@ def test_precision_is_what_is_faster_here(
     monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    seconds = {torch.float32: 1.0, torch.bfloat16: 1 / speedup}
-    monkeypatch.setattr(device_module, "product_seconds", seconds.__getitem__)
+    monkeypatch.setattr(device_module, "bfloat16_speedup", lambda: speedup)
     assert pick_precision("auto", torch.device("cpu")) is expected
     assert pick_precision("float32", torch.device("cpu")) is torch.float32
 
 
-def test_time_of_a_product_is_measured_once() -> None:
-    first = device_module.product_seconds(torch.float32)
-    assert 0 < first == device_module.product_seconds(torch.float32)
+def test_speed_is_measured_once() -> None:
+    assert 0 < device_module.bfloat16_speedup() == device_module.bfloat16_speedup()
+
+
+def test_speed_on_a_busy_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products but one of each type are interrupted, for longer in what is faster."""
+    now, made = 0.0, {torch.bfloat16: 0, torch.float32: 0}
+
+    def product(x: torch.Tensor, *_: torch.Tensor) -> None:
+        nonlocal now
+        made[x.dtype] += 1
+        is_fast = x.dtype == torch.bfloat16
+        now += 1.0 if is_fast else 3.0
+        if made[x.dtype] != (20 if is_fast else 14):
+            now += 50.0 if is_fast else 20.0
+
+    monkeypatch.setattr(device_module, "dense", product)
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    assert device_module.bfloat16_speedup.__wrapped__() == 3.0
 
 
 def test_emulated_bfloat16_of_a_gpu_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
