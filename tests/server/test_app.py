@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -282,6 +284,34 @@ def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_
 
 
 # Problems
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/encode", "image"), ("/encode/batch", "images"), ("/decode", "bitstream")]
+)
+def test_no_room_for_the_files_of_a_form(
+    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    def full(file: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = {name: ("photo.png", image_file())}
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile.SpooledTemporaryFile, "write", full)
+        answer = client.post(path, files=files)
+    body = assert_problem(answer, 503, "overloaded")
+    assert (body["setting"], body["retry_after_s"], answer.headers["retry-after"]) == ("TMPDIR", 1, "1")
+    assert client.post(path, files=files).status_code != 503
+
+
+def test_files_of_a_form_that_cannot_be_kept(
+    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: object, data: bytes) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", broken)
+    assert_problem(client.post("/encode", files={"image": ("photo.png", image_file())}), 500, "internal")
 
 
 def test_unknown_path_and_method(client: TestClient) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
+import structlog
 from fastapi import Depends, Query, Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
@@ -24,6 +26,8 @@ from ugicm.server.pictures import PictureCache
 from ugicm.server.problems import Code, ServiceError, shown
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings
+
+_log = structlog.get_logger(__name__)
 
 CURL_DEFAULT = "application/x-www-form-urlencoded"
 """What ``curl --data-binary`` says of any file; taken as raw bytes."""
@@ -176,6 +180,17 @@ async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormDa
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
     except UnicodeError:  # of codecs that a form may name, and no file has
         raise ServiceError(Code.MALFORMED_BODY, "a name is not in the charset of the form") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _log.warning("no room for the files of a form", error=str(error))
+        raise ServiceError(
+            Code.OVERLOADED,
+            "the folder in which files of forms wait has no room; send the image as the body, or try again "
+            "(TMPDIR says where that folder is)",
+            setting="TMPDIR",
+            retry_after_s=1,
+        ) from error
 
 
 async def _file_part(request: Request, name: str) -> bytes:
