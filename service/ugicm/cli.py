@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from ugicm import __version__
+from ugicm.choices import ImageFormat, Preference
 from ugicm.codec import bitstream
 from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, STORE_VARIABLE
@@ -42,9 +43,7 @@ app = typer.Typer(
 )
 
 
-Format = Literal["png", "webp", "jpeg", "npy"]
-"""Files that `decode` writes."""
-SUFFIXES: dict[str, Format] = {
+SUFFIXES: dict[str, ImageFormat] = {
     ".png": "png",
     ".webp": "webp",
     ".jpg": "jpeg",
@@ -166,7 +165,7 @@ def decode(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
     output: Output,
     preference: Annotated[
-        Literal["human", "machine"],
+        Preference,
         typer.Option(help="View for human eyes, or for detectors, classifiers, segmenters."),
     ] = "human",
     strength: Annotated[
@@ -179,7 +178,7 @@ def decode(
         ),
     ] = None,
     format: Annotated[
-        Format | None, typer.Option(help="[default: by the suffix of OUT, else png]", show_default=False)
+        ImageFormat | None, typer.Option(help="[default: by the suffix of OUT, else png]", show_default=False)
     ] = None,
     model: Model = DEFAULT_MODEL,
     model_store: ModelStore = None,

@@ -16,13 +16,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import httpx2
 
+from ugicm.choices import ImageFormat, Preference
+
 DEFAULT_URL = "http://127.0.0.1:8000"
-Preference = Literal["human", "machine"]
-ImageFormat = Literal["png", "webp", "jpeg", "npy"]
 
 _MAX_WAIT_S = 60.0
 _NOT_RETRIED = "cache-unavailable"

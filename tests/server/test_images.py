@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
+from ugicm.choices import ImageFormat
 from ugicm.codec.errors import CodecError, LimitExceededError
 from ugicm.server.images import (
     ACCEPTED_MEDIA_TYPES,
     FORMATS,
     MAX_SIDE,
     MEDIA_TYPES,
-    ImageFormat,
     MalformedImageError,
     UnsupportedImageError,
     read_image,

@@ -16,11 +16,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ugicm.choices import ImageFormat
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import padded_size
 from ugicm.codec.errors import CodecError
 from ugicm.server.batching import MicroBatcher
-from ugicm.server.images import ImageFormat, check_side, read_image, size_of_image, write_image
+from ugicm.server.images import check_side, read_image, size_of_image, write_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings

@@ -11,16 +11,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
+from ugicm.choices import ImageFormat
 from ugicm.codec.errors import CodecError, check_pixels
 from ugicm.pixels import Pixels, to_rgb
-
-ImageFormat = Literal["png", "webp", "jpeg", "npy"]
 
 MEDIA_TYPES: Mapping[ImageFormat, str] = {
     "png": "image/png",

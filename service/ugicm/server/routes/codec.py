@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from ugicm.choices import ImageFormat
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
@@ -25,7 +26,6 @@ from ugicm.server.deps import (
     accepts_bitstream,
 )
 from ugicm.server.engine import RateTarget
-from ugicm.server.images import ImageFormat
 from ugicm.server.models import BitstreamInfo, BitstreamLinks, BitstreamRef, EncodeResult
 from ugicm.server.openapi import DECODED, ENCODED, body, problems
 from ugicm.server.pictures import Picture, PictureKey
