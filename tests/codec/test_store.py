@@ -87,8 +87,9 @@ def test_config_of_something_else(folder: Path) -> None:
 
 
 def test_a_name_that_cannot_be_a_folder(tiny_store: Path) -> None:
-    # Python 3.14 takes it for the name of one that is not there.
-    message = r"cannot look for the model 'long.*File name too long|no model 'long.*; there: tiny"
+    message = r"cannot look for the model 'long.*File name too long"
+    if sys.version_info >= (3, 14):  # takes it for the name of one that is not there
+        message = "no model 'long.*; there: tiny"
     with pytest.raises(ModelStoreError, match=message):
         load_codec("long" * 100, store=tiny_store)
 
