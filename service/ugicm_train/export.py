@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.entropy import INDEX_OFFSET, SCALE_COUNT, Z_LIMIT
+from ugicm.codec.entropy import INDEX_OFFSET, MEAN_UNIT, SCALE_COUNT, Z_LIMIT
 from ugicm.codec.entropy_twin import LOGISTIC_SCALE, OCTAVES_PER_UNIT
 from ugicm.codec.fixed_point import (
     BITS_MAX,
@@ -35,6 +35,10 @@ from ugicm_train.signals import uninterrupted
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
+LATTICE_FIRST = 12
+"""Table from which on latents are coded in blocks (`ugicm.codec.lattice`): standard deviation .42."""
+HALF_STEP = 38
+"""Half step of the lattice in units of the means, 1/64: points are about as dense as whole numbers."""
 PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""
 WEIGHT_MAX = 32767
@@ -56,19 +60,39 @@ def to_frequencies(probabilities: NDArray[np.float64]) -> NDArray[np.int32]:
     return frequencies.astype(np.int32)
 
 
-def logistic_tables() -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Frequencies and lengths of the `SCALE_COUNT` zero-mean logistic distributions."""
-    tables = []
-    for index in range(SCALE_COUNT):
-        sigma = 2.0 ** ((index - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS)
-        radius = int(np.ceil(TAIL_SIGMAS * sigma)) + 1
-        edges = (torch.arange(radius + 2, dtype=torch.float64) - 0.5) / (sigma * LOGISTIC_SCALE)
-        # Sigmoid of the distance below zero is accurate in the tail.
-        upper = torch.sigmoid(-edges)
-        mass = (upper[:-1] - upper[1:]).numpy()
-        both = np.concatenate([mass[:0:-1], mass, [2 * float(upper[-1])]])
-        tables.append(to_frequencies(both))
-    return np.concatenate(tables), np.array([len(t) for t in tables], np.int32)
+def logistic_table(sigma: float, spacing: float, shift: float, width: float) -> NDArray[np.int32]:
+    """Frequencies of a zero-mean logistic distribution's bins, of `width` around n `spacing` + `shift`.
+
+    Bins may leave room between them; what lies outside of all of them is shared out.
+    """
+    radius = int(np.ceil(TAIL_SIGMAS * sigma / spacing)) + 1
+    distances = (torch.arange(-radius - 1, radius + 2, dtype=torch.float64) * spacing + shift).abs()
+    scale = sigma * LOGISTIC_SCALE
+    # Sigmoid of the distance below zero is accurate in the tail.
+    upper = torch.sigmoid((width / 2 - distances) / scale)
+    mass = upper - torch.sigmoid((-width / 2 - distances) / scale)
+    escape = (upper[0] + upper[-1]) * width / spacing
+    return to_frequencies(torch.cat([mass[1:-1], escape[None]]).numpy())
+
+
+def latent_tables() -> dict[str, Tensor]:
+    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols in blocks."""
+    sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
+    half, wide = HALF_STEP / MEAN_UNIT, sigmas[LATTICE_FIRST:]
+    made = {
+        "y": [logistic_table(sigma, 1.0, 0.0, 1.0) for sigma in sigmas],
+        "inner": [
+            logistic_table(sigma, 2 * half, odd * half, 2 * half) for sigma in wide for odd in range(2)
+        ],
+        "last": [
+            logistic_table(sigma, 4 * half, rest * half, 2 * half) for sigma in wide for rest in range(4)
+        ],
+    }
+    tensors = {"tables.half_step": torch.tensor(HALF_STEP, dtype=torch.int32)}
+    for kind, tables in made.items():
+        tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(np.concatenate(tables))
+        tensors[f"tables.{kind}.lengths"] = torch.tensor([len(table) for table in tables], dtype=torch.int32)
+    return tensors
 
 
 def narrow_table(mass: NDArray[np.float64]) -> NDArray[np.int32]:
@@ -140,12 +164,10 @@ def integer_entropy(network: torch.nn.Module) -> dict[str, Tensor]:
 def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
     """Everything that ``weights.safetensors`` holds."""
     tensors = integer_entropy(model.entropy)
-    for kind, (frequencies, lengths) in (
-        ("z", prior_tables(model.prior)),
-        ("y", logistic_tables()),
-    ):
-        tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(frequencies)
-        tensors[f"tables.{kind}.lengths"] = torch.from_numpy(lengths)
+    tensors |= latent_tables()
+    frequencies, lengths = prior_tables(model.prior)
+    tensors["tables.z.frequencies"] = torch.from_numpy(frequencies)
+    tensors["tables.z.lengths"] = torch.from_numpy(lengths)
     # One table for each channel, until `ugicm_train.calibrate` counts.
     tensors["tables.z.choice"] = torch.arange(model.config.hyper_channels, dtype=torch.uint8).view(1, 1, -1)
     for prefix in TRANSFORMS:

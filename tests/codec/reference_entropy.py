@@ -29,6 +29,8 @@ class ReferenceEntropy:
         self.tensors = {
             name[8:]: value.astype(np.int64) for name, value in tensors.items() if name.startswith("entropy.")
         }
+        self.half_step = int(tensors["tables.half_step"])
+        self.first = 64 - len(tensors["tables.inner.lengths"]) // 2
         self.largest = 0.0
         """Largest magnitude that a sum of products, in any order, could have had so far, in its units."""
 
@@ -79,8 +81,32 @@ class ReferenceEntropy:
             out[channel // 4, row::2, column::2] = x[channel]
         return out
 
+    def phases(self, x: Int, flip: int) -> list[Int]:
+        """What is coded in one step, at each of the four positions, of (M, h, w)."""
+        quarter = self.config.latent_channels // 4
+        parts = []
+        for position in range(4):
+            group, (i, j) = position ^ flip, divmod(position, 2)
+            parts.append(x[group * quarter : (group + 1) * quarter, i::2, j::2])
+        return parts
+
+    def units(self, indexes: Int) -> Int:
+        """What a symbol of each of these tables counts; they are all those of one step, in their order.
+
+        From the widest table down, sixteen symbols at a time make a block, as long as their tables are wide
+        enough; of equally wide ones the last come first.
+        """
+        order = sorted(range(indexes.size), key=lambda place: (indexes.flat[place], place), reverse=True)
+        wide = [place for place in order if indexes.flat[place] >= self.first]
+        units = np.full(indexes.size, 64)
+        units[wide[: len(wide) // 16 * 16]] = self.half_step
+        return units.reshape(indexes.shape)
+
     def parameters(self, z: Int, y_symbols: Int) -> tuple[Int, Int]:
-        """All symbols, (N, h/4, w/4) and (M, h, w) -> table index of every y symbol, and y_hat * 64."""
+        """All symbols, (N, h/4, w/4) and (M, h, w) -> table index of every y symbol, and y_hat * 64.
+
+        A symbol counts 64, of a block as many as the model's half step.
+        """
         x = _relu(self.dense("hyper1", np.clip(z, -511, 511), 0, 5), 5, 32)
         x = _relu(self.dense("hyper2", self.double(x), 5, 6), 6, 16)
         hyper = self.block("hyper_block", self.double(x), 6, 16)
@@ -98,14 +124,21 @@ class ReferenceEntropy:
             # Both with six places here; an index has three.
             head = self.dense(f"heads.{step}", hidden, 6, 6)
             decoded = y_hat.copy()
+            means = []
             for position in range(4):
                 group = position ^ flip
                 i, j = divmod(position, 2)
                 part = head[2 * quarter * group : 2 * quarter * (group + 1), i::2, j::2]
                 channels = slice(group * quarter, (group + 1) * quarter)
-                mean = _clamp(part[:quarter], 6, 512)
+                means.append(_clamp(part[:quarter], 6, 512))
                 indexes[channels, i::2, j::2] = np.clip((part[quarter:] >> 3) + 20, 0, 63)
-                decoded[channels, i::2, j::2] = y_symbols[channels, i::2, j::2] * 64 + mean
+            units = self.units(np.stack([x.transpose(1, 2, 0) for x in self.phases(indexes, flip)]))
+            for position, mean in enumerate(means):
+                group = position ^ flip
+                i, j = divmod(position, 2)
+                channels = slice(group * quarter, (group + 1) * quarter)
+                unit = units[position].transpose(2, 0, 1)
+                decoded[channels, i::2, j::2] = y_symbols[channels, i::2, j::2] * unit + mean
             y_hat = decoded
         return indexes, y_hat
 

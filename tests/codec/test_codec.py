@@ -316,7 +316,8 @@ def test_a_strip_counts_with_its_padding(
     data = tiny_codec.encode([strip], 80)[0]
     header, _ = parse(data, max_pixels=1 << 30)
     assert (header.tile_side, header.tiles) == (128, 5)
-    assert np.abs(tiny_codec.decode([data])[0].astype(int) - whole).max() <= 1
+    # Each tile has blocks of its own, and so other points of the lattice.
+    assert np.abs(tiny_codec.decode([data])[0].astype(int) - whole).max() <= 5
 
 
 def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:

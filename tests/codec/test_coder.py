@@ -15,12 +15,13 @@ from ugicm.codec.coder import (
     make_tables,
 )
 from ugicm.codec.errors import MalformedBitstreamError
-from ugicm_train.export import logistic_tables, to_frequencies
+from ugicm_train.export import latent_tables, to_frequencies
 
 
 @pytest.fixture(scope="module")
 def tables() -> list[Table]:
-    return make_tables(*logistic_tables())
+    made = latent_tables()
+    return make_tables(made["tables.y.frequencies"].numpy(), made["tables.y.lengths"].numpy())
 
 
 def test_round_trip_with_escapes(tables: list[Table]) -> None:

@@ -25,7 +25,7 @@ from ugicm.codec.entropy_twin import EntropyNetwork
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import BITS_MAX, BITS_MIN, SUM_LIMIT, input_grid, largest_sums
 from ugicm.codec.store import StoredModel, read_model
-from ugicm_train.export import logistic_tables, prior_tables
+from ugicm_train.export import latent_tables, prior_tables
 from ugicm_train.model import FactorizedPrior
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -84,10 +84,10 @@ def largest_tensors(config: ModelConfig) -> dict[str, torch.Tensor]:
             ("bits", bits, torch.uint8),
         ):
             tensors[f"entropy.{name}.{kind}"] = part.to(dtype)
-    prior = FactorizedPrior(config.hyper_channels)
-    for kind, arrays in (("z", prior_tables(prior)), ("y", logistic_tables())):
-        for part, array in zip(("frequencies", "lengths"), arrays, strict=True):
-            tensors[f"tables.{kind}.{part}"] = torch.from_numpy(array)
+    tensors |= latent_tables()
+    prior = prior_tables(FactorizedPrior(config.hyper_channels))
+    for part, array in zip(("frequencies", "lengths"), prior, strict=True):
+        tensors[f"tables.z.{part}"] = torch.from_numpy(array)
     tensors["tables.z.choice"] = torch.arange(config.hyper_channels, dtype=torch.uint8).view(1, 1, -1)
     return tensors
 

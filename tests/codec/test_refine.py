@@ -13,9 +13,10 @@ from ugicm.codec import codec as codec_module
 from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import lambda_of, quality_to_level
+from ugicm.codec.entropy import SCALE_COUNT
 from ugicm.codec.entropy_twin import round_straight
 from ugicm.codec.errors import CodecError
-from ugicm.codec.refine import draw
+from ugicm.codec.refine import ERROR_WEIGHT, draw
 from ugicm.codec.store import load_codec
 
 Image = NDArray[np.uint8]
@@ -27,7 +28,7 @@ def cost(codec: Codec, image: Image, data: bytes) -> float:
     """What refinement minimises, in bits, by the real bitstream and the real pixels."""
     (decoded,) = codec.decode([data])
     level = torch.tensor([quality_to_level(peek(data).quality, codec.config.levels)])
-    weight = float(lambda_of(codec.config, level)) / 3
+    weight = ERROR_WEIGHT * float(lambda_of(codec.config, level)) / 3
     return 8 * len(data) + weight * float(np.square(image.astype(float) - decoded).sum())
 
 
@@ -36,7 +37,11 @@ def crop(photo: Image) -> Image:
     return np.ascontiguousarray(photo[90:190, 100:230])  # not whole hyper positions
 
 
-def test_a_refined_picture_costs_less(tiny_codec: Codec, crop: Image) -> None:
+@pytest.mark.parametrize("first", [12, SCALE_COUNT], ids=["in blocks", "alone"])
+def test_a_refined_picture_costs_less(tiny_store: Path, crop: Image, first: int) -> None:
+    tiny_codec = load_codec("tiny", store=tiny_store, device="cpu")
+    # On a CPU this is the decoder's entropy model, too.
+    tiny_codec._entropy.lattice = tiny_codec._entropy.lattice._replace(first=first)
     (plain,) = tiny_codec.encode([crop], QUALITY)
     (refined,) = tiny_codec.encode([crop], QUALITY, refine=STEPS)
     assert cost(tiny_codec, crop, refined) < 0.97 * cost(tiny_codec, crop, plain)
@@ -54,7 +59,7 @@ def test_what_is_minimised_is_the_cost(
         backward(loss)
 
     monkeypatch.setattr(torch.Tensor, "backward", watched)
-    monkeypatch.setattr("ugicm.codec.refine.draw", lambda x, temperature, generator: round_straight(x))
+    monkeypatch.setattr("ugicm.codec.refine.draw", lambda x, temperature, uniform: round_straight(x))
     for quality in (20.0, QUALITY):
         tiny_codec.encode([crop], quality, refine=1)
         (plain,) = tiny_codec.encode([crop], quality)
@@ -121,7 +126,8 @@ def test_steps_out_of_range(tiny_codec: Codec, crop: Image, steps: int) -> None:
 def test_draws_are_between_the_neighbours_and_harden() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.tensor([0.1, 0.5, 0.9, -2.25]).repeat(5000, 1).requires_grad_()
-    soft, hard = draw(x, 0.5, generator), draw(x, 0.05, generator).detach()
+    uniform = torch.rand(2, *x.shape, generator=generator)
+    soft, hard = draw(x, 0.5, uniform[0]), draw(x, 0.05, uniform[1]).detach()
     for drawn in (soft, hard):
         assert bool((drawn >= x.floor()).all() & (drawn <= x.floor() + 1).all())
     assert (

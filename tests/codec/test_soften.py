@@ -39,10 +39,11 @@ def test_stripes_in_a_photo_do_not_explode(photo: NDArray[np.uint8]) -> None:
         data = codec.encode([picture], quality)
         for strength in (0.0, 1.0):
             assert psnr(codec.decode(data, strength)[0], picture) > 17
-    # The rest of the picture is as it would be.
+    # The rest of the picture is as good as it would be.
     decoded = codec.decode(codec.encode([picture], 50.0))[0]
     plain = codec.decode(codec.encode([photo[:256, :384]], 50.0))[0]
-    np.testing.assert_allclose(decoded[:, :32].astype(int), plain[:, :32], atol=12)
+    left = photo[:256, :32]
+    assert psnr(decoded[:, :32], left) > psnr(plain[:, :32], left) - 0.3
 
 
 def test_pictures_of_a_batch_are_coded_as_they_would_be_alone(photo: NDArray[np.uint8]) -> None:

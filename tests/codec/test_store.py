@@ -128,7 +128,7 @@ def test_torch_of_another_default_type(tiny_store: Path, tiny_codec: Codec, phot
 
 def test_newer_format(folder: Path) -> None:
     edit(folder, format=99)
-    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 5"):
+    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 6"):
         read_model(folder)
 
 

@@ -567,7 +567,9 @@ class Codec:
     @torch.inference_mode(False)
     def _refiner(self) -> Refiner:
         """Made when first asked for: few callers refine, and none of them is a server."""
-        return Refiner(self.config, self._stored_entropy, self._gains, self._device, self._dtype)
+        return Refiner(
+            self.config, self._stored_entropy, self._gains, self._entropy.lattice, self._device, self._dtype
+        )
 
     def _refine_each(
         self, latents: Iterable[Tensor], image: Image, header: Header, steps: int

@@ -22,6 +22,8 @@ TOTAL = 1 << 24
 SYMBOL_LIMIT = 32767
 """Largest magnitude of a symbol."""
 
+DAMAGED = "the coded data is damaged"
+
 _ESCAPES = constriction.stream.model.Uniform(2 * SYMBOL_LIMIT + 1)
 
 Symbols = NDArray[np.int16]
@@ -102,6 +104,10 @@ class SymbolEncoder:
         for values in outside:
             self._coder.encode(values + SYMBOL_LIMIT, _ESCAPES)
 
+    def write_uniform(self, numbers: NDArray[np.int64], count: int) -> None:
+        """Code ``numbers`` (n,), each 0 .. ``count`` - 1 and all equally likely."""
+        self._coder.encode(numbers.astype(np.int32), constriction.stream.model.Uniform(count))
+
     def finish(self) -> bytes:
         """The payload, a multiple of 4 bytes."""
         return self._coder.get_compressed().astype("<u4").tobytes()
@@ -137,10 +143,17 @@ class SymbolDecoder:
             for places in escapes:
                 grouped[places] = self._coder.decode(_ESCAPES, len(places)) - SYMBOL_LIMIT
         except AssertionError as error:  # how constriction reports impossible data
-            raise MalformedBitstreamError("the coded data is damaged") from error
+            raise MalformedBitstreamError(DAMAGED) from error
         symbols = np.zeros(len(indexes), np.int16)
         symbols[order] = grouped
         return symbols
+
+    def read_uniform(self, n: int, count: int) -> NDArray[np.int32]:
+        """``n`` numbers that `SymbolEncoder.write_uniform` wrote."""
+        try:
+            return self._coder.decode(constriction.stream.model.Uniform(count), n)
+        except AssertionError as error:
+            raise MalformedBitstreamError(DAMAGED) from error
 
     def finish(self) -> None:
         """Check that nothing is left."""

@@ -9,6 +9,7 @@ depend on their order: not on the device, the number of threads or the batch.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, make_tables
@@ -41,6 +43,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.hyper_prior import HyperPrior
+from ugicm.codec.lattice import LatticeTables, blocks, nearest
 
 INDEX_OFFSET = 20
 """Table index of scale unit 0, that is of sigma = 1."""
@@ -49,6 +52,8 @@ SCALE_COUNT = 64
 SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
 Z_LIMIT = 511
+POINT_LIMIT = SYMBOL_LIMIT - 4
+"""Largest number before the nearest point of the lattice is looked for, which may be some further away."""
 PROBE_BATCH = 16
 """Pictures at a time in the probe of exactness; libraries choose other algorithms for many than for one."""
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -62,13 +67,13 @@ class TileSymbols(NamedTuple):
     z: Symbols
     """Hyper latent (N, h/4, w/4)."""
     y: tuple[Symbols, ...]
-    """Per coding step: symbols (4 positions, h/2, w/2, M/4)."""
+    """Per coding step: symbols (4 positions, h/2, w/2, M/4), in blocks numbers of a point of the lattice."""
     indexes: tuple[Indexes, ...]
     """Per coding step: the table of each symbol, shaped alike."""
 
 
 Choose = Callable[[int, Tensor, Tensor], Tensor]
-"""(step, means, indexes) -> symbols; all split by position, (4, B, h/2, w/2, M/4)."""
+"""(step, means, indexes) -> what symbols add to the means; all split by position, (4, B, h/2, w/2, M/4)."""
 
 
 class _Layer(NamedTuple):
@@ -145,6 +150,13 @@ def _batched(x: Tensor, layer: _Layer) -> Tensor:
     return torch.baddbmm(layer.bias, x.flatten(1, 3), layer.weight).view(*x.shape[:4], -1)
 
 
+def _without(indexes: Indexes, places: NDArray[np.intp]) -> Indexes:
+    """A copy that says of these places that nothing is coded there."""
+    indexes = indexes.copy()
+    indexes[places] = SKIP_INDEX
+    return indexes
+
+
 def _split(x: Tensor) -> Tensor:
     """(B, h, w, C) -> by position in the squares of 2x2, (4, B, h/2, w/2, C)."""
     batch, height, width, channels = x.shape
@@ -194,6 +206,7 @@ class EntropyModel:
         )
         if (count := len(self.y_tables)) != SCALE_COUNT:
             raise ModelStoreError(f"{config.name} has {count} tables of y, not {SCALE_COUNT}")
+        self.lattice = LatticeTables.load(tensors, SCALE_COUNT)
 
     # What carries the integers
 
@@ -288,11 +301,19 @@ class EntropyModel:
             sums = _batched(_split(hidden), weights.heads[step]).floor_()
             means = sums[..., :size].clamp_(-MEAN.end, MEAN.end - 1)
             indexes = sums[..., size:].add_(INDEX_OFFSET).clamp_(0, SCALE_COUNT - 1)
-            symbols = choose(step, means, indexes)
             coded = slice(step * size, (step + 1) * size)
-            torch.add(means, symbols, alpha=MEAN_UNIT, out=y_hat[..., coded])
+            torch.add(means, choose(step, means, indexes), out=y_hat[..., coded])
             seen[..., coded] = (y_hat[..., coded] * (1 / SEEN_STEP)).floor_().clamp_(-SEEN.end, SEEN.end - 1)
         return y_hat
+
+    def _blocks(self, indexes: Indexes) -> NDArray[np.intp]:
+        """Places (n, 16) of the blocks of each picture of a batch in ``indexes``, (4, B, h/2, w/2, M/4)."""
+        size = math.prod(indexes.shape[2:])
+        parts = []
+        for item in range(indexes.shape[1]):
+            position, place = np.divmod(blocks(indexes[:, item].reshape(-1), self.lattice.first), size)
+            parts.append((position * indexes.shape[1] + item) * size + place)
+        return np.concatenate(parts)
 
     @torch.inference_mode()
     def quantise(self, z: Tensor, y: Tensor) -> list[TileSymbols]:
@@ -312,11 +333,19 @@ class EntropyModel:
                 part[..., (position ^ STEP_XOR[step]) * size :][..., :size]
                 for position, part in enumerate(target)
             ]
-            symbols = torch.stack(parts).to(means).sub_(means, alpha=1 / MEAN_UNIT).round_()
-            symbols.clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT).mul_(indexes != SKIP_INDEX)
+            wanted = torch.stack(parts).to(means).mul_(MEAN_UNIT).sub_(means)
+            symbols = (wanted / MEAN_UNIT).round_().clamp_(-SYMBOL_LIMIT, SYMBOL_LIMIT)
+            symbols.mul_(indexes != SKIP_INDEX)
+            residuals = symbols * MEAN_UNIT
+            index = indexes.to(torch.uint8).cpu().numpy()
+            places = torch.from_numpy(self._blocks(index)).to(self.device)
+            half = self.lattice.half_step
+            points = nearest((wanted.view(-1)[places] / half).clamp_(-POINT_LIMIT, POINT_LIMIT))
+            symbols.view(-1)[places] = points
+            residuals.view(-1)[places] = points * half
             kept_symbols.append(symbols.to(torch.int16).cpu().numpy())
-            kept_indexes.append(indexes.to(torch.uint8).cpu().numpy())
-            return symbols
+            kept_indexes.append(index)
+            return residuals
 
         self._walk(z, choose)
         z_symbols = z.to(torch.int16).permute(0, 3, 1, 2).contiguous().cpu().numpy()
@@ -334,7 +363,10 @@ class EntropyModel:
         encoder = SymbolEncoder()
         self.hyper_prior.write(encoder, tile.z, rate)
         for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
-            encoder.write(self.y_tables, symbols.reshape(-1), indexes.reshape(-1), first=SKIP_INDEX + 1)
+            flat, index = symbols.reshape(-1), indexes.reshape(-1)
+            places = blocks(index, self.lattice.first)
+            encoder.write(self.y_tables, flat, _without(index, places), first=SKIP_INDEX + 1)
+            self.lattice.write(encoder, flat[places], index[places])
         return encoder.finish()
 
     @torch.inference_mode()
@@ -354,11 +386,14 @@ class EntropyModel:
         def choose(step: int, means: Tensor, indexes: Tensor) -> Tensor:
             del step
             index = indexes[:, 0].to(torch.uint8).cpu().numpy()
-            symbols = decoder.read(self.y_tables, index.reshape(-1), first=SKIP_INDEX + 1).reshape(
-                index.shape
-            )
-            kept.append((symbols, index))
-            return torch.from_numpy(symbols).to(means)[:, None]
+            flat = index.reshape(-1)
+            places = blocks(flat, self.lattice.first)
+            symbols = decoder.read(self.y_tables, _without(flat, places), first=SKIP_INDEX + 1)
+            residuals = symbols.astype(np.int32) * MEAN_UNIT
+            symbols[places] = points = self.lattice.read(decoder, flat[places])
+            residuals[places] = points.astype(np.int32) * self.lattice.half_step
+            kept.append((symbols.reshape(index.shape), index))
+            return torch.from_numpy(residuals.reshape(index.shape)).to(means)[:, None]
 
         start = torch.from_numpy(z).to(self.device).permute(1, 2, 0)[None]
         by_step = self._walk(start, choose)

@@ -36,6 +36,12 @@ def round_straight(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
+def round_all(x: Tensor, unit: Tensor) -> Tensor:
+    """`round_straight`, whatever the scale."""
+    del unit
+    return round_straight(x)
+
+
 def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
     """Probability of the unit bin around y under a logistic distribution of scale 1 / `inverse`."""
     # abs() keeps both arguments in the accurate tail.
@@ -132,9 +138,12 @@ class EntropyNetwork(nn.Module):
         y: Tensor,
         *,
         noise: bool,
-        rounded: Callable[[Tensor], Tensor] = round_straight,
+        rounded: Callable[[Tensor, Tensor], Tensor] = round_all,
     ) -> EntropyOutput:
-        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded."""
+        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded.
+
+        ``rounded``: what is decoded of y's difference from its mean, with this scale unit.
+        """
         x = F.relu(F.pixel_shuffle(self.hyper1(z_hat), 2))
         x = F.relu(F.pixel_shuffle(self.hyper2(x), 2))
         hyper = self.hyper_block(x)
@@ -155,7 +164,7 @@ class EntropyNetwork(nn.Module):
                 group = position ^ STEP_XOR[step]
                 mean, unit = self._parameters_of(step, position, phase)
                 target = targets[position][group]
-                known[position][group] = rounded(target - mean) + mean
+                known[position][group] = rounded(target - mean, unit) + mean
                 observed.append(add_noise(target) if noise else known[position][group])
                 means.append(mean)
                 units.append(unit)

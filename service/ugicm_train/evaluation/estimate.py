@@ -12,8 +12,9 @@ from torch import Tensor
 from ugicm.codec.codec import Latent
 from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
 from ugicm.codec.conditioning import rate_of
-from ugicm.codec.entropy import SKIP_INDEX
+from ugicm.codec.entropy import SCALE_COUNT, SKIP_INDEX
 from ugicm.codec.hyper_prior import HyperPrior
+from ugicm.codec.lattice import WORDS, LatticeTables, blocks, split
 
 ESCAPE_BITS = math.log2(2 * SYMBOL_LIMIT + 1)
 
@@ -39,13 +40,14 @@ class CodeLength:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """``tensors``: of the stored model."""
         self._prior = HyperPrior(tensors)
-        self._z, self._y = (
+        self._z, self._y, self._inner, self._last = (
             _Costs(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
                 tensors[f"tables.{kind}.lengths"].numpy(),
             )
-            for kind in ("z", "y")
+            for kind in ("z", "y", "inner", "last")
         )
+        self._first = LatticeTables.load(tensors, SCALE_COUNT).first
 
     def bits(self, latent: Latent) -> float:
         """Bits of all symbols of a picture's latent."""
@@ -54,6 +56,12 @@ class CodeLength:
             for mask, chosen in self._prior.indexes(tile.z, rate):
                 total += self._z.sum(tile.z[:, mask], chosen)
             for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
-                coded = indexes != SKIP_INDEX
-                total += self._y.sum(symbols[coded], indexes[coded])
+                flat, index = symbols.reshape(-1), indexes.reshape(-1)
+                places = blocks(index, self._first)
+                alone = index != SKIP_INDEX
+                alone[places] = False
+                total += self._y.sum(flat[alone], index[alone])
+                parts = split(flat[places], index[places], self._first)
+                total += len(places) * math.log2(len(WORDS))
+                total += self._inner.sum(*parts.inner) + self._last.sum(*parts.last)
         return total
