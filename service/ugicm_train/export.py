@@ -28,6 +28,7 @@ from ugicm.codec.fixed_point import (
     rounding_half,
     sum_bits,
 )
+from ugicm.codec.lattice import BLOCK, MEAN_SQUARE, WORDS
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
@@ -60,10 +61,10 @@ def to_frequencies(probabilities: NDArray[np.float64]) -> NDArray[np.int32]:
     return frequencies.astype(np.int32)
 
 
-def logistic_table(sigma: float, spacing: float, shift: float, width: float) -> NDArray[np.int32]:
-    """Frequencies of a zero-mean logistic distribution's bins, of `width` around n `spacing` + `shift`.
+def bin_masses(sigma: float, spacing: float, shift: float, width: float) -> NDArray[np.float64]:
+    """Probability under a zero-mean logistic distribution of bins of `width` around n `spacing` + `shift`.
 
-    Bins may leave room between them; what lies outside of all of them is shared out.
+    For n from -R to R, with R as `TAIL_SIGMAS` says, and of all bins beyond: (2 R + 2,).
     """
     radius = int(np.ceil(TAIL_SIGMAS * sigma / spacing)) + 1
     distances = (torch.arange(-radius - 1, radius + 2, dtype=torch.float64) * spacing + shift).abs()
@@ -71,25 +72,33 @@ def logistic_table(sigma: float, spacing: float, shift: float, width: float) -> 
     # Sigmoid of the distance below zero is accurate in the tail.
     upper = torch.sigmoid((width / 2 - distances) / scale)
     mass = upper - torch.sigmoid((-width / 2 - distances) / scale)
-    escape = (upper[0] + upper[-1]) * width / spacing
-    return to_frequencies(torch.cat([mass[1:-1], escape[None]]).numpy())
+    beyond = (upper[0] + upper[-1]) * width / spacing
+    return torch.cat([mass[1:-1], beyond[None]]).numpy()
 
 
 def latent_tables() -> dict[str, Tensor]:
-    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols in blocks."""
+    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols in blocks.
+
+    Around a point, a block's cell is about as wide in every direction as its mean squared error says.
+    """
     sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
     half, wide = HALF_STEP / MEAN_UNIT, sigmas[LATTICE_FIRST:]
+    cell = np.sqrt(12 * MEAN_SQUARE) * half
+    inner = [[bin_masses(sigma, 2 * half, odd * half, cell) for odd in range(2)] for sigma in wide]
+    odd_places = WORDS.sum(1)
     made = {
-        "y": [logistic_table(sigma, 1.0, 0.0, 1.0) for sigma in sigmas],
-        "inner": [
-            logistic_table(sigma, 2 * half, odd * half, 2 * half) for sigma in wide for odd in range(2)
+        "y": [bin_masses(sigma, 1.0, 0.0, 1.0) for sigma in sigmas],
+        # A table has an odd number of symbols and an escape; two remain unused.
+        "words": [
+            np.append(even.sum() ** (BLOCK - odd_places) * odd.sum() ** odd_places, [0, 0])
+            for even, odd in inner
         ],
-        "last": [
-            logistic_table(sigma, 4 * half, rest * half, 2 * half) for sigma in wide for rest in range(4)
-        ],
+        "inner": [mass for pair in inner for mass in pair],
+        "last": [bin_masses(sigma, 4 * half, rest * half, cell) for sigma in wide for rest in range(4)],
     }
     tensors = {"tables.half_step": torch.tensor(HALF_STEP, dtype=torch.int32)}
-    for kind, tables in made.items():
+    for kind, masses in made.items():
+        tables = [to_frequencies(mass) for mass in masses]
         tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(np.concatenate(tables))
         tensors[f"tables.{kind}.lengths"] = torch.tensor([len(table) for table in tables], dtype=torch.int32)
     return tensors

@@ -30,7 +30,7 @@ class ReferenceEntropy:
             name[8:]: value.astype(np.int64) for name, value in tensors.items() if name.startswith("entropy.")
         }
         self.half_step = int(tensors["tables.half_step"])
-        self.first = 64 - len(tensors["tables.inner.lengths"]) // 2
+        self.first = 64 - len(tensors["tables.words.lengths"])
         self.largest = 0.0
         """Largest magnitude that a sum of products, in any order, could have had so far, in its units."""
 

@@ -136,10 +136,10 @@ def test_rate_is_that_of_the_distribution(tables: LatticeTables) -> None:
         ({"tables.half_step": torch.tensor(129)}, r"half_step must be in 1\.\.128, got 129"),
         (
             {
-                "tables.inner.frequencies": latent_tables()["tables.y.frequencies"],
-                "tables.inner.lengths": latent_tables()["tables.y.lengths"],
+                f"tables.inner.{part}": latent_tables()[f"tables.y.{part}"]
+                for part in ("frequencies", "lengths")
             },
-            "64 and 208 tables of blocks for 64 tables of y",
+            "52, 64 and 208 tables of blocks for 64 tables of y",
         ),
     ],
 )

@@ -104,10 +104,6 @@ class SymbolEncoder:
         for values in outside:
             self._coder.encode(values + SYMBOL_LIMIT, _ESCAPES)
 
-    def write_uniform(self, numbers: NDArray[np.int64], count: int) -> None:
-        """Code ``numbers`` (n,), each 0 .. ``count`` - 1 and all equally likely."""
-        self._coder.encode(numbers.astype(np.int32), constriction.stream.model.Uniform(count))
-
     def finish(self) -> bytes:
         """The payload, a multiple of 4 bytes."""
         return self._coder.get_compressed().astype("<u4").tobytes()
@@ -147,13 +143,6 @@ class SymbolDecoder:
         symbols = np.zeros(len(indexes), np.int16)
         symbols[order] = grouped
         return symbols
-
-    def read_uniform(self, n: int, count: int) -> NDArray[np.int32]:
-        """``n`` numbers that `SymbolEncoder.write_uniform` wrote."""
-        try:
-            return self._coder.decode(constriction.stream.model.Uniform(count), n)
-        except AssertionError as error:
-            raise MalformedBitstreamError(DAMAGED) from error
 
     def finish(self) -> None:
         """Check that nothing is left."""

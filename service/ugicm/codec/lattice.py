@@ -5,7 +5,7 @@ and Wall, 1959; Conway and Sloane, "Sphere Packings, Lattices and Groups", ch. 4
 density the squared error is .86 dB smaller, as long as a distribution is wide against the step.
 
 A point is 16 whole numbers t, in half steps. Which of them are odd says a word of the Reed-Muller code
-RM(1,4), one of 32, and their sum is a multiple of four. So a block is coded as five bits for the word, 15
+RM(1,4), one of 32, and their sum is a multiple of four. So a block is coded as the number of the word, 15
 symbols s of t = 2 s + (0 or 1), and of the last one only u of t = 4 u + r, as r follows from the others.
 """
 
@@ -91,8 +91,8 @@ def nearest(x: Tensor) -> Tensor:
 class Parts(NamedTuple):
     """What is coded of n points."""
 
-    words: NDArray[np.int64]
-    """Numbers of their words, (n,)."""
+    words: tuple[Symbols, Indexes]
+    """Numbers of their words, less 16, and the tables of these, (n,)."""
     inner: tuple[Symbols, Indexes]
     """s of their first 15 numbers, and the tables of these, (15 n,)."""
     last: tuple[Symbols, Indexes]
@@ -104,10 +104,11 @@ def split(points: Symbols, indexes: Indexes, first: int) -> Parts:
     odds = points & 1
     digits = odds[:, _DIGITS].astype(np.int64)
     digits[:, 1:] ^= digits[:, :1]
-    table = indexes - first
+    table = (indexes - first).astype(np.uint8)
     head, end = np.s_[:, :-1], np.s_[:, -1]
+    words = digits @ (1 << np.arange(len(_DIGITS))) - BLOCK
     return Parts(
-        digits @ (1 << np.arange(len(_DIGITS))),
+        (words.astype(np.int16), table[:, 0]),
         ((points[head] >> 1).reshape(-1), (2 * table[head] + odds[head]).astype(np.uint8).reshape(-1)),
         (points[end] >> 2, (4 * table[end] + (points[end] & 3)).astype(np.uint8)),
     )
@@ -120,6 +121,8 @@ class LatticeTables(NamedTuple):
     """In units of the means."""
     first: int
     """Table of y from which on symbols are coded in blocks."""
+    words: list[Table]
+    """Of words' numbers, less 16: by table of y of the block's narrowest symbol, its first."""
     inner: list[Table]
     """Of s: by table of y, then by whether t is odd."""
     last: list[Table]
@@ -132,23 +135,24 @@ class LatticeTables(NamedTuple):
         Raises:
             KeyError, ValueError: they are missing or do not fit each other.
         """
-        inner, last = (
+        words, inner, last = (
             make_tables(
                 tensors[f"tables.{part}.frequencies"].numpy(), tensors[f"tables.{part}.lengths"].numpy()
             )
-            for part in ("inner", "last")
+            for part in ("words", "inner", "last")
         )
-        first, half_step = count - len(inner) // 2, int(tensors["tables.half_step"])
-        if len(inner) != 2 * (count - first) or len(last) != 2 * len(inner) or first < 1:
-            raise ValueError(f"{len(inner)} and {len(last)} tables of blocks for {count} tables of y")
+        first, half_step = count - len(words), int(tensors["tables.half_step"])
+        if (len(inner), len(last)) != (2 * len(words), 4 * len(words)) or first < 1:
+            counts = f"{len(words)}, {len(inner)} and {len(last)}"
+            raise ValueError(f"{counts} tables of blocks for {count} tables of y")
         if not 1 <= half_step <= HALF_STEP_MAX:
             raise ValueError(f"half_step must be in 1..{HALF_STEP_MAX}, got {half_step}")
-        return cls(half_step, first, inner, last)
+        return cls(half_step, first, words, inner, last)
 
     def write(self, encoder: SymbolEncoder, points: Symbols, indexes: Indexes) -> None:
         """Code ``points`` (n, 16), each number by the table that ``indexes`` (n, 16) selects."""
         parts = split(points, indexes, self.first)
-        encoder.write_uniform(parts.words, len(WORDS))
+        encoder.write(self.words, *parts.words)
         encoder.write(self.inner, *parts.inner)
         encoder.write(self.last, *parts.last)
 
@@ -158,8 +162,11 @@ class LatticeTables(NamedTuple):
         Raises:
             MalformedBitstreamError: `write` wrote no such thing.
         """
-        odds = WORDS[decoder.read_uniform(len(indexes), len(WORDS))].astype(np.int64)
-        table = indexes - self.first
+        table = (indexes - self.first).astype(np.uint8)
+        words = decoder.read(self.words, table[:, 0]).astype(np.int64) + BLOCK
+        if len(words) and not 0 <= words.min() <= words.max() < len(WORDS):
+            raise MalformedBitstreamError(DAMAGED)
+        odds = WORDS[words].astype(np.int64)
         points = np.empty(indexes.shape, np.int64)
         head, end = np.s_[:, :-1], np.s_[:, -1]
         inner = decoder.read(self.inner, (2 * table[head] + odds[head]).astype(np.uint8).reshape(-1))

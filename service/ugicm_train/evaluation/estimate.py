@@ -14,7 +14,7 @@ from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
 from ugicm.codec.conditioning import rate_of
 from ugicm.codec.entropy import SCALE_COUNT, SKIP_INDEX
 from ugicm.codec.hyper_prior import HyperPrior
-from ugicm.codec.lattice import WORDS, LatticeTables, blocks, split
+from ugicm.codec.lattice import LatticeTables, blocks, split
 
 ESCAPE_BITS = math.log2(2 * SYMBOL_LIMIT + 1)
 
@@ -40,12 +40,12 @@ class CodeLength:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """``tensors``: of the stored model."""
         self._prior = HyperPrior(tensors)
-        self._z, self._y, self._inner, self._last = (
+        self._z, self._y, self._words, self._inner, self._last = (
             _Costs(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
                 tensors[f"tables.{kind}.lengths"].numpy(),
             )
-            for kind in ("z", "y", "inner", "last")
+            for kind in ("z", "y", "words", "inner", "last")
         )
         self._first = LatticeTables.load(tensors, SCALE_COUNT).first
 
@@ -62,6 +62,10 @@ class CodeLength:
                 alone[places] = False
                 total += self._y.sum(flat[alone], index[alone])
                 parts = split(flat[places], index[places], self._first)
-                total += len(places) * math.log2(len(WORDS))
-                total += self._inner.sum(*parts.inner) + self._last.sum(*parts.last)
+                for costs, part in (
+                    (self._words, parts.words),
+                    (self._inner, parts.inner),
+                    (self._last, parts.last),
+                ):
+                    total += costs.sum(*part)
         return total
