@@ -114,9 +114,9 @@ def test_noise_is_points_or_an_error(tables: LatticeTables) -> None:
 
 
 def test_rate_is_that_of_the_distribution(tables: LatticeTables) -> None:
-    """A point costs what its share of the density does: no more than .02 bits a number above that."""
+    """A point costs what its share of the density does where that is wide; somewhat more where it is not."""
     random = np.random.default_rng(2)
-    for index in (16, 24, 36):
+    for index, above in ((16, 0.14), (24, 0.03), (36, 0.01)):
         sigma = 2.0 ** ((index - 20) * 5 / 32)
         x = random.logistic(0, sigma * np.sqrt(3) / np.pi, (3000, BLOCK)) * 64 / tables.half_step
         points = nearest(torch.from_numpy(x).float()).to(torch.int16).numpy()
@@ -126,7 +126,7 @@ def test_rate_is_that_of_the_distribution(tables: LatticeTables) -> None:
         # Differential entropy of the distribution, less the logarithm of a number's share of a cell.
         ideal = np.log2(sigma * np.sqrt(3) / np.pi) + 2 / np.log(2)
         ideal -= np.log2(tables.half_step / 64) + 12 / BLOCK
-        assert ideal - 0.01 < bits < ideal + (0.02 if index > 20 else 0.15)
+        assert ideal - 0.01 < bits < ideal + above
 
 
 @pytest.mark.parametrize(
