@@ -28,7 +28,7 @@ from ugicm.codec.fixed_point import (
     rounding_half,
     sum_bits,
 )
-from ugicm.codec.lattice import BLOCK, MEAN_SQUARE, WORDS
+from ugicm.codec.lattice import BLOCK, CELL, WORDS
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
@@ -83,7 +83,7 @@ def latent_tables() -> dict[str, Tensor]:
     """
     sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
     half, wide = HALF_STEP / MEAN_UNIT, sigmas[LATTICE_FIRST:]
-    cell = np.sqrt(12 * MEAN_SQUARE) * half
+    cell = CELL * half
     inner = [[bin_masses(sigma, 2 * half, odd * half, cell) for odd in range(2)] for sigma in wide]
     odd_places = WORDS.sum(1)
     made = {

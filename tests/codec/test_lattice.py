@@ -34,7 +34,6 @@ def test_words_are_32_and_differ_in_at_least_8_places() -> None:
 
 def test_points_have_the_lattices_density_and_least_distance() -> None:
     """Center density 1/16 at minimal norm 4 in its usual scale (Conway and Sloane, table 1.3)."""
-    origin = torch.zeros(1, BLOCK)
     # Vectors of minimal norm: 480 with two places of +-2, 3840 with eight of +-1.
     pairs = [
         (i, j, a, b)
@@ -58,7 +57,7 @@ def test_points_have_the_lattices_density_and_least_distance() -> None:
     assert torch.equal(nearest(shortest), shortest)
     # Less than half way from a point, that point is the nearest.
     assert not nearest(0.49 * shortest).any()
-    assert torch.equal(nearest(origin + 0.51 * shortest), shortest)
+    assert torch.equal(nearest(0.51 * shortest), shortest)
 
 
 def test_a_point_is_nearer_than_whole_numbers_of_equal_density() -> None:

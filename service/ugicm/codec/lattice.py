@@ -11,6 +11,7 @@ symbols s of t = 2 s + (0 or 1), and of the last one only u of t = 4 u + r, as r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -35,8 +36,9 @@ BLOCK = 16
 """Dimensions of the lattice."""
 HALF_STEP_MAX = 128
 """Largest half step, in units of the means: `SYMBOL_LIMIT` of them are exact in float32."""
-MEAN_SQUARE = 0.1932
-"""Mean squared error of a number where a distribution is wide, in half steps: .0683 times 2^(2 12 / 16)."""
+CELL = math.sqrt(12 * 0.1932)
+"""Width in half steps of uniform noise as large as a number's error where a distribution is wide; the mean
+square of that error is .0683 times 2^(2 12 / 16)."""
 CANDIDATES = 3
 """Words tried for each block; with more, points are hardly nearer."""
 _DIGITS = (0, 1, 2, 4, 8)

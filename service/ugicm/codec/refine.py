@@ -9,7 +9,6 @@ moving it too gained nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,11 +18,11 @@ from torch import Tensor
 from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.device import without_autocast
-from ugicm.codec.entropy import INDEX_OFFSET
+from ugicm.codec.entropy import INDEX_OFFSET, MEAN_UNIT
 from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
 from ugicm.codec.errors import CodecError
-from ugicm.codec.fixed_point import INDEX_BITS, MEAN
-from ugicm.codec.lattice import MEAN_SQUARE, LatticeTables
+from ugicm.codec.fixed_point import INDEX_BITS
+from ugicm.codec.lattice import CELL, LatticeTables
 from ugicm.codec.networks import Synthesis
 
 MAX_STEPS = 10_000
@@ -71,7 +70,7 @@ class Refiner:
         """``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
         self._first = (lattice.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
         """Scale unit from which on symbols are coded in blocks."""
-        self._noise = math.sqrt(12 * MEAN_SQUARE) * lattice.half_step / 2**MEAN.bits
+        self._noise = CELL * lattice.half_step / MEAN_UNIT
         """Width of uniform noise that is as large as their error."""
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
