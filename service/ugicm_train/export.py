@@ -28,18 +28,18 @@ from ugicm.codec.fixed_point import (
     rounding_half,
     sum_bits,
 )
-from ugicm.codec.lattice import BLOCK, CELL, WORDS
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
+from ugicm.codec.trellis import CELL
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
 from ugicm_train.signals import uninterrupted
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
-LATTICE_FIRST = 12
-"""Table from which on latents are coded in blocks (`ugicm.codec.lattice`): standard deviation .42."""
-HALF_STEP = 38
-"""Half step of the lattice in units of the means, 1/64: points are about as dense as whole numbers."""
+TRELLIS_FIRST = 10
+"""Table from which on latents lie on paths (`ugicm.codec.trellis`): standard deviation .34."""
+TRELLIS_STEP = 33
+"""Step of the trellis in units of the means, 1/64: points are about as dense as whole numbers."""
 PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""
 WEIGHT_MAX = 32767
@@ -77,26 +77,25 @@ def bin_masses(sigma: float, spacing: float, shift: float, width: float) -> NDAr
 
 
 def latent_tables() -> dict[str, Tensor]:
-    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols in blocks.
+    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols on paths.
 
-    Around a point, a block's cell is about as wide in every direction as its mean squared error says.
+    Around a point of a path, the cell is about as wide in every direction as the mean squared error says.
     """
     sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
-    half, wide = HALF_STEP / MEAN_UNIT, sigmas[LATTICE_FIRST:]
-    cell = CELL * half
-    inner = [[bin_masses(sigma, 2 * half, odd * half, cell) for odd in range(2)] for sigma in wide]
-    odd_places = WORDS.sum(1)
+    step = TRELLIS_STEP / MEAN_UNIT
+    wide = [
+        [bin_masses(sigma, 4 * step, bits * step, CELL * step) for bits in range(4)]
+        for sigma in sigmas[TRELLIS_FIRST:]
+    ]
     made = {
         "y": [bin_masses(sigma, 1.0, 0.0, 1.0) for sigma in sigmas],
-        # A table has an odd number of symbols and an escape; two remain unused.
-        "words": [
-            np.append(even.sum() ** (BLOCK - odd_places) * odd.sum() ** odd_places, [0, 0])
-            for even, odd in inner
-        ],
-        "inner": [mass for pair in inner for mass in pair],
-        "last": [bin_masses(sigma, 4 * half, rest * half, cell) for sigma in wide for rest in range(4)],
+        "rest": [mass for by_bits in wide for mass in by_bits],
     }
-    tensors = {"tables.half_step": torch.tensor(HALF_STEP, dtype=torch.int32)}
+    zeros = [to_frequencies(np.array([fours.sum(), others.sum()]))[0] for fours, _, others, _ in wide]
+    tensors = {
+        "tables.step": torch.tensor(TRELLIS_STEP, dtype=torch.int32),
+        "tables.branches": torch.tensor(np.array(zeros)),
+    }
     for kind, masses in made.items():
         tables = [to_frequencies(mass) for mass in masses]
         tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(np.concatenate(tables))

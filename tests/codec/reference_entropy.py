@@ -29,8 +29,8 @@ class ReferenceEntropy:
         self.tensors = {
             name[8:]: value.astype(np.int64) for name, value in tensors.items() if name.startswith("entropy.")
         }
-        self.half_step = int(tensors["tables.half_step"])
-        self.first = 64 - len(tensors["tables.words.lengths"])
+        self.step = int(tensors["tables.step"])
+        self.first = 64 - len(tensors["tables.branches"])
         self.largest = 0.0
         """Largest magnitude that a sum of products, in any order, could have had so far, in its units."""
 
@@ -93,19 +93,20 @@ class ReferenceEntropy:
     def units(self, indexes: Int) -> Int:
         """What a symbol of each of these tables counts; they are all those of one step, in their order.
 
-        From the widest table down, sixteen symbols at a time make a block, as long as their tables are wide
-        enough; of equally wide ones the last come first.
+        From the widest table down, symbols make rows, as long as their tables are wide enough; of equally
+        wide ones the last come first. A row has a 32nd of all that are wide enough, at least 32, at most 256.
         """
         order = sorted(range(indexes.size), key=lambda place: (indexes.flat[place], place), reverse=True)
         wide = [place for place in order if indexes.flat[place] >= self.first]
         units = np.full(indexes.size, 64)
-        units[wide[: len(wide) // 16 * 16]] = self.half_step
+        length = min(max(len(wide) // 32, 32), 256)
+        units[wide[: len(wide) // length * length]] = self.step
         return units.reshape(indexes.shape)
 
     def parameters(self, z: Int, y_symbols: Int) -> tuple[Int, Int]:
         """All symbols, (N, h/4, w/4) and (M, h, w) -> table index of every y symbol, and y_hat * 64.
 
-        A symbol counts 64, of a block as many as the model's half step.
+        A symbol counts 64, in a row as many as the model's step.
         """
         x = _relu(self.dense("hyper1", np.clip(z, -511, 511), 0, 5), 5, 32)
         x = _relu(self.dense("hyper2", self.double(x), 5, 6), 6, 16)

@@ -316,7 +316,7 @@ def test_a_strip_counts_with_its_padding(
     data = tiny_codec.encode([strip], 80)[0]
     header, _ = parse(data, max_pixels=1 << 30)
     assert (header.tile_side, header.tiles) == (128, 5)
-    # Each tile has blocks of its own, and so other points of the lattice.
+    # Each tile has rows of its own, and so other paths along them.
     assert np.abs(tiny_codec.decode([data])[0].astype(int) - whole).max() <= 5
 
 

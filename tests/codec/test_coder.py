@@ -13,6 +13,7 @@ from ugicm.codec.coder import (
     Table,
     make_table,
     make_tables,
+    weigh,
 )
 from ugicm.codec.errors import MalformedBitstreamError
 from ugicm_train.export import latent_tables, to_frequencies
@@ -58,6 +59,22 @@ def test_rate_is_that_of_the_integer_table(frequencies: list[int]) -> None:
         bits = len(encoder.finish()) * 8
         expected = -count * np.log2(frequency / TOTAL)
         assert expected - 1 <= bits <= expected + 96
+
+
+def test_bits_cost_what_their_weights_say() -> None:
+    random = np.random.default_rng(3)
+    zeros = random.integers(1, TOTAL, 20_000).astype(np.int32)
+    zeros[:4] = 1, 2, TOTAL - 2, TOTAL - 1
+    bits = (random.random(len(zeros)) * TOTAL >= zeros).astype(np.int32)
+    bits[:4] = 1, 0, 1, 0
+    encoder = SymbolEncoder()
+    encoder.write_bits(bits, weigh(zeros))
+    payload = encoder.finish()
+    ideal = -np.log2(np.where(bits, TOTAL - zeros, zeros) / TOTAL).sum()
+    assert ideal <= 8 * len(payload) <= ideal + 64
+    decoder = SymbolDecoder(payload)
+    np.testing.assert_array_equal(decoder.read_bits(weigh(zeros)), bits)
+    decoder.finish()
 
 
 def test_rate_is_near_entropy(tables: list[Table]) -> None:

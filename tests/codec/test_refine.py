@@ -18,6 +18,7 @@ from ugicm.codec.entropy_twin import round_straight
 from ugicm.codec.errors import CodecError
 from ugicm.codec.refine import ERROR_WEIGHT, draw
 from ugicm.codec.store import load_codec
+from ugicm_train.export import TRELLIS_FIRST
 
 Image = NDArray[np.uint8]
 QUALITY = 60.0
@@ -37,11 +38,11 @@ def crop(photo: Image) -> Image:
     return np.ascontiguousarray(photo[90:190, 100:230])  # not whole hyper positions
 
 
-@pytest.mark.parametrize("first", [12, SCALE_COUNT], ids=["in blocks", "alone"])
+@pytest.mark.parametrize("first", [TRELLIS_FIRST, SCALE_COUNT], ids=["on paths", "alone"])
 def test_a_refined_picture_costs_less(tiny_store: Path, crop: Image, first: int) -> None:
     tiny_codec = load_codec("tiny", store=tiny_store, device="cpu")
     # On a CPU this is the decoder's entropy model, too.
-    tiny_codec._entropy.lattice = tiny_codec._entropy.lattice._replace(first=first)
+    tiny_codec._entropy.trellis = tiny_codec._entropy.trellis._replace(first=first)
     (plain,) = tiny_codec.encode([crop], QUALITY)
     (refined,) = tiny_codec.encode([crop], QUALITY, refine=STEPS)
     assert cost(tiny_codec, crop, refined) < 0.97 * cost(tiny_codec, crop, plain)

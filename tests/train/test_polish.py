@@ -86,8 +86,8 @@ def test_restored_model_sees_the_latents_of_the_decoder(tiny_store: Path, photo:
     stored = read_model(tiny_store / "tiny")
     crop = photo[:128, :192]
     codec = load_codec(tiny_store / "tiny", device="cpu")
-    # Where symbols are coded in blocks, of which the trainable twin knows nothing, it sees other errors.
-    codec._entropy.lattice = codec._entropy.lattice._replace(first=SCALE_COUNT)
+    # Where symbols lie on paths, of which the trainable twin knows nothing, it sees other errors.
+    codec._entropy.trellis = codec._entropy.trellis._replace(first=SCALE_COUNT)
     exact = codec.unpack(codec.encode([crop], 50.0)[0]).y_hat
     assert exact is not None
     model = restore(stored.config, stored.tensors).eval()

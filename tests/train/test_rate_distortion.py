@@ -545,7 +545,7 @@ def test_a_stopped_measurement_stops_its_parts(tmp_path: Path) -> None:
 def test_parts_end_with_a_killed_measurement(tmp_path: Path) -> None:
     part = (
         "import os, time; from ugicm_train.evaluation.parts import end_with_parent; end_with_parent(); "
-        "print(os.getpid(), flush=True); time.sleep(20); print('still there')"
+        "os.write(1, b'%d\\n' % os.getpid()); time.sleep(20); print('still there')"
     )
     code = (
         "import sys, torch\n"  # torch starts processes of its own

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ugicm.codec import coder, dense
+from ugicm.codec import coder, dense, entropy, trellis
 from ugicm.codec.codec import Codec
 
 Observe = Callable[[str, Callable[[], Any]], Any]
 """(stage, work) -> the result of the work."""
 
 TRANSFORMS = ("analysis", "hyper analysis", "synthesis")
-STAGES = (*TRANSFORMS[:2], "entropy model", "coder", TRANSFORMS[2])
+STAGES = (*TRANSFORMS[:2], "entropy model", "path search", "coder", TRANSFORMS[2])
 
 
 class _Watched:
@@ -61,8 +61,10 @@ def observed(codec: Codec, observe: Observe) -> Iterator[None]:
     replace(codec, "_hyper_analysis", _Watched(codec._hyper_analysis, "hyper analysis", observe))
     replace(codec, "_synthesis_for", lambda *key: _Watched(synthesis_for(*key), "synthesis", observe))
     watch(codec._entropy, "quantise", "entropy model")
+    watch(entropy, "nearest", "path search")
     watch(codec._cpu_entropy, "pack", "coder")
     watch(codec._cpu_entropy, "unpack", "entropy model")
+    watch(trellis.TrellisTables, "read", "coder")
     watch(coder.SymbolDecoder, "read", "coder")
     try:
         yield

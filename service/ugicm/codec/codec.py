@@ -568,7 +568,7 @@ class Codec:
     def _refiner(self) -> Refiner:
         """Made when first asked for: few callers refine, and none of them is a server."""
         return Refiner(
-            self.config, self._stored_entropy, self._gains, self._entropy.lattice, self._device, self._dtype
+            self.config, self._stored_entropy, self._gains, self._entropy.trellis, self._device, self._dtype
         )
 
     def _refine_each(

@@ -26,6 +26,8 @@ DAMAGED = "the coded data is damaged"
 
 _ESCAPES = constriction.stream.model.Uniform(2 * SYMBOL_LIMIT + 1)
 
+_BITS = constriction.stream.model.Categorical(perfect=False)
+
 Symbols = NDArray[np.int16]
 Indexes = NDArray[np.uint8]
 
@@ -66,6 +68,13 @@ def make_tables(frequencies: NDArray[np.int32], lengths: NDArray[np.int32]) -> l
     return [make_table(frequencies[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
+def weigh(zeros: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Weights (..., 2), as in `make_table`, of bits that are 0 in ``zeros`` (...) of `TOTAL` parts."""
+    weights = np.empty((*zeros.shape, 2))
+    weights[..., 0], weights[..., 1] = zeros - 1, TOTAL - 1 - zeros
+    return weights
+
+
 def _groups(indexes: Indexes, count: int, first: int) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
     """Stable order by table of the symbols whose table is at least `first`; per table its slice of them."""
     order = np.argsort(indexes, kind="stable")
@@ -103,6 +112,10 @@ class SymbolEncoder:
             self._coder.encode(values + table.radius, table.model)
         for values in outside:
             self._coder.encode(values + SYMBOL_LIMIT, _ESCAPES)
+
+    def write_bits(self, bits: NDArray[np.int32], weights: NDArray[np.float64]) -> None:
+        """Code ``bits`` (n,) by the ``weights`` (n, 2) that `weigh` made."""
+        self._coder.encode(bits, _BITS, weights)
 
     def finish(self) -> bytes:
         """The payload, a multiple of 4 bytes."""
@@ -143,6 +156,13 @@ class SymbolDecoder:
         symbols = np.zeros(len(indexes), np.int16)
         symbols[order] = grouped
         return symbols
+
+    def read_bits(self, weights: NDArray[np.float64]) -> NDArray[np.int32]:
+        """The bits (n,) that `SymbolEncoder.write_bits` wrote with these weights."""
+        try:
+            return self._coder.decode(_BITS, weights)
+        except AssertionError as error:
+            raise MalformedBitstreamError(DAMAGED) from error
 
     def finish(self) -> None:
         """Check that nothing is left."""

@@ -9,7 +9,6 @@ depend on their order: not on the device, the number of threads or the batch.
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -43,7 +42,7 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.hyper_prior import HyperPrior
-from ugicm.codec.lattice import LatticeTables, blocks, nearest
+from ugicm.codec.trellis import TrellisTables, nearest, rows
 
 INDEX_OFFSET = 20
 """Table index of scale unit 0, that is of sigma = 1."""
@@ -53,7 +52,7 @@ SKIP_INDEX = 0
 """Symbols with this index are certainly zero and not coded."""
 Z_LIMIT = 511
 POINT_LIMIT = SYMBOL_LIMIT - 4
-"""Largest number before the nearest point of the lattice is looked for, which may be some further away."""
+"""Largest number before the nearest path of the trellis is looked for, which may be some further away."""
 PROBE_BATCH = 16
 """Pictures at a time in the probe of exactness; libraries choose other algorithms for many than for one."""
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -67,7 +66,7 @@ class TileSymbols(NamedTuple):
     z: Symbols
     """Hyper latent (N, h/4, w/4)."""
     y: tuple[Symbols, ...]
-    """Per coding step: symbols (4 positions, h/2, w/2, M/4), in blocks numbers of a point of the lattice."""
+    """Per coding step: symbols (4 positions, h/2, w/2, M/4), on paths of the trellis in its steps."""
     indexes: tuple[Indexes, ...]
     """Per coding step: the table of each symbol, shaped alike."""
 
@@ -206,7 +205,7 @@ class EntropyModel:
         )
         if (count := len(self.y_tables)) != SCALE_COUNT:
             raise ModelStoreError(f"{config.name} has {count} tables of y, not {SCALE_COUNT}")
-        self.lattice = LatticeTables.load(tensors, SCALE_COUNT)
+        self.trellis = TrellisTables.load(tensors, SCALE_COUNT)
 
     # What carries the integers
 
@@ -306,14 +305,15 @@ class EntropyModel:
             seen[..., coded] = (y_hat[..., coded] * (1 / SEEN_STEP)).floor_().clamp_(-SEEN.end, SEEN.end - 1)
         return y_hat
 
-    def _blocks(self, indexes: Indexes) -> NDArray[np.intp]:
-        """Places (n, 16) of the blocks of each picture of a batch in ``indexes``, (4, B, h/2, w/2, M/4)."""
-        size = math.prod(indexes.shape[2:])
-        parts = []
-        for item in range(indexes.shape[1]):
-            position, place = np.divmod(blocks(indexes[:, item].reshape(-1), self.lattice.first), size)
-            parts.append((position * indexes.shape[1] + item) * size + place)
-        return np.concatenate(parts)
+    def _follow(self, wanted: Tensor, indexes: Indexes, symbols: Tensor, residuals: Tensor) -> None:
+        """Replace those of a picture's ``symbols`` and ``residuals`` that lie on paths of the trellis."""
+        step = self.trellis.step
+        flat = np.unravel_index(rows(indexes.reshape(-1), self.trellis.first), indexes.shape)
+        places = tuple(torch.from_numpy(place).to(self.device) for place in flat)
+        x = (wanted[places] / step).clamp_(-POINT_LIMIT, POINT_LIMIT)
+        points = torch.from_numpy(nearest(x.float().cpu().numpy())).to(x)
+        symbols[places] = points
+        residuals[places] = points * step
 
     @torch.inference_mode()
     def quantise(self, z: Tensor, y: Tensor) -> list[TileSymbols]:
@@ -338,11 +338,8 @@ class EntropyModel:
             symbols.mul_(indexes != SKIP_INDEX)
             residuals = symbols * MEAN_UNIT
             index = indexes.to(torch.uint8).cpu().numpy()
-            places = torch.from_numpy(self._blocks(index)).to(self.device)
-            half = self.lattice.half_step
-            points = nearest((wanted.view(-1)[places] / half).clamp_(-POINT_LIMIT, POINT_LIMIT))
-            symbols.view(-1)[places] = points
-            residuals.view(-1)[places] = points * half
+            for item in range(index.shape[1]):
+                self._follow(wanted[:, item], index[:, item], symbols[:, item], residuals[:, item])
             kept_symbols.append(symbols.to(torch.int16).cpu().numpy())
             kept_indexes.append(index)
             return residuals
@@ -364,9 +361,9 @@ class EntropyModel:
         self.hyper_prior.write(encoder, tile.z, rate)
         for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
             flat, index = symbols.reshape(-1), indexes.reshape(-1)
-            places = blocks(index, self.lattice.first)
+            places = rows(index, self.trellis.first)
             encoder.write(self.y_tables, flat, _without(index, places), first=SKIP_INDEX + 1)
-            self.lattice.write(encoder, flat[places], index[places])
+            self.trellis.write(encoder, flat[places], index[places])
         return encoder.finish()
 
     @torch.inference_mode()
@@ -387,11 +384,11 @@ class EntropyModel:
             del step
             index = indexes[:, 0].to(torch.uint8).cpu().numpy()
             flat = index.reshape(-1)
-            places = blocks(flat, self.lattice.first)
+            places = rows(flat, self.trellis.first)
             symbols = decoder.read(self.y_tables, _without(flat, places), first=SKIP_INDEX + 1)
             residuals = symbols.astype(np.int32) * MEAN_UNIT
-            symbols[places] = points = self.lattice.read(decoder, flat[places])
-            residuals[places] = points.astype(np.int32) * self.lattice.half_step
+            symbols[places] = points = self.trellis.read(decoder, flat[places])
+            residuals[places] = points.astype(np.int32) * self.trellis.step
             kept.append((symbols.reshape(index.shape), index))
             return torch.from_numpy(residuals.reshape(index.shape)).to(means)[:, None]
 

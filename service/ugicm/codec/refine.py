@@ -2,8 +2,8 @@
 
 A decoder notices nothing. Stochastic Gumbel annealing (Yang, Bamler and Mandt, "Improving inference for
 neural image compression", NeurIPS 2020): each symbol is drawn between its two neighbouring integers, softly
-and with gradients, from a distribution that hardens from step to step. Symbols that are coded in blocks
-(`ugicm.codec.lattice`) get noise instead, as large as their error will be. The hyper latent stays as it is:
+and with gradients, from a distribution that hardens from step to step. Symbols on paths of the trellis
+(`ugicm.codec.trellis`) get noise instead, as large as their error will be. The hyper latent stays as it is:
 moving it too gained nothing.
 """
 
@@ -22,8 +22,8 @@ from ugicm.codec.entropy import INDEX_OFFSET, MEAN_UNIT
 from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
 from ugicm.codec.errors import CodecError
 from ugicm.codec.fixed_point import INDEX_BITS
-from ugicm.codec.lattice import CELL, LatticeTables
 from ugicm.codec.networks import Synthesis
+from ugicm.codec.trellis import CELL, TrellisTables
 
 MAX_STEPS = 10_000
 LEARNING_RATE = 0.03
@@ -63,14 +63,14 @@ class Refiner:
         config: ModelConfig,
         tensors: Mapping[str, Tensor],
         gains: Gains,
-        lattice: LatticeTables,
+        trellis: TrellisTables,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         """``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
-        self._first = (lattice.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
-        """Scale unit from which on symbols are coded in blocks."""
-        self._noise = CELL * lattice.half_step / MEAN_UNIT
+        self._first = (trellis.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
+        """Scale unit from which on symbols lie on paths."""
+        self._noise = CELL * trellis.step / MEAN_UNIT
         """Width of uniform noise that is as large as their error."""
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype

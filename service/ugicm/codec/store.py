@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "weights.safetensors", "README.md"
 STORE_VARIABLE = "UGICM_MODEL_STORE"
-FORMAT = 6
+FORMAT = 7
 """Version of the layout of the model folder."""
-BITSTREAM = 5
+BITSTREAM = 6
 """Version of what the bytes of a bitstream mean, besides the model; part of the digest."""
 DEFAULT_MODEL = "ugicm-s"
 DEFAULT_MAX_PIXELS = 120_000_000

@@ -14,7 +14,7 @@ from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, Indexes, Symbols
 from ugicm.codec.conditioning import rate_of
 from ugicm.codec.entropy import SCALE_COUNT, SKIP_INDEX
 from ugicm.codec.hyper_prior import HyperPrior
-from ugicm.codec.lattice import LatticeTables, blocks, split
+from ugicm.codec.trellis import TrellisTables, rows
 
 ESCAPE_BITS = math.log2(2 * SYMBOL_LIMIT + 1)
 
@@ -40,14 +40,14 @@ class CodeLength:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """``tensors``: of the stored model."""
         self._prior = HyperPrior(tensors)
-        self._z, self._y, self._words, self._inner, self._last = (
+        self._z, self._y, self._rest = (
             _Costs(
                 tensors[f"tables.{kind}.frequencies"].numpy(),
                 tensors[f"tables.{kind}.lengths"].numpy(),
             )
-            for kind in ("z", "y", "words", "inner", "last")
+            for kind in ("z", "y", "rest")
         )
-        self._first = LatticeTables.load(tensors, SCALE_COUNT).first
+        self._trellis = TrellisTables.load(tensors, SCALE_COUNT)
 
     def bits(self, latent: Latent) -> float:
         """Bits of all symbols of a picture's latent."""
@@ -57,15 +57,11 @@ class CodeLength:
                 total += self._z.sum(tile.z[:, mask], chosen)
             for symbols, indexes in zip(tile.y, tile.indexes, strict=True):
                 flat, index = symbols.reshape(-1), indexes.reshape(-1)
-                places = blocks(index, self._first)
+                places = rows(index, self._trellis.first)
                 alone = index != SKIP_INDEX
                 alone[places] = False
                 total += self._y.sum(flat[alone], index[alone])
-                parts = split(flat[places], index[places], self._first)
-                for costs, part in (
-                    (self._words, parts.words),
-                    (self._inner, parts.inner),
-                    (self._last, parts.last),
-                ):
-                    total += costs.sum(*part)
+                branches, zeros, rest = self._trellis.split(flat[places], index[places])
+                total -= float(np.log2(np.where(branches, TOTAL - zeros, zeros) / TOTAL).sum())
+                total += self._rest.sum(*rest)
         return total
