@@ -80,6 +80,14 @@ def test_paths_are_nearer_than_whole_numbers_of_equal_density() -> None:
     assert 1.15 < gain < 1.25
 
 
+def test_rows_of_several_lengths_are_searched_together() -> None:
+    random = np.random.default_rng(0)
+    x = random.uniform(-20, 20, (12, 90)).astype(np.float32)
+    lengths = random.integers(10, 91, len(x))
+    for row, length, points in zip(x, lengths, nearest(x, lengths), strict=True):
+        np.testing.assert_array_equal(points[:length], nearest(row[None, :length])[0])
+
+
 def test_rows_are_the_widest_symbols() -> None:
     indexes = np.random.default_rng(0).integers(0, SCALE_COUNT, 20_000).astype(np.uint8)
     for count, length in ((1000, 32), (2000, 51), (20_000, 256)):

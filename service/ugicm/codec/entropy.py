@@ -9,6 +9,7 @@ depend on their order: not on the device, the number of threads or the batch.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -306,14 +307,21 @@ class EntropyModel:
         return y_hat
 
     def _follow(self, wanted: Tensor, indexes: Indexes, symbols: Tensor, residuals: Tensor) -> None:
-        """Replace those of a picture's ``symbols`` and ``residuals`` that lie on paths of the trellis."""
-        step = self.trellis.step
-        flat = np.unravel_index(rows(indexes.reshape(-1), self.trellis.first), indexes.shape)
-        places = tuple(torch.from_numpy(place).to(self.device) for place in flat)
-        x = (wanted[places] / step).clamp_(-POINT_LIMIT, POINT_LIMIT)
-        points = torch.from_numpy(nearest(x.float().cpu().numpy())).to(x)
-        symbols[places] = points
-        residuals[places] = points * step
+        """Replace those of a batch's ``symbols`` and ``residuals`` that lie on paths of the trellis."""
+        batch, size = indexes.shape[1], math.prod(indexes.shape[2:])
+        cut = [rows(indexes[:, item].reshape(-1), self.trellis.first) for item in range(batch)]
+        lengths = np.concatenate([np.full(len(part), part.shape[1]) for part in cut])
+        places = np.zeros((len(lengths), max(part.shape[1] for part in cut)), np.intp)
+        counts = np.arange(places.shape[1]) < lengths[:, None]
+        position, place = np.divmod(np.concatenate([part.reshape(-1) for part in cut]), size)
+        item = np.repeat(np.arange(batch), [part.size for part in cut])
+        places[counts] = (position * batch + item) * size + place
+        targets = wanted.view(-1)[torch.from_numpy(places).to(self.device)] / self.trellis.step
+        x = targets.clamp_(-POINT_LIMIT, POINT_LIMIT).float().cpu().numpy()
+        points = torch.from_numpy(nearest(x, None if counts.all() else lengths)[counts]).to(symbols)
+        on_paths = torch.from_numpy(places[counts]).to(self.device)
+        symbols.view(-1)[on_paths] = points
+        residuals.view(-1)[on_paths] = points * self.trellis.step
 
     @torch.inference_mode()
     def quantise(self, z: Tensor, y: Tensor) -> list[TileSymbols]:
@@ -338,8 +346,7 @@ class EntropyModel:
             symbols.mul_(indexes != SKIP_INDEX)
             residuals = symbols * MEAN_UNIT
             index = indexes.to(torch.uint8).cpu().numpy()
-            for item in range(index.shape[1]):
-                self._follow(wanted[:, item], index[:, item], symbols[:, item], residuals[:, item])
+            self._follow(wanted, index, symbols, residuals)
             kept_symbols.append(symbols.to(torch.int16).cpu().numpy())
             kept_indexes.append(index)
             return residuals

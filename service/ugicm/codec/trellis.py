@@ -91,8 +91,11 @@ def rows(indexes: Indexes, first: int) -> NDArray[np.intp]:
     return order[len(order) % length :].reshape(-1, length)
 
 
-def nearest(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The paths nearest to the rows of ``x`` (n, length), which is in steps; whole numbers, shaped alike."""
+def nearest(x: NDArray[np.float32], lengths: NDArray[np.intp] | None = None) -> NDArray[np.float32]:
+    """The paths nearest to the rows of ``x`` (n, length), which is in steps; whole numbers, shaped alike.
+
+    ``lengths`` (n,): how much of each row counts, if not all. Rows of several pictures take hardly longer.
+    """
     x = np.ascontiguousarray(x.T)
     length, count = x.shape
     # By the two lowest bits of a number: its squared distance, in 4 steps, to the nearest with such bits.
@@ -101,6 +104,8 @@ def nearest(x: NDArray[np.float32]) -> NDArray[np.float32]:
         error = (x - bits) / 4
         error -= np.rint(error)
         distances[:, bits >> 1, bits & 1, 0] = error * error
+    if lengths is not None:
+        distances *= (np.arange(length)[:, None] < lengths)[:, None, None, None]
     least = np.full((STATES, count), np.inf, np.float32)
     least[PLACE[0]] = 0
     both = np.empty((2, STATES, count), np.float32)
