@@ -19,7 +19,7 @@ from safetensors.torch import load, load_file, save
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.errors import CodecError, ModelStoreError
-from ugicm.codec.store import FORMAT, available, bitstream_digest, find_store, load_codec, read_model
+from ugicm.codec.store import available, bitstream_digest, find_store, load_codec, read_model
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_torch_of_another_default_type(tiny_store: Path, tiny_codec: Codec, phot
 
 def test_newer_format(folder: Path) -> None:
     edit(folder, format=99)
-    with pytest.raises(ModelStoreError, match=f"has model format 99; this program reads {FORMAT}"):
+    with pytest.raises(ModelStoreError, match="has model format 99; this program reads 7"):
         read_model(folder)
 
 

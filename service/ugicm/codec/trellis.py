@@ -53,29 +53,27 @@ NEXT = np.array(
         [state >> 1 ^ (state & 1) * (CHECKS[0] >> 1) ^ branch * (CHECKS[1] >> 1) for branch in (0, 1)]
         for state in range(STATES)
     ],
-    np.uint8,
+    np.intp,
 )
 """State after a branch, (states, 2); where the state is odd, so is t. Paths start in state 0."""
 
 
-def _incoming() -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """For the search, states in another order: first those that even numbers lead to.
+def _incoming() -> NDArray[np.intp]:
+    """For the search, states in another order: first those that even numbers lead to, 0 first of all.
 
     Returns:
-        the place of the state before, by branch and place of the state after, (2, states), and the place of
-        each state.
+        the place of the state before, by branch and place of the state after, (2, states).
     """
     before = np.empty((2, STATES), np.intp)
     for branch in (0, 1):
         before[branch, NEXT[:, branch]] = np.arange(STATES)
     order = np.argsort(before[0] & 1, kind="stable")
-    place = np.argsort(order)
-    return place[before[:, order]], place
+    return np.argsort(order)[before[:, order]]
 
 
-BEFORE, PLACE = _incoming()
+BEFORE = _incoming()
 # By twice the state, to which a branch can be added.
-_AFTER = 2 * NEXT.reshape(-1).astype(np.intp)
+_AFTER = 2 * NEXT.reshape(-1)
 _ODD = np.arange(2 * STATES) & 2 > 0
 _EVEN_ODDS = weigh(np.array(TOTAL // 2))
 
@@ -107,7 +105,7 @@ def nearest(x: NDArray[np.float32], lengths: NDArray[np.intp] | None = None) -> 
     if lengths is not None:
         distances *= (np.arange(length)[:, None] < lengths)[:, None, None, None]
     least = np.full((STATES, count), np.inf, np.float32)
-    least[PLACE[0]] = 0
+    least[0] = 0
     both = np.empty((2, STATES, count), np.float32)
     by_bits = both.reshape(2, 2, STATES // 2, count)
     chosen = np.empty((length, STATES, count), np.bool_)
