@@ -17,8 +17,15 @@ from torch import Tensor
 
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.entropy import INDEX_OFFSET, MEAN_UNIT, SCALE_COUNT, Z_LIMIT
-from ugicm.codec.entropy_twin import LOGISTIC_SCALE, OCTAVES_PER_UNIT
+from ugicm.codec.entropy import MEAN_UNIT, SCALE_COUNT, Z_LIMIT
+from ugicm.codec.entropy_twin import (
+    INDEX_OFFSET,
+    LOGISTIC_SCALE,
+    OCTAVES_PER_UNIT,
+    TRELLIS_FIRST,
+    TRELLIS_STEP,
+    noise_width,
+)
 from ugicm.codec.fixed_point import (
     BITS_MAX,
     BITS_MIN,
@@ -29,17 +36,12 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_digest
-from ugicm.codec.trellis import CELL
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
 from ugicm_train.signals import uninterrupted
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
-TRELLIS_FIRST = 10
-"""Table from which on latents lie on paths (`ugicm.codec.trellis`): standard deviation .34."""
-TRELLIS_STEP = 33
-"""Step of the trellis in units of the means, 1/64: points are about as dense as whole numbers."""
 PRIOR_TAIL = 1e-6
 """Tables of the hyper latent reach until this much probability is left outside."""
 WEIGHT_MAX = 32767
@@ -84,7 +86,7 @@ def latent_tables() -> dict[str, Tensor]:
     sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
     step = TRELLIS_STEP / MEAN_UNIT
     wide = [
-        [bin_masses(sigma, 4 * step, bits * step, CELL * step) for bits in range(4)]
+        [bin_masses(sigma, 4 * step, bits * step, noise_width(TRELLIS_STEP)) for bits in range(4)]
         for sigma in sigmas[TRELLIS_FIRST:]
     ]
     made = {

@@ -52,8 +52,7 @@ LEVEL_POWER = 1.2
 
 
 class PolishedCodec(TrainableCodec):
-    """Encodes without gradients, on the integers that a decoder sees, and shows what of the machine view it
-    shows."""
+    """Encodes without gradients, and shows what of the machine view a decoder shows."""
 
     human_learns = False
 
@@ -81,12 +80,11 @@ class PolishedCodec(TrainableCodec):
         noise: bool = True,
         rates: int | None = None,
     ) -> CodecOutput:
-        """As `TrainableCodec`, but without the hyper latent's bits, and `noise` is of no account."""
-        del noise
+        """As `TrainableCodec`, but the hyper latent is rounded and its bits do not count."""
         with torch.no_grad():
             gain, inverse = self.gains(level)
             y = self.latent_of(x, level, rates).float() * gain
-            y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=False)
+            y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=noise)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         # No samples where nothing learns from them.
         human = self.human_view(latent, level, rates) if self.human_learns else x[:0]

@@ -14,11 +14,10 @@ from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import lambda_of, quality_to_level
 from ugicm.codec.entropy import SCALE_COUNT
-from ugicm.codec.entropy_twin import round_straight
+from ugicm.codec.entropy_twin import TRELLIS_FIRST, round_straight
 from ugicm.codec.errors import CodecError
 from ugicm.codec.refine import ERROR_WEIGHT, draw
 from ugicm.codec.store import load_codec
-from ugicm_train.export import TRELLIS_FIRST
 
 Image = NDArray[np.uint8]
 QUALITY = 60.0

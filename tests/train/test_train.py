@@ -22,8 +22,20 @@ from PIL import Image
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.conditioning import lambda_of
 from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy import MEAN_UNIT
+from ugicm.codec.entropy_twin import (
+    INDEX_OFFSET,
+    LOGISTIC_SCALE,
+    OCTAVES_PER_UNIT,
+    TRELLIS_FIRST,
+    TRELLIS_STEP,
+    first_unit,
+    round_narrow,
+)
 from ugicm.codec.errors import ModelStoreError
+from ugicm.codec.fixed_point import INDEX_BITS
 from ugicm.codec.store import load_codec, read_model
+from ugicm.codec.trellis import nearest
 from ugicm_train.cli import main
 from ugicm_train.data import DataError
 from ugicm_train.export import export, model_tensors, write_model
@@ -637,9 +649,11 @@ def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: py
     def coded(z_noise: float, y_noise: float, *, noise: bool = True) -> CodecOutput:
         monkeypatch.setattr("ugicm_train.model.add_noise", lambda z: z + z_noise)
         monkeypatch.setattr("ugicm.codec.entropy_twin.add_noise", lambda y: y + y_noise)
+        torch.manual_seed(0)
         with torch.no_grad():
             return model(x, level, noise=noise)
 
+    monkeypatch.setattr("ugicm.codec.entropy_twin.first_unit", lambda first: math.inf)
     plain = coded(0.0, 0.0)
     for noises in ((50.0, 0.0), (0.0, 50.0)):
         noisy = coded(*noises)
@@ -647,6 +661,25 @@ def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: py
         assert torch.equal(noisy.human, plain.human)
         assert torch.equal(noisy.machine, plain.machine)
         assert torch.equal(coded(*noises, noise=False).bpp, coded(0.0, 0.0, noise=False).bpp)
+    # On paths, both are of the same noise.
+    monkeypatch.setattr("ugicm.codec.entropy_twin.first_unit", lambda first: -math.inf)
+    assert torch.equal(coded(0.0, 50.0).bpp, coded(0.0, 0.0).bpp)
+    assert not torch.equal(coded(0.0, 0.0).human, plain.human)
+
+
+def test_training_sees_errors_as_large_as_on_paths() -> None:
+    random = np.random.default_rng(0)
+    for first, last in ((TRELLIS_FIRST, 14), (18, 40)):
+        units = (random.integers(first, last, (256, 256)) - INDEX_OFFSET) / 2**INDEX_BITS
+        x = random.logistic(0, LOGISTIC_SCALE * 2 ** (OCTAVES_PER_UNIT * units))
+        step = TRELLIS_STEP / MEAN_UNIT
+        points = nearest((x / step).astype(np.float32)) * step
+        y, unit = torch.from_numpy(x).float(), torch.from_numpy(units).float()
+        torch.manual_seed(0)
+        seen = round_narrow(y, unit)
+        assert not torch.equal(seen, y.round())
+        assert float((seen - y).square().mean()) == pytest.approx(((points - x) ** 2).mean(), rel=0.03)
+        assert torch.equal(round_narrow(y, torch.full_like(y, first_unit(TRELLIS_FIRST) - 0.01)), y.round())
 
 
 def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ugicm.codec.coder import SYMBOL_LIMIT, Indexes, SymbolDecoder, SymbolEncoder, Symbols, make_tables
 from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.dense import dense, has_onednn
-from ugicm.codec.entropy_twin import EntropyNetwork
+from ugicm.codec.entropy_twin import INDEX_OFFSET, EntropyNetwork
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import (
     BASE,
@@ -45,8 +45,6 @@ from ugicm.codec.fixed_point import (
 from ugicm.codec.hyper_prior import HyperPrior
 from ugicm.codec.trellis import TrellisTables, nearest, rows
 
-INDEX_OFFSET = 20
-"""Table index of scale unit 0, that is of sigma = 1."""
 SCALE_COUNT = 64
 """Number of logistic tables; standard deviation of table i is 2^((i - 20) 5 / 32), from 0.11 to 105."""
 SKIP_INDEX = 0

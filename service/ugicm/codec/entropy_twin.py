@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ugicm.codec.config import STEP_XOR, ModelConfig
-from ugicm.codec.fixed_point import rounding_half, sum_bits
+from ugicm.codec.fixed_point import INDEX_BITS, MEAN, rounding_half, sum_bits
 from ugicm.codec.networks import Depthwise, Layer, Pointwise, depthwise, pointwise
 
 LIKELIHOOD_MIN = 1e-9
@@ -24,6 +24,25 @@ OCTAVES_PER_UNIT = 1.25
 LOGISTIC_SCALE = math.sqrt(3) / math.pi
 """Scale parameter of the logistic distribution of standard deviation 1."""
 SCALE_UNIT_MIN, SCALE_UNIT_MAX = -2.5, 5.375
+INDEX_OFFSET = 20
+"""Table index of scale unit 0, that is of sigma = 1."""
+TRELLIS_FIRST = 10
+"""Table of new models from which on symbols lie on paths of the trellis (`ugicm.codec.trellis`): standard
+deviation .34."""
+TRELLIS_STEP = 33
+"""Step of new models' paths in units of the means, 1/64: points are about as dense as whole numbers."""
+CELL = math.sqrt(12 * 0.2525)
+"""Width in steps of uniform noise as large as the error on a path where a distribution is wide."""
+
+
+def first_unit(first: int) -> float:
+    """Scale unit from which on symbols lie on paths, whose tables begin with ``first``."""
+    return (first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
+
+
+def noise_width(step: int) -> float:
+    """Width of uniform noise as large as the error on paths with this step, in units of the means."""
+    return CELL * step / 2**MEAN.bits
 
 
 def add_noise(x: Tensor) -> Tensor:
@@ -40,6 +59,12 @@ def round_all(x: Tensor, unit: Tensor) -> Tensor:
     """`round_straight`, whatever the scale."""
     del unit
     return round_straight(x)
+
+
+def round_narrow(x: Tensor, unit: Tensor) -> Tensor:
+    """`round_straight`; what a new model puts on paths of the trellis gets noise as large as its error."""
+    noisy = x + noise_width(TRELLIS_STEP) * torch.empty_like(x).uniform_(-0.5, 0.5)
+    return torch.where(unit < first_unit(TRELLIS_FIRST), round_straight(x), noisy)
 
 
 def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
@@ -138,12 +163,15 @@ class EntropyNetwork(nn.Module):
         y: Tensor,
         *,
         noise: bool,
-        rounded: Callable[[Tensor, Tensor], Tensor] = round_all,
+        rounded: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> EntropyOutput:
         """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded.
 
-        ``rounded``: what is decoded of y's difference from its mean, with this scale unit.
+        ``rounded``: what is decoded of y's difference from its mean, with this scale unit; `round_narrow` if
+        None and `noise`, `round_all` if None without it.
         """
+        if rounded is None:
+            rounded = round_narrow if noise else round_all
         x = F.relu(F.pixel_shuffle(self.hyper1(z_hat), 2))
         x = F.relu(F.pixel_shuffle(self.hyper2(x), 2))
         hyper = self.hyper_block(x)
@@ -165,7 +193,9 @@ class EntropyNetwork(nn.Module):
                 mean, unit = self._parameters_of(step, position, phase)
                 target = targets[position][group]
                 known[position][group] = rounded(target - mean, unit) + mean
-                observed.append(add_noise(target) if noise else known[position][group])
+                seen = known[position][group]
+                alone = unit < first_unit(TRELLIS_FIRST)
+                observed.append(torch.where(alone, add_noise(target), seen) if noise else seen)
                 means.append(mean)
                 units.append(unit)
         y_hat = merge_phases([torch.cat(groups, 1) for groups in known])

@@ -18,12 +18,10 @@ from torch import Tensor
 from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.device import without_autocast
-from ugicm.codec.entropy import INDEX_OFFSET, MEAN_UNIT
-from ugicm.codec.entropy_twin import EntropyNetwork, float_weights
+from ugicm.codec.entropy_twin import EntropyNetwork, first_unit, float_weights, noise_width
 from ugicm.codec.errors import CodecError
-from ugicm.codec.fixed_point import INDEX_BITS
 from ugicm.codec.networks import Synthesis
-from ugicm.codec.trellis import CELL, TrellisTables
+from ugicm.codec.trellis import TrellisTables
 
 MAX_STEPS = 10_000
 LEARNING_RATE = 0.03
@@ -68,10 +66,7 @@ class Refiner:
         dtype: torch.dtype,
     ) -> None:
         """``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
-        self._first = (trellis.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
-        """Scale unit from which on symbols lie on paths."""
-        self._noise = CELL * trellis.step / MEAN_UNIT
-        """Width of uniform noise that is as large as their error."""
+        self._first, self._noise = first_unit(trellis.first), noise_width(trellis.step)
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
         network = EntropyNetwork(config)

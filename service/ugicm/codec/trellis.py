@@ -14,7 +14,6 @@ trellis tells. The rest, t / 4 rounded down, is coded when all branches are know
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -46,8 +45,6 @@ LONGEST, SHORTEST, ROWS = 256, 32, 32
 """Longest and shortest row; between them, there are so many. Longer ones are better, more are faster."""
 STEP_MAX = 128
 """Largest step, in units of the means: `SYMBOL_LIMIT` of them are exact in float32."""
-CELL = math.sqrt(12 * 0.2525)
-"""Width in steps of uniform noise as large as a number's error where a distribution is wide."""
 NEXT = np.array(
     [
         [state >> 1 ^ (state & 1) * (CHECKS[0] >> 1) ^ branch * (CHECKS[1] >> 1) for branch in (0, 1)]
