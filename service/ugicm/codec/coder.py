@@ -75,18 +75,23 @@ def weigh(zeros: NDArray[np.int32]) -> NDArray[np.float64]:
     return weights
 
 
+def sorted_places(indexes: Indexes, first: int) -> NDArray[np.intp]:
+    """Stable order by table of the symbols whose table is at least `first`."""
+    places = np.flatnonzero(indexes >= first)
+    return places[np.argsort(indexes[places], kind="stable")]
+
+
 def _groups(indexes: Indexes, count: int, first: int) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
-    """Stable order by table of the symbols whose table is at least `first`; per table its slice of them."""
-    order = np.argsort(indexes, kind="stable")
+    """`sorted_places`, and per table its slice of them."""
+    order = sorted_places(indexes, first)
     starts = np.searchsorted(indexes[order], np.arange(first, count, dtype=np.uint8))
-    skipped = int(starts[0])
-    bounds = [*(starts - skipped).tolist(), len(order) - skipped]
+    bounds = [*starts.tolist(), len(order)]
     slices = [
         (table, slice(start, end))
         for table, (start, end) in enumerate(pairwise(bounds), first)
         if end > start
     ]
-    return order[skipped:], slices
+    return order, slices
 
 
 class SymbolEncoder:

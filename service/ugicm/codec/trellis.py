@@ -31,6 +31,7 @@ from ugicm.codec.coder import (
     Symbols,
     Table,
     make_tables,
+    sorted_places,
     weigh,
 )
 from ugicm.codec.errors import MalformedBitstreamError
@@ -80,8 +81,7 @@ def rows(indexes: Indexes, first: int) -> NDArray[np.intp]:
 
     Those of table `first` and above, by table. Some of the narrowest tables, fewer than a row, stay alone.
     """
-    order = np.argsort(indexes, kind="stable")
-    order = order[np.searchsorted(indexes[order], first) :]
+    order = sorted_places(indexes, first)
     length = min(max(len(order) // ROWS, SHORTEST), LONGEST)
     return order[len(order) % length :].reshape(-1, length)
 
@@ -93,34 +93,38 @@ def nearest(x: NDArray[np.float32], lengths: NDArray[np.intp] | None = None) -> 
     """
     x = np.ascontiguousarray(x.T)
     length, count = x.shape
-    # By the two lowest bits of a number: its squared distance, in 4 steps, to the nearest with such bits.
-    distances = np.empty((length, 2, 2, 1, count), np.float32)
+    # By the second lowest and the lowest bit of a number: its squared distance, in 4 steps, to the nearest
+    # with such bits.
+    distances = np.empty((length, 4, 1, count), np.float32)
     for bits in range(4):
         error = (x - bits) / 4
         error -= np.rint(error)
-        distances[:, bits >> 1, bits & 1, 0] = error * error
+        distances[:, bits, 0] = error * error
     if lengths is not None:
-        distances *= (np.arange(length)[:, None] < lengths)[:, None, None, None]
+        distances *= (np.arange(length)[:, None] < lengths)[:, None, None]
     least = np.full((STATES, count), np.inf, np.float32)
     least[0] = 0
-    both = np.empty((2, STATES, count), np.float32)
-    by_bits = both.reshape(2, 2, STATES // 2, count)
+    both = np.empty((2 * STATES, count), np.float32)
+    first, second, by_bits = both[:STATES], both[STATES:], both.reshape(4, STATES // 2, count)
     chosen = np.empty((length, STATES, count), np.bool_)
-    for i in range(length):
-        np.take(least, BEFORE, 0, out=both, mode="clip")
-        by_bits += distances[i]
-        np.less(both[1], both[0], out=chosen[i])
-        np.minimum(both[0], both[1], out=least)
+    # These arrays are small: what is not done by slices and by `take` along one axis costs more than sums.
+    before = BEFORE.reshape(-1)
+    for distance, second_is_nearer in zip(distances, chosen, strict=True):
+        least.take(before, 0, both, "clip")
+        np.add(by_bits, distance, by_bits)
+        np.less(second, first, second_is_nearer)
+        np.minimum(first, second, least)
     # Back along the paths, by places in (states, n).
     column = np.arange(count)
-    before = [(states[:, None] * count + column).reshape(-1) for states in BEFORE]
-    ends, branches = np.empty((length, count), np.intp), np.empty((length, count), np.bool_)
+    by_first, by_second = (BEFORE[..., None] * count + column).reshape(2, -1)
     end = least.argmin(0) * count + column
-    for i in reversed(range(length)):
-        ends[i] = end
-        branches[i] = branch = chosen[i].reshape(-1)[end]
-        end = np.where(branch, before[1][end], before[0][end])
-    points = 2.0 * branches + (ends >= STATES // 2 * count)
+    ends, branches = [], []
+    for second_is_nearer in chosen.reshape(length, -1)[::-1]:
+        ends.append(end)
+        branches.append(second_is_nearer[end])
+        end, other = by_first[end], by_second[end]
+        np.putmask(end, branches[-1], other)
+    points = 2.0 * np.array(branches[::-1]) + (np.array(ends[::-1]) >= STATES // 2 * count)
     points += 4 * np.rint((x - points) / 4)
     return np.ascontiguousarray(points.T, np.float32)
 
