@@ -81,17 +81,32 @@ def sorted_places(indexes: Indexes, first: int) -> NDArray[np.intp]:
     return places[np.argsort(indexes[places], kind="stable")]
 
 
-def _groups(indexes: Indexes, count: int, first: int) -> tuple[NDArray[np.intp], list[tuple[int, slice]]]:
-    """`sorted_places`, and per table its slice of them."""
+class _Groups(NamedTuple):
+    """Symbols by table."""
+
+    order: NDArray[np.intp]
+    """`sorted_places`."""
+    tables: list[tuple[Table, slice]]
+    """Tables that have symbols, and which of these."""
+    radii: NDArray[np.int32]
+    """Of each symbol's table."""
+
+
+def _grouped(tables: Sequence[Table], indexes: Indexes, first: int) -> _Groups:
     order = sorted_places(indexes, first)
-    starts = np.searchsorted(indexes[order], np.arange(first, count, dtype=np.uint8))
+    starts = np.searchsorted(indexes[order], np.arange(first, len(tables), dtype=np.uint8))
     bounds = [*starts.tolist(), len(order)]
-    slices = [
-        (table, slice(start, end))
-        for table, (start, end) in enumerate(pairwise(bounds), first)
-        if end > start
-    ]
-    return order, slices
+    slices = [slice(start, end) for start, end in pairwise(bounds)]
+    radii = np.array([table.radius for table in tables[first:]], np.int32)
+    return _Groups(
+        order,
+        [
+            (table, place)
+            for table, place in zip(tables[first:], slices, strict=True)
+            if place.stop > place.start
+        ],
+        radii.repeat(np.diff(bounds)),
+    )
 
 
 class SymbolEncoder:
@@ -105,18 +120,13 @@ class SymbolEncoder:
 
         Those of the tables before `first` are left out.
         """
-        order, slices = _groups(indexes, len(tables), first)
-        grouped = symbols[order].astype(np.int32)
-        outside = []
-        for index, place in slices:
-            table, values = tables[index], grouped[place]
-            beyond = np.abs(values) > table.radius
-            if beyond.any():
-                outside.append(values[beyond])
-                values = np.where(beyond, table.radius + 1, values)
-            self._coder.encode(values + table.radius, table.model)
-        for values in outside:
-            self._coder.encode(values + SYMBOL_LIMIT, _ESCAPES)
+        groups = _grouped(tables, indexes, first)
+        values = symbols[groups.order].astype(np.int32)
+        beyond = np.abs(values) > groups.radii
+        coded = np.where(beyond, groups.radii + 1, values) + groups.radii
+        for table, place in groups.tables:
+            self._coder.encode(coded[place], table.model)
+        self._coder.encode(values[beyond] + SYMBOL_LIMIT, _ESCAPES)
 
     def write_bits(self, bits: NDArray[np.int32], weights: NDArray[np.float64]) -> None:
         """Code ``bits`` (n,) by the ``weights`` (n, 2) that `weigh` made."""
@@ -144,22 +154,18 @@ class SymbolDecoder:
 
     def read(self, tables: Sequence[Table], indexes: Indexes, first: int = 0) -> Symbols:
         """Symbols (n,) of ``indexes`` (n,); those of the tables before `first` are zero."""
-        order, slices = _groups(indexes, len(tables), first)
-        grouped = np.empty(len(order), np.int32)
-        escapes = []
+        groups = _grouped(tables, indexes, first)
+        coded = np.empty(len(groups.order), np.int32)
         try:
-            for index, place in slices:
-                table = tables[index]
-                values = self._coder.decode(table.model, place.stop - place.start) - table.radius
-                grouped[place] = values
-                if (beyond := np.flatnonzero(values > table.radius)).size:
-                    escapes.append(beyond + place.start)
-            for places in escapes:
-                grouped[places] = self._coder.decode(_ESCAPES, len(places)) - SYMBOL_LIMIT
+            for table, place in groups.tables:
+                coded[place] = self._coder.decode(table.model, place.stop - place.start)
+            values = coded - groups.radii
+            beyond = np.flatnonzero(values > groups.radii)
+            values[beyond] = self._coder.decode(_ESCAPES, len(beyond)) - SYMBOL_LIMIT
         except AssertionError as error:  # how constriction reports impossible data
             raise MalformedBitstreamError(DAMAGED) from error
         symbols = np.zeros(len(indexes), np.int16)
-        symbols[order] = grouped
+        symbols[groups.order] = values
         return symbols
 
     def read_bits(self, weights: NDArray[np.float64]) -> NDArray[np.int32]:
