@@ -109,6 +109,8 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",
             "RAY_DEDUP_LOGS": "0",
+            # Three times 5 seconds are too few where the processor is busy.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         }
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
