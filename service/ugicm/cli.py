@@ -123,8 +123,8 @@ def encode(
         typer.Option(
             min=0,
             metavar="STEPS",
-            help="Optimise each picture's latent in so many steps; 100 save some percent and take about "
-            "a minute a megapixel on a processor core.",
+            help="Optimise each picture's latent in so many steps; 40 save about 3 % and take 1½ minutes a "
+            "megapixel on a processor core with AVX2.",
         ),
     ] = 0,
     model: Model = DEFAULT_MODEL,
