@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import hypothesis
@@ -12,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ugicm.codec.codec import Codec
+from ugicm.codec.codec import Codec, Image, Latent
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.store import load_codec
 from ugicm_train.export import model_tensors, write_model
@@ -41,6 +42,25 @@ TINY = ModelConfig(
     context_blocks=1,
     levels=3,
 )
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """From now on, how many pictures go through a codec's analysis, and how many through its synthesis."""
+    coded: list[int] = []
+    decoded: list[int] = []
+    transform, synthesise = Codec._transform, Codec._synthesise_group
+
+    def transform_counted(codec: Codec, pixels: torch.Tensor, tilt: float) -> torch.Tensor:
+        coded.append(len(pixels))
+        return transform(codec, pixels, tilt)
+
+    def synthesise_counted(codec: Codec, latents: Sequence[Latent], strength: float) -> list[Image]:
+        decoded.append(len(latents))
+        return synthesise(codec, latents, strength)
+
+    monkeypatch.setattr(Codec, "_transform", transform_counted)
+    monkeypatch.setattr(Codec, "_synthesise_group", synthesise_counted)
+    return coded, decoded
 
 
 def tiny_trainable(seed: int = 0) -> TrainableCodec:

@@ -28,7 +28,7 @@ from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.soften import rms
 from ugicm.codec.store import model_path
 from ugicm_train.data import CropSampler, medians, read_photos
-from ugicm_train.export import latent_tables, narrow_table, read_training, write_model
+from ugicm_train.export import narrow_table, read_training, write_model
 from ugicm_train.model import TrainableCodec
 from ugicm_train.restore import read_stored, restore
 
@@ -64,10 +64,13 @@ def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
     """
 
     def error(crops: Tensor, level: Tensor) -> Tensor:
-        human = model(crops, level, machine_count=0, noise=False).human
+        human = model(crops, level, machine_count=0).human
         return (human - crops).square().mean((1, 2, 3))
 
-    return medians(error, sampler, levels=model.config.levels).sqrt().cpu()
+    # The same noise on paths of the trellis on every call.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return medians(error, sampler, levels=model.config.levels).sqrt().cpu()
 
 
 def set_grain(tensors: dict[str, Tensor], model: TrainableCodec, sampler: CropSampler, grain: float) -> None:
@@ -164,16 +167,12 @@ def calibrate(
     )
     made = [narrow_table(centre[:-1]) for centre in centres]
     model = restore(stored.config, stored.tensors)
-    tensors = (
-        stored.tensors
-        | latent_tables()
-        | {
-            "largest": largest(model, CropSampler(photos, size=size, seed=seed)),
-            "tables.z.frequencies": torch.from_numpy(np.concatenate(made)),
-            "tables.z.lengths": torch.tensor([len(table) for table in made], dtype=torch.int32),
-            "tables.z.choice": torch.from_numpy(choice.reshape(shape).astype(np.uint8)),
-        }
-    )
+    tensors = stored.tensors | {
+        "largest": largest(model, CropSampler(photos, size=size, seed=seed)),
+        "tables.z.frequencies": torch.from_numpy(np.concatenate(made)),
+        "tables.z.lengths": torch.tensor([len(table) for table in made], dtype=torch.int32),
+        "tables.z.choice": torch.from_numpy(choice.reshape(shape).astype(np.uint8)),
+    }
     record: dict[str, object] = {
         "calibrated": {"crops": crops, "size": size, "tables": len(made), "seed": seed}
     }

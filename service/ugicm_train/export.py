@@ -24,7 +24,7 @@ from ugicm.codec.entropy_twin import (
     OCTAVES_PER_UNIT,
     TRELLIS_FIRST,
     TRELLIS_STEP,
-    noise_width,
+    Paths,
 )
 from ugicm.codec.fixed_point import (
     BITS_MAX,
@@ -78,16 +78,16 @@ def bin_masses(sigma: float, spacing: float, shift: float, width: float) -> NDAr
     return torch.cat([mass[1:-1], beyond[None]]).numpy()
 
 
-def latent_tables() -> dict[str, Tensor]:
-    """All tables of y: of `SCALE_COUNT` logistic distributions, and of their symbols on paths.
+def latent_tables(first: int = TRELLIS_FIRST) -> dict[str, Tensor]:
+    """All tables of y: of `SCALE_COUNT` logistic distributions, and, from ``first`` on, of symbols on paths.
 
     Around a point of a path, the cell is about as wide in every direction as the mean squared error says.
     """
     sigmas = [2.0 ** ((i - INDEX_OFFSET) * OCTAVES_PER_UNIT / 2**INDEX_BITS) for i in range(SCALE_COUNT)]
     step = TRELLIS_STEP / MEAN_UNIT
     wide = [
-        [bin_masses(sigma, 4 * step, bits * step, noise_width(TRELLIS_STEP)) for bits in range(4)]
-        for sigma in sigmas[TRELLIS_FIRST:]
+        [bin_masses(sigma, 4 * step, bits * step, Paths().width) for bits in range(4)]
+        for sigma in sigmas[first:]
     ]
     made = {
         "y": [bin_masses(sigma, 1.0, 0.0, 1.0) for sigma in sigmas],
@@ -96,11 +96,13 @@ def latent_tables() -> dict[str, Tensor]:
     zeros = [to_frequencies(np.array([fours.sum(), others.sum()]))[0] for fours, _, others, _ in wide]
     tensors = {
         "tables.step": torch.tensor(TRELLIS_STEP, dtype=torch.int32),
-        "tables.branches": torch.tensor(np.array(zeros)),
+        "tables.branches": torch.tensor(zeros, dtype=torch.int32),
     }
     for kind, masses in made.items():
         tables = [to_frequencies(mass) for mass in masses]
-        tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(np.concatenate(tables))
+        tensors[f"tables.{kind}.frequencies"] = torch.from_numpy(
+            np.concatenate([np.zeros(0, np.int32), *tables])
+        )
         tensors[f"tables.{kind}.lengths"] = torch.tensor([len(table) for table in tables], dtype=torch.int32)
     return tensors
 

@@ -14,7 +14,9 @@ from ugicm.codec.entropy_twin import (
     LIKELIHOOD_MIN,
     EntropyNetwork,
     add_noise,
+    as_trained,
     logistic_mass,
+    round_all,
     round_straight,
 )
 from ugicm.codec.networks import (
@@ -147,9 +149,9 @@ class TrainableCodec(nn.Module):
         scaled: Weights = self.scales[part](weights)
         return scaled
 
-    def _call(self, part: str, *inputs: Tensor, **options: bool) -> Any:
+    def _call(self, part: str, *inputs: Any) -> Any:
         """What a part makes of `inputs` with its `weights_of`."""
-        return torch.func.functional_call(getattr(self, part), dict(self.weights_of(part)), inputs, options)
+        return torch.func.functional_call(getattr(self, part), dict(self.weights_of(part)), inputs)
 
     def _between_rates(self, part: str, level: Tensor, rates: int | None) -> dict[str, Tensor]:
         """Weights of a part at the level of a batch, or, stacked, at those of its `rates` equal parts.
@@ -228,7 +230,7 @@ class TrainableCodec(nn.Module):
         y = self.latent_of(x, level, rates).float() * gain
         z = self._call("hyper_analysis", y).float()
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
-        y_hat, y_bits = self._call("entropy", round_straight(z), y, noise=noise)
+        y_hat, y_bits = self._call("entropy", round_straight(z), y, as_trained if noise else round_all)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         human = self.human_view(latent, level, rates)
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)

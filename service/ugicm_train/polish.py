@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ugicm.codec.conditioning import at_level
 from ugicm.codec.config import ModelConfig
+from ugicm.codec.entropy_twin import as_coded, round_all
 from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.calibrate import check_grain, set_grain
@@ -84,7 +85,8 @@ class PolishedCodec(TrainableCodec):
         with torch.no_grad():
             gain, inverse = self.gains(level)
             y = self.latent_of(x, level, rates).float() * gain
-            y_hat, bits = self.entropy(self.hyper_analysis(y).float().round(), y, noise=noise)
+            z = self.hyper_analysis(y).float().round()
+            y_hat, bits = self.entropy(z, y, as_coded if noise else round_all)
             latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         # No samples where nothing learns from them.
         human = self.human_view(latent, level, rates) if self.human_learns else x[:0]

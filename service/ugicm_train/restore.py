@@ -29,8 +29,8 @@ SIZE_FIELDS = ("channels", "encoder_blocks", "decoder_blocks", "context_blocks")
 def restore(config: ModelConfig, tensors: dict[str, Tensor]) -> TrainableCodec:
     """The trainable twin of a stored model, close enough to give the latents that a decoder sees.
 
-    But for symbols on paths (`ugicm.codec.trellis`): the twin rounds each alone. The hyper prior, stored as
-    tables only, is fitted to them.
+    But for symbols on paths (`ugicm.codec.trellis`), which the twin rounds alone or gives noise. The hyper
+    prior, stored as tables only, is fitted to them.
 
     Raises:
         ValueError: the tensors are not those of this config.

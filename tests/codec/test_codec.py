@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 import ugicm.codec.codec as codec_module
+from tests.conftest import batch_sizes
 from ugicm.codec.bitstream import MAX_SIDE, parse, peek, serialise
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import (
@@ -42,15 +43,21 @@ def test_any_size_round_trips(tiny_codec: Codec, photo: Photo, height: int, widt
     assert (header.width, header.height, header.quality) == (width, height, 90)
 
 
-def test_mixed_batch_equals_single_images(tiny_codec: Codec, photo: Photo) -> None:
-    images = [photo, photo[:64, :64], photo[::-1], photo[:64, 64:128]]
-    qualities = [20.0, 90.0, 55.5, 1.0]
+def test_mixed_batch_equals_single_images(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [photo, photo[:64, :64], photo[::-1], photo[:64, 64:128], photo]
+    qualities = [20.0, 90.0, 20.4, 90.2, 55.5]
+    coded, decoded = batch_sizes(monkeypatch)
     together = tiny_codec.encode(images, qualities)
+    assert coded == [2, 2, 1]
     for image, quality, data in zip(images, qualities, together, strict=True):
         alone = tiny_codec.encode([image], quality)[0]
         assert psnr(*tiny_codec.decode([alone, data])) > 45
-    strengths = [0.0, 1.0, 0.5, 1.0]
+    strengths = [0.0, 1.0, 0.5, 1.0, 0.0]
+    decoded.clear()
     pictures = tiny_codec.decode(together, strengths)
+    assert decoded == [1, 2, 1, 1]
     for data, strength, picture in zip(together, strengths, pictures, strict=True):
         alone_picture = tiny_codec.decode([data], strength)[0].astype(int)
         assert np.abs(alone_picture - picture).max() <= 1
@@ -61,16 +68,9 @@ def test_batches_are_bounded_with_their_padding(
 ) -> None:
     """Strips of one pixel's width are 64 wide to the networks."""
     monkeypatch.setattr(codec_module, "BATCH_PIXELS", 4 * 64 * 128)
-    batches: list[int] = []
-    transform = Codec._transform
-
-    def watched(codec: Codec, pixels: torch.Tensor, tilt: float) -> torch.Tensor:
-        batches.append(len(pixels))
-        return transform(codec, pixels, tilt)
-
-    monkeypatch.setattr(Codec, "_transform", watched)
+    coded, _ = batch_sizes(monkeypatch)
     tiny_codec.analyse([photo[row : row + 1, :100] for row in range(10)])
-    assert batches == [4, 4, 2]
+    assert coded == [4, 4, 2]
 
 
 def test_quality_trades_bytes_for_fidelity(tiny_codec: Codec, photo: Photo) -> None:
@@ -208,7 +208,7 @@ def test_not_an_image(tiny_codec: Codec, image: NDArray[np.generic] | None) -> N
         tiny_codec.encode([image])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("quality", ["high", None, [50.0, 60.0]])
+@pytest.mark.parametrize("quality", ["high", "5", b"5", None, [50.0, 60.0]])
 def test_not_a_quality(tiny_codec: Codec, photo: Photo, quality: Any) -> None:
     with pytest.raises(CodecError, match="quality"):
         tiny_codec.encode([photo[:64, :64]], quality)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from tests.codec.reference_entropy import ReferenceEntropy, assemble
+from tests.conftest import batch_sizes
 from ugicm.codec import dense as dense_module
 from ugicm.codec import entropy
 from ugicm.codec.codec import Codec, Latent
+from ugicm.codec.coder import SYMBOL_LIMIT
 from ugicm.codec.config import PRESETS, ModelConfig
 from ugicm.codec.dense import FUSED, dense
 from ugicm.codec.entropy import SKIP_INDEX, EntropyModel, TileSymbols
@@ -145,6 +148,21 @@ def test_a_hyper_latent_beyond_its_limit(stored: StoredModel, reference: Referen
     check_against_reference(stored.config, reference, decoded, y_hat)
 
 
+@pytest.mark.parametrize("size", [1e6, math.inf])
+def test_latents_beyond_every_symbol(stored: StoredModel, size: float) -> None:
+    model = EntropyModel(stored.config, stored.tensors, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(1, 2, 3, stored.config.hyper_channels, generator=generator) * 40
+    y = torch.randn(1, 8, 12, stored.config.latent_channels, generator=generator)
+    (tile,) = model.quantise(z, torch.where(y > 1, size, torch.where(y < -1, -size, y)))
+    decoded, _ = model.unpack(model.pack(tile, 0.3), 8, 12, 0.3)
+    largest = 0
+    for sent, got in zip(tile.y, decoded.y, strict=True):
+        np.testing.assert_array_equal(got, sent)
+        largest = max(largest, int(np.abs(got).max()))
+    assert largest > SYMBOL_LIMIT - 8
+
+
 def random_symbols(model: EntropyModel) -> bytes:
     generator = torch.Generator().manual_seed(7)
     z = torch.randn(1, 2, 3, model.config.hyper_channels, generator=generator) * 40
@@ -264,7 +282,8 @@ def test_every_setting_decodes_every_other(
 ) -> None:
     """{1, 2 threads} x {float32, bf16} x {plain, fused products} x {alone, in a batch of 5}."""
     picture = photo[40:140, 100:230]
-    others = [photo[:64, :64], photo[:70, :65], photo[100:101, :1], photo[:130, :100]]
+    others = [photo[i : i + 100, 2 * i : 2 * i + 130] for i in (0, 13, 26, 39)]
+    sizes = batch_sizes(monkeypatch)
     codecs = {
         precision: Codec(stored, device="cpu", precision=precision) for precision in ("float32", "bfloat16")
     }
@@ -283,10 +302,11 @@ def test_every_setting_decodes_every_other(
             latents = [codec.unpack(data)]
             assert _flatten(latents[0]) == symbols
             if setting.batched:
-                latents += [codec.unpack(other) for other in codec.encode(others, 30)]
+                latents += [codec.unpack(other) for other in codec.encode(others, 70)]
             decoded = codec.synthesise(latents, 0.0)[0]
             first = pictures.setdefault((data, setting.precision), decoded)
             assert np.abs(first.astype(int) - decoded).max() <= 1
+    assert [set(some) for some in sizes] == [{1, 4, 5}, {1, 5}]
 
 
 @pytest.mark.gpu

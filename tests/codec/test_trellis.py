@@ -160,12 +160,17 @@ def test_rate_is_that_of_the_distribution(tables: TrellisTables) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tables.step": torch.tensor(0)}, r"step must be in 1\.\.128, got 0"),
-        ({"tables.step": torch.tensor(129)}, r"step must be in 1\.\.128, got 129"),
+        ({"tables.step": torch.tensor(0, dtype=torch.int32)}, r"step must be in 1\.\.128, got 0"),
+        ({"tables.step": torch.tensor(129, dtype=torch.int32)}, r"step must be in 1\.\.128, got 129"),
         (
             {"tables.branches": latent_tables()["tables.branches"][1:]},
             r"216 tables and branches \(53,\) for 64 tables of y",
         ),
+        (
+            {"tables.branches": torch.tensor(TOTAL // 2, dtype=torch.int32)},
+            r"216 tables and branches \(\) for 64 tables of y",
+        ),
+        ({"tables.step": torch.tensor(33.7)}, r"step must be in 1\.\.128, got 33\.7"),
         (
             {"tables.branches": torch.full((54,), TOTAL, dtype=torch.int32)},
             f"branches must be in 1..{TOTAL - 1}, got {TOTAL} to {TOTAL}",

@@ -29,8 +29,8 @@ from ugicm.codec.entropy_twin import (
     OCTAVES_PER_UNIT,
     TRELLIS_FIRST,
     TRELLIS_STEP,
-    first_unit,
-    round_narrow,
+    Paths,
+    as_coded,
 )
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import INDEX_BITS
@@ -653,7 +653,7 @@ def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: py
         with torch.no_grad():
             return model(x, level, noise=noise)
 
-    monkeypatch.setattr("ugicm.codec.entropy_twin.first_unit", lambda first: math.inf)
+    monkeypatch.setattr(Paths, "alone", lambda paths, unit: unit < math.inf)
     plain = coded(0.0, 0.0)
     for noises in ((50.0, 0.0), (0.0, 50.0)):
         noisy = coded(*noises)
@@ -662,7 +662,7 @@ def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: py
         assert torch.equal(noisy.machine, plain.machine)
         assert torch.equal(coded(*noises, noise=False).bpp, coded(0.0, 0.0, noise=False).bpp)
     # On paths, both are of the same noise.
-    monkeypatch.setattr("ugicm.codec.entropy_twin.first_unit", lambda first: -math.inf)
+    monkeypatch.setattr(Paths, "alone", lambda paths, unit: unit > math.inf)
     assert torch.equal(coded(0.0, 50.0).bpp, coded(0.0, 0.0).bpp)
     assert not torch.equal(coded(0.0, 0.0).human, plain.human)
 
@@ -676,10 +676,12 @@ def test_training_sees_errors_as_large_as_on_paths() -> None:
         points = nearest((x / step).astype(np.float32)) * step
         y, unit = torch.from_numpy(x).float(), torch.from_numpy(units).float()
         torch.manual_seed(0)
-        seen = round_narrow(y, unit)
+        seen, rated = as_coded(y, unit)
+        assert torch.equal(seen, rated)
         assert not torch.equal(seen, y.round())
         assert float((seen - y).square().mean()) == pytest.approx(((points - x) ** 2).mean(), rel=0.03)
-        assert torch.equal(round_narrow(y, torch.full_like(y, first_unit(TRELLIS_FIRST) - 0.01)), y.round())
+        below = torch.full_like(y, (TRELLIS_FIRST - INDEX_OFFSET - 0.51) / 2**INDEX_BITS)
+        assert torch.equal(as_coded(y, below)[0], y.round())
 
 
 def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:
@@ -848,6 +850,10 @@ def test_estimated_rate_is_the_real_rate(
         assert float(real_bpp) == pytest.approx(float(float_bpp), rel=0.01)
         assert float(percent.removesuffix(" %")) == pytest.approx(0, abs=1)
         assert float(real_db) == pytest.approx(float(float_db), abs=0.1)
+
+    Image.new("RGB", (64, 64)).save(pictures / "flat.png")
+    assert main(["integer-cost", str(tmp_path), "--data", str(pictures), "--qualities", "5"]) == 1
+    assert f"a picture in {pictures} is stored lossless" in capsys.readouterr().err
 
 
 def test_what_cannot_be_rated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

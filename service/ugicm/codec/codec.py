@@ -647,6 +647,8 @@ def _spread(value: float | Sequence[float], count: int, what: str) -> list[float
     try:
         if isinstance(value, int | float | np.number):
             return [float(value)] * count
+        if isinstance(value, str | bytes):
+            raise TypeError
         values = [float(item) for item in value]
     except (TypeError, ValueError) as error:
         raise CodecError(f"{what} must be a number, or one for each image, got {value!r}") from error

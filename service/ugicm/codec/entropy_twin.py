@@ -35,14 +35,22 @@ CELL = math.sqrt(12 * 0.2525)
 """Width in steps of uniform noise as large as the error on a path where a distribution is wide."""
 
 
-def first_unit(first: int) -> float:
-    """Scale unit from which on symbols lie on paths, whose tables begin with ``first``."""
-    return (first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
+class Paths(NamedTuple):
+    """What the twin knows of the trellis."""
 
+    first: int = TRELLIS_FIRST
+    """Table from which on symbols lie on paths."""
+    step: int = TRELLIS_STEP
+    """In units of the means."""
 
-def noise_width(step: int) -> float:
-    """Width of uniform noise as large as the error on paths with this step, in units of the means."""
-    return CELL * step / 2**MEAN.bits
+    @property
+    def width(self) -> float:
+        """Width of uniform noise as large as the error on paths."""
+        return CELL * self.step / 2**MEAN.bits
+
+    def alone(self, unit: Tensor) -> Tensor:
+        """Whether symbols of this scale unit do not lie on paths."""
+        return unit < (self.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
 
 
 def add_noise(x: Tensor) -> Tensor:
@@ -55,16 +63,29 @@ def round_straight(x: Tensor) -> Tensor:
     return x + (x.round() - x).detach()
 
 
-def round_all(x: Tensor, unit: Tensor) -> Tensor:
-    """`round_straight`, whatever the scale."""
+Quantise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(difference of y from its mean, scale unit) -> what is decoded of it, what is rated."""
+
+
+def round_all(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Each symbol alone, whatever its scale."""
     del unit
-    return round_straight(x)
+    rounded = round_straight(x)
+    return rounded, rounded
 
 
-def round_narrow(x: Tensor, unit: Tensor) -> Tensor:
-    """`round_straight`; what a new model puts on paths of the trellis gets noise as large as its error."""
-    noisy = x + noise_width(TRELLIS_STEP) * torch.empty_like(x).uniform_(-0.5, 0.5)
-    return torch.where(unit < first_unit(TRELLIS_FIRST), round_straight(x), noisy)
+def as_coded(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded; what lies on paths of a new model gets noise as large as its error."""
+    paths = Paths()
+    noisy = x + paths.width * torch.empty_like(x).uniform_(-0.5, 0.5)
+    seen = torch.where(paths.alone(unit), round_straight(x), noisy)
+    return seen, seen
+
+
+def as_trained(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """`as_coded`, but symbols that are rounded are rated with noise, so that their rate has a gradient."""
+    seen, _ = as_coded(x, unit)
+    return seen, torch.where(Paths().alone(unit), add_noise(x), seen)
 
 
 def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
@@ -157,21 +178,8 @@ class EntropyNetwork(nn.Module):
         mean, unit = out.chunk(2, 1)
         return mean, unit.clamp(SCALE_UNIT_MIN, SCALE_UNIT_MAX)
 
-    def forward(
-        self,
-        z_hat: Tensor,
-        y: Tensor,
-        *,
-        noise: bool,
-        rounded: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> EntropyOutput:
-        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32; `noise` rates y noisy, not rounded.
-
-        ``rounded``: what is decoded of y's difference from its mean, with this scale unit; `round_narrow` if
-        None and `noise`, `round_all` if None without it.
-        """
-        if rounded is None:
-            rounded = round_narrow if noise else round_all
+    def forward(self, z_hat: Tensor, y: Tensor, quantise: Quantise) -> EntropyOutput:
+        """``z_hat`` (B, N, h/4, w/4), ``y`` (B, M, h, w) float32."""
         x = F.relu(F.pixel_shuffle(self.hyper1(z_hat), 2))
         x = F.relu(F.pixel_shuffle(self.hyper2(x), 2))
         hyper = self.hyper_block(x)
@@ -192,10 +200,9 @@ class EntropyNetwork(nn.Module):
                 group = position ^ STEP_XOR[step]
                 mean, unit = self._parameters_of(step, position, phase)
                 target = targets[position][group]
-                known[position][group] = rounded(target - mean, unit) + mean
-                seen = known[position][group]
-                alone = unit < first_unit(TRELLIS_FIRST)
-                observed.append(torch.where(alone, add_noise(target), seen) if noise else seen)
+                seen, rated = quantise(target - mean, unit)
+                known[position][group] = seen + mean
+                observed.append(rated + mean)
                 means.append(mean)
                 units.append(unit)
         y_hat = merge_phases([torch.cat(groups, 1) for groups in known])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.device import without_autocast
-from ugicm.codec.entropy_twin import EntropyNetwork, first_unit, float_weights, noise_width
+from ugicm.codec.entropy_twin import EntropyNetwork, Paths, float_weights
 from ugicm.codec.errors import CodecError
 from ugicm.codec.networks import Synthesis
 from ugicm.codec.trellis import TrellisTables
@@ -66,7 +66,7 @@ class Refiner:
         dtype: torch.dtype,
     ) -> None:
         """``gains`` frozen, on ``device``; ``dtype``: precision of the networks."""
-        self._first, self._noise = first_unit(trellis.first), noise_width(trellis.step)
+        self._paths = Paths(trellis.first, trellis.step)
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
         network = EntropyNetwork(config)
@@ -105,12 +105,13 @@ class Refiner:
                     group["lr"] = LEARNING_RATE * (1 - progress)
                 temperature = WARMEST * (COLDEST / WARMEST) ** min(1.0, progress / COOLED)
 
-                def drawn(x: Tensor, unit: Tensor, temperature: float = temperature) -> Tensor:
+                def drawn(x: Tensor, unit: Tensor, temperature: float = temperature) -> tuple[Tensor, Tensor]:
                     uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                    noisy = x + self._noise * (uniform - 0.5)
-                    return torch.where(unit < self._first, draw(x, temperature, uniform), noisy)
+                    noisy = x + self._paths.width * (uniform - 0.5)
+                    seen = torch.where(self._paths.alone(unit), draw(x, temperature, uniform), noisy)
+                    return seen, seen
 
-                y_hat, bits = self._entropy(z, y, noise=False, rounded=drawn)
+                y_hat, bits = self._entropy(z, y, drawn)
                 seen = around.clone()
                 seen[..., frame.rows, frame.columns] = y_hat
                 latent = (seen * inverse).to(self._dtype, memory_format=torch.channels_last)

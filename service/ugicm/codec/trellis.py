@@ -160,15 +160,14 @@ class TrellisTables(NamedTuple):
             KeyError, ValueError: they are missing or do not fit each other.
         """
         rest = make_tables(tensors["tables.rest.frequencies"].numpy(), tensors["tables.rest.lengths"].numpy())
-        zeros, step = tensors["tables.branches"].numpy(), int(tensors["tables.step"])
-        first = count - len(zeros)
-        if zeros.ndim != 1 or zeros.dtype != np.int32 or len(rest) != 4 * len(zeros) or first < 1:
+        zeros, step = tensors["tables.branches"].numpy(), tensors["tables.step"].numpy()
+        if zeros.ndim != 1 or zeros.dtype != np.int32 or len(rest) != 4 * len(zeros) or len(zeros) >= count:
             raise ValueError(f"{len(rest)} tables and branches {zeros.shape} for {count} tables of y")
-        if not 0 < zeros.min() <= zeros.max() < TOTAL:
+        if len(zeros) and not 0 < zeros.min() <= zeros.max() < TOTAL:
             raise ValueError(f"branches must be in 1..{TOTAL - 1}, got {zeros.min()} to {zeros.max()}")
-        if not 1 <= step <= STEP_MAX:
+        if step.ndim or step.dtype != np.int32 or not 1 <= step <= STEP_MAX:
             raise ValueError(f"step must be in 1..{STEP_MAX}, got {step}")
-        return cls(step, first, zeros, rest)
+        return cls(int(step), count - len(zeros), zeros, rest)
 
     def split(self, points: Symbols, indexes: Indexes) -> Parts:
         """What is coded of ``points`` (n, length), the numbers of which have the tables of y ``indexes``."""

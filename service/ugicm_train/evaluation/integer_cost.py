@@ -9,15 +9,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec
 from ugicm.codec.conditioning import quality_to_level
 from ugicm.codec.config import HYPER_STRIDE
+from ugicm.codec.entropy import SCALE_COUNT
 from ugicm.codec.store import read_model
 from ugicm_train.data import DataError, read_image
 from ugicm_train.evaluation.coders import checked_qualities
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import bits_per_pixel, psnr_db
-from ugicm_train.export import load_average, model_tensors, write_model
+from ugicm_train.export import latent_tables, load_average, model_tensors, write_model
 from ugicm_train.train import CHECKPOINT, load_checkpoint
 
 
@@ -36,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print bits per pixel and PSNR of both, in float32, for each quality.
 
     The twin rates the same pictures with the float entropy network, its continuous scales and ideal code
-    lengths; the bitstream is counted whole, container included.
+    lengths; the bitstream is counted whole, container included. Both round each symbol alone: what paths of
+    the trellis save is another matter.
     """
     qualities = checked_qualities(arguments.qualities)
     images = []
@@ -50,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     state = load_checkpoint(arguments.run, arguments.checkpoint, needs=("average", "config"))
     twin = load_average(state)
     with TemporaryDirectory() as folder:
-        write_model(Path(folder), twin.config, model_tensors(twin), {})
+        alone = latent_tables(first=SCALE_COUNT)
+        write_model(Path(folder), twin.config, model_tensors(twin) | alone, {})
         codec = Codec(read_model(Path(folder)), device="cpu", precision="float32")
     print("| quality | float bpp | real bpp | rate | float dB | real dB |")
     print("|---:|---:|---:|---:|---:|---:|")
@@ -62,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
             output = twin(x, level, machine_count=0, noise=False)
             view = (output.human[0].permute(1, 2, 0) * 255).round().clamp(0, 255).byte().numpy()
             data = codec.encode([image], quality)[0]
+            if peek(data).lossless:
+                raise DataError(f"a picture in {arguments.data} is stored lossless: give photographs")
             rows.append(
                 (
                     float(output.bpp),
