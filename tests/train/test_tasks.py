@@ -1178,8 +1178,8 @@ class TestAgreement:
         assert task.score({"a": 1.0, "b": 0.5}) == 0.75
 
     def test_scores_below_zero_are_logits(self) -> None:
-        np.testing.assert_allclose(probabilities(np.array([-1.0, 1.0])), [0.1192, 0.8808], atol=1e-4)
-        np.testing.assert_allclose(probabilities(np.array([1, 3], np.uint8)), [0.25, 0.75])
+        np.testing.assert_allclose(probabilities(np.array([-1.0, 1.0])), [[0.1192, 0.8808]], atol=1e-4)
+        np.testing.assert_allclose(probabilities(np.array([1, 3], np.uint8)), [[0.25, 0.75]])
 
     def test_a_network_of_logits_has_none_that_are_shares(self) -> None:
         expected = probabilities(np.array([-0.1, 3.0, 1.0]))
@@ -1187,12 +1187,20 @@ class TestAgreement:
         whole = probabilities(np.array([-1, 2], np.int8))
         np.testing.assert_allclose(whole, probabilities(np.array([-1.0, 2.0])))
 
+    def test_two_answers_of_a_network_are_read_alike(self, colours: Path) -> None:
+        scores = np.linspace(0, 1, 1000)
+        # One sums up to less than what a thousand rounded probabilities may, the other to more.
+        less, more = scores * 2.95 / scores.sum(), scores * 2.97 / scores.sum()
+        answers = [more, less]
+        task = SameClasses("classes", lambda image: answers.pop(0), colours)
+        assert task.judge("red.png", np.zeros((64, 64, 3), np.uint8)) > 0.99
+
     def test_rounded_probabilities_are_shares(self) -> None:
         """As LiteRT's are: most of a thousand classes are rounded to nothing."""
         scores = np.zeros(1000)
         scores[:3] = 0.5, 0.2, 0.1
-        np.testing.assert_allclose(probabilities(scores), scores / 0.8)
-        np.testing.assert_allclose(probabilities(np.array([0.3, 0.69])), np.array([0.3, 0.69]) / 0.99)
+        np.testing.assert_allclose(probabilities(scores), [scores / 0.8])
+        np.testing.assert_allclose(probabilities(np.array([0.3, 0.69])), [np.array([0.3, 0.69]) / 0.99])
 
     def test_boxes_of_the_original_are_the_truth(self, colours: Path) -> None:
         pytest.importorskip("pycocotools")

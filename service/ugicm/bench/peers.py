@@ -24,12 +24,17 @@ LEARNED_QUALITY = 5
 """Of CompressAI's 1..8 or 1..6."""
 
 
+THREADS = {"max_threads", "num_threads"}
+"""What Pillow's formats that use several call their number; the others use one."""
+
+
 class Peer(NamedTuple):
     name: str
     encode: Callable[[Image], Any]
     decode: Callable[[Any], Image]
     size: Callable[[Any], int]
     """Bytes of what `encode` returns."""
+    threads: int
 
 
 def pillow_peers(threads: int) -> Iterator[Peer]:
@@ -59,7 +64,7 @@ def pillow_peers(threads: int) -> Iterator[Peer]:
             with PIL.Image.open(io.BytesIO(data)) as picture:
                 return np.asarray(picture.convert("RGB"))
 
-        return Peer(name, encode, decode, len)
+        return Peer(name, encode, decode, len, threads if options.keys() & THREADS else 1)
 
     yield from (peer(*setting) for setting in settings)
 
@@ -93,7 +98,7 @@ def learned_peers(names: Sequence[str]) -> Iterator[Peer]:
             picture: Image = (x * 255).round().byte().permute(1, 2, 0).numpy()
             return picture
 
-        return Peer(f"CompressAI {name}", encode, decode, _bytes_of)
+        return Peer(f"CompressAI {name}", encode, decode, _bytes_of, torch.get_num_threads())
 
     return (peer(name) for name in names)
 

@@ -148,12 +148,7 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class PeakMemory:
-    """Resident memory of this process over what it was when made; Linux only."""
-
-    def __init__(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count
-        self._before = self._read("VmRSS")
+    """Resident memory of this process over what it was before; Linux only."""
 
     @staticmethod
     def _read(field: str) -> int:
@@ -165,10 +160,13 @@ class PeakMemory:
 
     def during(self, work: Callable[[], Any]) -> int | None:
         """Largest excess in bytes; None where the system does not tell."""
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count
         try:
             Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+            before = self._read("VmRSS")
             work()
-            return self._read("VmHWM") - self._before
+            return self._read("VmHWM") - before
         except OSError:
             work()
             return None
@@ -210,7 +208,7 @@ def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[st
     small = [resized(photos, size, 0) for size in sizes if size <= PEER_MEGAPIXELS]
     for peer in peers:
         say(peer.name)
-        rows += _peer_rows(peer, small, threads)
+        rows += _peer_rows(peer, small)
     _add_ratios(rows)
     return {
         "machine": {
@@ -299,11 +297,11 @@ def _own_rows(context: _Context, images: Sequence[Image]) -> Iterator[dict[str, 
         }
         for op, work in files.items():
             result, timing = measure(work)
-            row = _row("image file", op, pixels, 1, context.threads, timing)
+            row = _row("image file", op, pixels, 1, 1, timing)
             yield {**row, "bytes": len(result if op == "write PNG" else photo)}
 
 
-def _peer_rows(peer: Peer, images: Sequence[Image], threads: int) -> Iterator[dict[str, Any]]:
+def _peer_rows(peer: Peer, images: Sequence[Image]) -> Iterator[dict[str, Any]]:
     """One row each way and size, ascending, until the next size would take too long."""
     seconds_per_pixel = 0.0
     for image in images:
@@ -313,7 +311,7 @@ def _peer_rows(peer: Peer, images: Sequence[Image], threads: int) -> Iterator[di
         coded, encoding = measure(lambda: peer.encode(image))  # noqa: B023  called before the next image
         _, decoding = measure(lambda: peer.decode(coded))  # noqa: B023
         for op, timing in (("encode", encoding), ("decode", decoding)):
-            yield {**_row(peer.name, op, pixels, 1, threads, timing), "bytes": peer.size(coded)}
+            yield {**_row(peer.name, op, pixels, 1, peer.threads, timing), "bytes": peer.size(coded)}
         seconds_per_pixel = max(encoding.median, decoding.median) / 1e3 / pixels
 
 

@@ -17,6 +17,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,8 @@ def load_segmenter(spec: str) -> Segmenter:
 def identity_of(spec: str) -> str:
     """The name and, where it is of a file, the file's SHA-256; wherever the file lies.
 
+    Of torchvision's networks its version, as their weights and what is done to pictures change with it.
+
     So for what such a file loads from beside it: the weights of an ONNX model, by the names that exporters
     give them, and other Python files.
     """
@@ -388,7 +391,7 @@ def identity_of(spec: str) -> str:
                 others = [path.with_name(f"{path.name}{end}") for end in (".data", "_data")]
             files = [path, *filter(Path.is_file, others)]
             return " ".join([name, *map(content, files)])
-    return spec
+    return f"{spec} {version('torchvision')}" if spec.startswith("torchvision:") else spec
 
 
 def content(file: Path) -> str:

@@ -36,19 +36,26 @@ SURE = 0.3
 """Detections on the original count as objects from this score on."""
 
 
-def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
-    """What a classifier returns as probabilities: shares of the sum, or softmax of what are none.
+def are_shares(scores: NDArray[Any]) -> bool:
+    """Whether a classifier's scores are shares, not logits.
 
-    Where nothing is negative, integers are shares, and so is what sums up to about 1: as near as
-    probabilities do that are each rounded to 1/256, as LiteRT's are. Scores of other networks are logits, on
-    every picture, also where none is negative.
+    Where nothing is negative, integers are, and so is what sums up to about 1: as near as probabilities do
+    that are each rounded to 1/256, as LiteRT's are.
     """
-    values = np.asarray(scores, np.float64)
-    whole = np.issubdtype(np.asarray(scores).dtype, np.integer)
-    about_one = abs(values.sum() - 1) <= 0.01 + values.size / 512
-    if not (values.min() >= 0 and (whole or about_one)):
-        values = np.exp(values - values.max())
-    return values / max(float(values.sum()), 1e-12)
+    values = np.asarray(scores)
+    about_one = abs(values.sum(dtype=np.float64) - 1) <= 0.01 + values.size / 512
+    return bool(values.min() >= 0 and (np.issubdtype(values.dtype, np.integer) or about_one))
+
+
+def probabilities(*answers: NDArray[Any]) -> list[NDArray[np.float64]]:
+    """What one classifier returns of several pictures as probabilities.
+
+    Shares of the sum, or, where one picture's scores are none, softmax of all.
+    """
+    values = [np.asarray(scores, np.float64) for scores in answers]
+    if not all(map(are_shares, answers)):
+        values = [np.exp(scores - scores.max()) for scores in values]
+    return [scores / max(float(scores.sum()), 1e-12) for scores in values]
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,12 @@ class SameClasses(MeanScored, Agreement):
 
     metric = "agreement"
 
-    def answer(self, name: str, image: Image) -> NDArray[np.float64]:
-        return probabilities(checked_scores(self.network(image), self.name, name))
+    def answer(self, name: str, image: Image) -> NDArray[Any]:
+        return checked_scores(self.network(image), self.name, name)
 
     def judge(self, name: str, image: Image) -> Judgement:
-        return round(float(np.minimum(self.answer(name, image), self.expected(name)).sum()), 6)
+        both = probabilities(self.answer(name, image), self.expected(name))
+        return round(float(np.minimum(*both).sum()), 6)
 
 
 class SameBoxes(Agreement):

@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep the journal in a folder, which is made, for this process alone.
+    """Keep the measurements in a folder, which is made, for this process alone.
 
     Raises:
         ValueError: another one has it.

@@ -72,6 +72,7 @@ from ugicm_train.evaluation.tasks import (
     read_instances,
     read_labels,
 )
+from ugicm_train.files import written_whole
 
 FORMAT = 1
 """Version of the layout of machine.json."""
@@ -254,7 +255,8 @@ def take_parts(folder: Path) -> None:
     path = folder / JUDGEMENTS
     for own in part_files(path):
         with path.open("a", encoding="utf-8") as journal:
-            # The last line may have been cut off by a kill.
+            # The last line of both may have been cut off by a kill.
+            journal.write("\n")
             journal.writelines(f"{line}\n" for line in own.read_text(encoding="utf-8").splitlines())
         own.unlink()
 
@@ -274,15 +276,21 @@ def evaluate(
     Args:
         ours: our codec; `views` name the strengths to decode with, 0 and 1 among them.
         peers: other codecs.
-        tasks: with different names.
+        tasks: with different names, none of them a codec's.
         folder: output.
         limit: use only so many pictures of each task, evenly spread.
         command: command line of this, for the report.
         part: measure a part of the pictures only, with a journal of its own, and report nothing.
+
+    Raises:
+        ValueError: a name is used twice, or a task has no pictures.
     """
     check_images(tasks)
     folder.mkdir(parents=True, exist_ok=True)
     coders = [original_coder(), ours, *peers]
+    names = [*(task.name for task in tasks), *(coder.name for coder in coders)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"tasks and codecs need different names, {twice[0]!r} is used twice")
     path = folder / JUDGEMENTS
     if part is not None:
         own = part.file(path)
@@ -322,8 +330,9 @@ def evaluate(
     finally:
         progress.close()
         journal.close()
-    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / TABLE).write_text(table(report), encoding="utf-8")
+    for name, text in ((REPORT, json.dumps(report, indent=1) + "\n"), (TABLE, table(report))):
+        with written_whole(folder / name) as beside:
+            beside.write_text(text, encoding="utf-8")
     plot_scores(report, folder / PLOT)
     if set(ours.views.values()) - {0.0, 1.0}:
         plot_strengths(report, folder / STRENGTH_PLOT)

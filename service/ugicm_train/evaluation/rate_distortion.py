@@ -9,6 +9,7 @@ one picture at a time, in process, after one warm-up call.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -34,6 +35,7 @@ from ugicm_train.evaluation.coders import (
     refined_coder,
     ugicm_coder,
 )
+from ugicm_train.evaluation.journal import locked
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -262,6 +264,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
+    # A part writes to a file of its own.
+    with contextlib.nullcontext() if arguments.part else locked(arguments.out.parent):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from ugicm.codec.refine import check_steps
     from ugicm.codec.store import load_codec, model_path
     from ugicm_train.evaluation.report import plot, table

@@ -11,6 +11,7 @@ from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points
 from ugicm_train.evaluation.bdrate import Curve
 from ugicm_train.evaluation.metrics import MS_SSIM_MIN_SIDE
 from ugicm_train.evaluation.rate_distortion import BPP_RANGES, read_report
+from ugicm_train.files import written_whole
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
 """Lines of a Markdown file between which `insert` writes."""
@@ -208,7 +209,8 @@ def insert(path: Path, text: str) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{path} needs the lines {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
+    with written_whole(path) as beside:
+        beside.write_text(f"{before}{BEGIN}\n{text.strip()}\n{END}{after}", encoding="utf-8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
