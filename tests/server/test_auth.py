@@ -34,6 +34,8 @@ def test_a_key_is_needed(client: Any, image_file: Any) -> None:
         ("POST", "/decode"),
         ("GET", "/info"),
         ("GET", f"/bitstreams/{'0' * 64}"),
+        ("GET", f"/bitstreams/{'0' * 64}/info"),
+        ("GET", f"/bitstreams/{'0' * 64}/image"),
         ("DELETE", f"/bitstreams/{'0' * 64}"),
     ):
         response = client.request(method, path, content=image_file())

@@ -117,6 +117,20 @@ async def test_every_cache_keeps_and_forgets(cache: BitstreamCache) -> None:
     await cache.close()
 
 
+@pytest.mark.parametrize("store", ["redis", "s3"])
+async def test_what_is_not_what_its_id_says_is_stored_anew(
+    store: str, request: pytest.FixtureRequest
+) -> None:
+    server = request.getfixturevalue("redis_server" if store == "redis" else "s3_url")
+    cache = open_cache(Settings(cache_url=server.url if store == "redis" else server))
+    id = bitstream_id(b"bits")
+    assert await cache.put(id, b"other bits") is False
+    assert await cache.get(id) is None
+    assert await cache.put(id, b"bits") is False
+    assert await cache.get(id) == b"bits"
+    await cache.close()
+
+
 @pytest.mark.parametrize(
     ("url", "kind"),
     [
@@ -145,11 +159,18 @@ def test_the_url_decides(url: str, kind: type[object]) -> None:
         "redis://h:abc",
         "redis://[h",
         "s3:x",
+        "redis://user:hunter2#x@cache:6379/0",
+        "redis://user:hunter2/x@cache:6379/0",
+        "redis://user:hunter2?x@cache:6379/0",
+        "rediss://user:hunter2@cache:hunter2",
+        "hunter2",
     ],
 )
 def test_other_urls_are_refused_without_their_secrets(url: str) -> None:
-    with pytest.raises(ValueError, match="UGICM_CACHE_URL"):
+    with pytest.raises(ValueError, match="UGICM_CACHE_URL") as caught:
         open_cache(Settings.model_construct(cache_url=url))
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(
@@ -405,6 +426,27 @@ async def test_leftovers_of_a_killed_process_are_swept(tmp_path: Path) -> None:
     await swept(cache)
     assert not old.exists()
     assert new.exists()  # another process may be writing it
+
+
+async def test_what_a_killed_check_leaves_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)  # as if it had been killed before
+        await cache.check()
+    (left,) = files(tmp_path)
+    os.utime(left, (0, 0))
+    await store(cache, b"bits")
+    await swept(cache)
+    assert not left.exists()
+
+
+async def test_one_entry_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 100 * BLOCK)
+    id, *_ = await store(cache, b"bits")
+    path = tmp_path / id[:2] / id
+    path.unlink()
+    path.mkdir()
+    assert await cache.get(id) is None
 
 
 async def test_files_of_others_are_left_alone(tmp_path: Path) -> None:

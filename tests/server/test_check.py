@@ -90,6 +90,12 @@ def test_a_round_trip_that_loses_the_picture(
     finding = list(check(tiny_settings))[-1]
     assert (finding.name, finding.ok) == ("round trip", False)
 
+    def failing(codec: Codec, latents: list[Any], strength: list[float]) -> list[Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Codec, "synthesise", failing)
+    assert list(check(tiny_settings))[-1] == ("round trip", False, "RuntimeError: out of memory")
+
 
 @pytest.fixture
 def served(make_app: Any) -> Iterator[tuple[FastAPI, int]]:

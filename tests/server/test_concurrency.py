@@ -56,6 +56,22 @@ async def statuses(tasks: list[asyncio.Task[httpx2.Response]]) -> list[int]:
     return sorted(response.status_code for response in await asyncio.gather(*tasks))
 
 
+async def test_what_is_deleted_while_it_is_decoded_is_not_kept(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client()
+    path = (await client.post("/encode", content=image_file())).json()["links"]["bitstream"]
+    codec.gate.clear()
+    (asked,) = start([client.get(f"{path}/image")])
+    await until(lambda: sample(client, "ugicm_cache_requests_total", tier="picture", result="miss") == 1)
+    assert (await client.delete(path)).status_code == 204
+    codec.gate.set()
+    assert (await asked).status_code == 200
+    await client.post("/encode", content=image_file())
+    again = await client.get(f"{path}/image")
+    assert again.headers["cache-status"] == "ugicm; fwd=miss"
+
+
 async def test_what_waits_for_the_device_goes_together_in_one_thread(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:

@@ -18,11 +18,15 @@ from urllib.parse import unquote, urlsplit
 
 import structlog
 
-from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id
+from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id, hash_of
 from ugicm.server.settings import Settings, setting
 
 Result = TypeVar("Result")
 _log = structlog.get_logger(__name__)
+
+
+UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
+"""Errors that say something of one entry, not of the whole folder."""
 
 
 class FileCache:
@@ -98,7 +102,7 @@ class FileCache:
                 with contextlib.suppress(OSError):  # others may own it
                     path.unlink()
                 return None
-        except FileNotFoundError:
+        except UNREADABLE:
             return None
         self._touch(path)
         return bitstream
@@ -112,7 +116,7 @@ class FileCache:
             if path.read_bytes() == bitstream:  # else it is torn, and written anew
                 self._touch(path)
                 return True
-        except FileNotFoundError:
+        except UNREADABLE:
             pass
         room = self._room(len(bitstream))
         if room > self.KEEP * self._max_bytes:  # a sweep would delete all the others, then this one
@@ -170,8 +174,9 @@ class FileCache:
         return True
 
     def _check(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        probe = self._temporary(self._folder)
+        folder = self._folder / "00"  # a sweep takes away what a killed process leaves there
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = self._temporary(folder)
         try:
             probe.write_bytes(bytes(self.PROBE_BYTES))
         finally:
@@ -237,6 +242,15 @@ class FileCache:
                 refused.append(error)
 
 
+async def _whole(cache: BitstreamCache, id: str, found: bytes | None) -> bytes | None:
+    """What is stored under an id, if it is what the id says; else it is deleted, to be stored anew."""
+    if found is None or await hash_of(found) == id:
+        return found
+    _log.warning("an entry of the bitstream cache is not what its name says", id=id)
+    await cache.delete(id)
+    return None
+
+
 class RedisCache:
     """Redis or Valkey; entries expire `ttl_s` after they were last stored."""
 
@@ -257,7 +271,7 @@ class RedisCache:
 
     async def get(self, id: str) -> bytes | None:
         found: bytes | None = await self._redis.get(self.PREFIX + id)
-        return found
+        return await _whole(self, id, found)
 
     async def put(self, id: str, bitstream: bytes) -> bool:
         key = self.PREFIX + id
@@ -296,7 +310,7 @@ class S3Cache:
             found = await self._store.get_async(id)
         except FileNotFoundError:
             return None
-        return bytes(await found.bytes_async())
+        return await _whole(self, id, bytes(await found.bytes_async()))
 
     async def put(self, id: str, bitstream: bytes) -> bool:
         if await self._has(id):
@@ -342,8 +356,14 @@ def open_cache(settings: Settings) -> BitstreamCache:
                 return RedisCache(settings.cache_url, ttl_s=settings.cache_ttl_s)
             case "s3" if url.netloc:
                 return S3Cache(settings.cache_url)
-    except ValueError as error:  # of the parts of a URL, such as a port that is no number
-        raise ValueError(f"{setting('cache_url')}: {error}") from error
+    except ValueError as error:
+        if settings.cache_url.startswith("s3:"):
+            raise ValueError(f"{setting('cache_url')}: {error}") from error
+        # Its text may quote a part of a password.
+        raise ValueError(
+            f"{setting('cache_url')} is no URL: is its port a number, and are / # ? @ in its password "
+            "written %2F %23 %3F %40?"
+        ) from None
     raise ValueError(
         f"{setting('cache_url')} must be memory:, file:///path, redis://host:6379/0 (or rediss://, "
         f"valkey://) or s3://bucket/prefix, got the scheme {url.scheme!r}"

@@ -60,7 +60,10 @@ def check(settings: Settings) -> Iterator[Finding]:
         return
     yield Finding("model", True, f"{codec.name} ({codec.digest}) on {codec.device}, {codec.precision}")
     yield asyncio.run(_check_cache(settings))
-    yield _check_round_trip(codec)
+    try:
+        yield _check_round_trip(codec)
+    except Exception as error:  # of a device that fails
+        yield Finding("round trip", False, f"{type(error).__name__}: {error}")
 
 
 def _check_names() -> Finding:
@@ -89,11 +92,13 @@ async def _check_cache(settings: Settings) -> Finding:
         async with asyncio.timeout(settings.cache_timeout_s):
             cache = open_cache(settings)
             probe = os.urandom(32)
-            await cache.check()
-            await cache.put(bitstream_id(probe), probe)
-            intact = await cache.get(bitstream_id(probe)) == probe
-            await cache.delete(bitstream_id(probe))
-            await cache.close()
+            try:
+                await cache.check()
+                await cache.put(bitstream_id(probe), probe)
+                intact = await cache.get(bitstream_id(probe)) == probe
+                await cache.delete(bitstream_id(probe))
+            finally:
+                await cache.close()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         return Finding("cache", False, f"{scheme}: {reason}; {setting('cache_url')} says where it is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from typing import Annotated
 import structlog
 from fastapi import Depends, Query, Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
@@ -170,16 +172,33 @@ async def _raw_body(request: Request) -> bytes:
     return body
 
 
+FORM_CHARSETS = {"utf-8", "ascii", "iso8859-1", "cp1252"}
+"""Codecs that texts of forms are decoded with; others of Python's take minutes for a megabyte (punycode)."""
+
+
+def _check_charset(request: Request) -> None:
+    _, parameters = parse_options_header(request.headers.get("content-type"))
+    name = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    try:
+        known = codecs.lookup(name).name in FORM_CHARSETS
+    except (LookupError, ValueError):
+        known = False
+    if not known:
+        raise ServiceError(
+            Code.MALFORMED_BODY,
+            f"the charset of a form must be utf-8, us-ascii or iso-8859-1, got {shown(name)}",
+        )
+
+
 @asynccontextmanager
 async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormData]:
     """The multipart form that the body is."""
+    _check_charset(request)
     try:
         async with request.form(max_files=max_files, max_fields=8) as form:
             yield form
     except HTTPException as error:
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
-    except UnicodeError:  # of codecs that a form may name, and no file has
-        raise ServiceError(Code.MALFORMED_BODY, "a name is not in the charset of the form") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

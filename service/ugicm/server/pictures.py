@@ -68,9 +68,11 @@ class PictureCache:
                 self._land(key, flight)
 
     def forget(self, id: str) -> None:
-        """Drop every picture of a bitstream."""
+        """Drop every picture of a bitstream; those in the making are for whoever waits for them alone."""
         for key in [key for key in self._kept if key.id == id]:
             self._kept.delete(key)
+        for key in [key for key in self._flights if key.id == id]:
+            del self._flights[key]
 
     async def _make(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> Picture:
         flight = self._flights[key]
@@ -78,9 +80,10 @@ class PictureCache:
             content = await make()
             # Once, as whoever asks for a kept picture asks for its tag.
             etag = f'"{await hash_of(content)}"'
+            if self._flights.get(key) is flight:
+                self._kept.put(key, content, etag)
         finally:
             self._land(key, flight)
-        self._kept.put(key, content, etag)
         return Picture(content, etag)
 
     def _land(self, key: PictureKey, flight: _Flight) -> None:

@@ -49,7 +49,7 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
         async with open_form(request, max_files=most) as form:
             items = form.getlist("images")
             files = [item for item in items if isinstance(item, UploadFile)]
-            parts = [Part(_encodable(file.filename), await file.read()) for file in files]
+            parts = [Part(file.filename, await file.read()) for file in files]
     except ServiceError as error:
         if error.detail.startswith("Too many files"):
             raise ServiceError(
@@ -65,11 +65,6 @@ async def read_parts(request: Request, services: ServicesDep) -> list[Part]:
             Code.INVALID_PARAMETER, "the form needs file parts named 'images', each with a file name"
         )
     return parts
-
-
-def _encodable(filename: str | None) -> str | None:
-    """Without lone surrogates, which some charsets of forms decode to and no JSON can hold."""
-    return None if filename is None else filename.encode(errors="replace").decode()
 
 
 class _Lines(StreamingResponse):

@@ -109,8 +109,11 @@ async def get_image(
     responses=problems(*_COMMON),
 )
 async def delete_bitstream(id: Id, services: ServicesDep) -> None:
-    services.pictures.forget(id)
-    if not await services.cache.delete(id):
+    try:
+        deleted = await services.cache.delete(id)
+    finally:
+        services.pictures.forget(id)
+    if not deleted:
         raise ServiceError(Code.UNKNOWN_BITSTREAM, f"{id} is not in the cache")
 
 
