@@ -32,6 +32,7 @@ from ugicm_train.evaluation.coders import (
     refined_coder,
     ugicm_coder,
 )
+from ugicm_train.evaluation.journal import locked
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -585,6 +586,13 @@ def test_a_failed_part_is_an_error(greys: Path, tmp_path: Path, capfd: pytest.Ca
     command = ["rd", "no-such-model", "--data", str(greys), "--out", str(tmp_path / "rd.json")]
     assert main([*command, "--jobs", "2"]) == 1
     assert "2 of 2 parts failed" in capfd.readouterr().err
+
+
+def test_one_measurement_in_a_folder_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["rd", "ugicm-s", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+    with locked(tmp_path):
+        assert main(command) == 1
+    assert f"another run writes to {tmp_path}" in capsys.readouterr().err
 
 
 def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

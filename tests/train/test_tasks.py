@@ -916,6 +916,13 @@ def ours(tiny_store: Path, tiny_codec: Codec) -> Coder:
     return dataclasses.replace(coder, views={"human": 0.0, "half": 0.5, "machine": 1.0})
 
 
+def test_names_of_tasks_and_codecs_differ(tmp_path: Path, colours: Path, ours: Coder) -> None:
+    """Else the identity of one would stand for both in the journal."""
+    task = SameClasses("jpeg", colour_scores, colours)
+    with pytest.raises(ValueError, match="need different names, 'jpeg' is used twice"):
+        evaluate(ours, [pillow_coder("jpeg")], [task], tmp_path)
+
+
 def test_evaluate_writes_everything_and_resumes(tmp_path: Path, colours: Path, ours: Coder) -> None:
     labels = read_labels(colours / "labels.csv")
     task = Top1("colours", colour_scores, colours, labels, identity="colours 1")
