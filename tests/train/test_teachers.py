@@ -375,6 +375,10 @@ class TestNanoDet:
         (tmp_path / "other.json").write_text("{}")
         with pytest.raises(TeacherError, match=r"other\.json is no TensorFlow\.js graph model"):
             parse_teacher(f"nanodet:{tmp_path}/other.json")
+        quantised = (tmp_path / "nanodet.json").read_text().replace("float16", "uint8")
+        (tmp_path / "nanodet.json").write_text(quantised)
+        with pytest.raises(TeacherError, match="weights in uint8; float32 and float16 can be read"):
+            parse_teacher(f"nanodet:{tmp_path}/nanodet.json")
 
 
 def write_u2net(path: Path, *, layers: int = 119) -> list[NDArray[np.float32]]:

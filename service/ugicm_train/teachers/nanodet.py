@@ -115,8 +115,8 @@ def _convolutions(path: Path) -> Iterator[nn.Conv2d]:
         at = 0
         for entry in group["weights"]:
             kind = np.dtype(entry.get("quantization", entry)["dtype"])
-            if kind not in (np.float16, np.float32):
-                raise TeacherError(f"{path} has weights of {kind}; float16 and float32 can be read")
+            if "quantization" in entry and kind != np.float16:
+                raise TeacherError(f"{path} has weights in {kind}; float32 and float16 can be read")
             count = math.prod(entry["shape"])
             values = np.frombuffer(data, kind, count, at).reshape(entry["shape"])
             at += count * kind.itemsize
