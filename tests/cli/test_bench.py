@@ -81,11 +81,11 @@ def test_report_is_one_object(arguments: list[str]) -> None:
 
 
 def test_memory_is_that_of_the_work_alone() -> None:
-    peak, size = run.PeakMemory(), 64 << 20
-    used = peak.during(lambda: np.ones(size, np.uint8))
+    size = 64 << 20
+    used = run.peak_memory(lambda: np.ones(size, np.uint8))
     assert used is not None
     assert used > 0.9 * size
-    idle = peak.during(lambda: None)
+    idle = run.peak_memory(lambda: None)
     assert idle is not None
     assert idle < size / 8
 

@@ -147,29 +147,26 @@ def matrix_peak(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-class PeakMemory:
-    """Resident memory of this process over what it was before; Linux only."""
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
-    @staticmethod
-    def _read(field: str) -> int:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return 0
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
-    def during(self, work: Callable[[], Any]) -> int | None:
-        """Largest excess in bytes; None where the system does not tell."""
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-            before = self._read("VmRSS")
-            work()
-            return self._read("VmHWM") - before
-        except OSError:
-            work()
-            return None
+def peak_memory(work: Callable[[], Any]) -> int | None:
+    """Largest resident memory of this process in bytes while it works, over what it is before; Linux only.
+
+    None where the system does not tell.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before does not count
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        before = _resident("VmRSS")
+        work()
+        return _resident("VmHWM") - before
+    except OSError:
+        work()
+        return None
 
 
 def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[str], None]) -> dict[str, Any]:
@@ -229,7 +226,6 @@ def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[st
 def _memory(codec: Codec, images: Sequence[Image], quality: float) -> list[dict[str, Any]]:
     """Peak memory while each picture is coded, the smallest first, beyond that of codec and pictures."""
     rows = []
-    peak = PeakMemory()
 
     def encode(image: Image, coded: list[bytes]) -> None:
         coded += codec.encode([image], quality)
@@ -238,7 +234,7 @@ def _memory(codec: Codec, images: Sequence[Image], quality: float) -> list[dict[
         megapixels = image.shape[0] * image.shape[1] / 1e6
         coded: list[bytes] = []
         for op, work in (("encode", partial(encode, image, coded)), ("decode", partial(codec.decode, coded))):
-            used = peak.during(work)
+            used = peak_memory(work)
             if used is not None:
                 mib = used / 2**20
                 rows.append(

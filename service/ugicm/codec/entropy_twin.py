@@ -52,6 +52,10 @@ class Paths(NamedTuple):
         """Whether symbols of this scale unit do not lie on paths."""
         return unit < (self.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
 
+    def seen(self, x: Tensor, unit: Tensor, rounded: Tensor, noise: Tensor) -> Tensor:
+        """`rounded`; x with noise, uniform in -1/2..1/2, as large as the error where it lies on paths."""
+        return torch.where(self.alone(unit), rounded, x + self.width * noise)
+
 
 def add_noise(x: Tensor) -> Tensor:
     """Uniform noise in place of rounding, for the rate (Balle et al., ICLR 2017)."""
@@ -76,9 +80,8 @@ def round_all(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_coded(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     """Rounded; what lies on paths of a new model gets noise as large as its error."""
-    paths = Paths()
-    noisy = x + paths.width * torch.empty_like(x).uniform_(-0.5, 0.5)
-    seen = torch.where(paths.alone(unit), round_straight(x), noisy)
+    noise = torch.empty_like(x).uniform_(-0.5, 0.5)
+    seen = Paths().seen(x, unit, round_straight(x), noise)
     return seen, seen
 
 

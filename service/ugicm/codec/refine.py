@@ -107,8 +107,7 @@ class Refiner:
 
                 def drawn(x: Tensor, unit: Tensor, temperature: float = temperature) -> tuple[Tensor, Tensor]:
                     uniform = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-                    noisy = x + self._paths.width * (uniform - 0.5)
-                    seen = torch.where(self._paths.alone(unit), draw(x, temperature, uniform), noisy)
+                    seen = self._paths.seen(x, unit, draw(x, temperature, uniform), uniform - 0.5)
                     return seen, seen
 
                 y_hat, bits = self._entropy(z, y, drawn)

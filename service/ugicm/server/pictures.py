@@ -80,12 +80,14 @@ class PictureCache:
             content = await make()
             # Once, as whoever asks for a kept picture asks for its tag.
             etag = f'"{await hash_of(content)}"'
-            if self._flights.get(key) is flight:
-                self._kept.put(key, content, etag)
         finally:
-            self._land(key, flight)
+            wanted = self._land(key, flight)
+        if wanted:
+            self._kept.put(key, content, etag)
         return Picture(content, etag)
 
-    def _land(self, key: PictureKey, flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
+    def _land(self, key: PictureKey, flight: _Flight) -> bool:
+        """Whether it had not been forgotten."""
+        if wanted := self._flights.get(key) is flight:
             del self._flights[key]
+        return wanted

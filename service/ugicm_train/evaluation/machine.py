@@ -18,7 +18,6 @@ alone (`--plain`).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import io
@@ -44,7 +43,7 @@ from ugicm_train.evaluation.coders import (
     pillow_coder,
     ugicm_coder,
 )
-from ugicm_train.evaluation.journal import Entry, Journal, Key, locked
+from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine_report import (
     MAX_BPP,
     ORIGINAL,
@@ -57,7 +56,7 @@ from ugicm_train.evaluation.machine_report import (
 )
 from ugicm_train.evaluation.measurement import read_images
 from ugicm_train.evaluation.metrics import Image, bits_per_pixel, psnr_db
-from ugicm_train.evaluation.parts import Part, end_with_parent, measure_parts, part_files
+from ugicm_train.evaluation.parts import Part, end_with_parent, kept_alone, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.evaluation.progress import Progress
 from ugicm_train.evaluation.rate_distortion import describe_machine
@@ -482,8 +481,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the results and print the tables."""
-    # A part writes to files of its own.
-    with contextlib.nullcontext() if arguments.part else locked(arguments.out):
+    with kept_alone(arguments.out, arguments.part):
         return _run(arguments)
 
 

@@ -14,8 +14,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+
+from ugicm_train.evaluation.journal import locked
 
 THREADS = "OMP_NUM_THREADS"
 """Read by torch when it is imported."""
@@ -40,6 +43,11 @@ class Part:
 def part_files(whole: Path) -> list[Path]:
     """What parts left beside the results of the whole, also of an interrupted run with other ``--jobs``."""
     return sorted(whole.parent.glob(f"{glob.escape(whole.stem)}.part-*-of-*{whole.suffix}"))
+
+
+def kept_alone(folder: Path, part: Part | None) -> AbstractContextManager[None]:
+    """`locked`, but for a part, which writes to files of its own."""
+    return nullcontext() if part else locked(folder)
 
 
 def _part(text: str) -> Part:

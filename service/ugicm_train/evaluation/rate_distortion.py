@@ -9,7 +9,6 @@ one picture at a time, in process, after one warm-up call.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -35,7 +34,6 @@ from ugicm_train.evaluation.coders import (
     refined_coder,
     ugicm_coder,
 )
-from ugicm_train.evaluation.journal import locked
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -45,7 +43,7 @@ from ugicm_train.evaluation.measurement import (
     read_images,
     rounded,
 )
-from ugicm_train.evaluation.parts import Part, end_with_parent, measure_parts, part_files
+from ugicm_train.evaluation.parts import Part, end_with_parent, kept_alone, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
 from ugicm_train.files import written_whole
 
@@ -264,8 +262,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
-    # A part writes to a file of its own.
-    with contextlib.nullcontext() if arguments.part else locked(arguments.out.parent):
+    if arguments.out.suffix != ".json":  # table and plot have the same name with theirs
+        raise ValueError(f"--out must end with .json, got {arguments.out}")
+    with kept_alone(arguments.out.parent, arguments.part):
         return _run(arguments)
 
 
@@ -281,9 +280,6 @@ def _run(arguments: argparse.Namespace) -> int:
     refined = checked_qualities(arguments.refine_qualities or qualities, least=2)
     anchors = read_anchors(arguments.anchors) if arguments.anchors else {}
     out: Path = arguments.out
-    if out.suffix != ".json":  # table and plot have the same name with theirs
-        raise ValueError(f"--out must end with .json, got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     part: Part | None = arguments.part
     if part is None:
         measure_parts(arguments.argv, arguments.jobs, lambda: len(read_images(arguments.data)))
