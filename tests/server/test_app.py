@@ -486,6 +486,22 @@ def test_a_side_too_long_for_the_format(client: TestClient, codec: Any, image_fi
     assert client.get(f"/bitstreams/{id}/image").status_code == 200
 
 
+def test_accept_falls_back_to_a_format_that_holds_the_picture(client: TestClient, image_file: Any) -> None:
+    id = encode(client, image_file(16_384, 2))["id"]
+    for accept, media_type in (
+        ("image/webp, */*;q=0.8", "image/png"),
+        ("image/jpeg, image/webp", "image/jpeg"),
+    ):
+        for response in (
+            client.get(f"/bitstreams/{id}/image", headers={"Accept": accept}),
+            client.post("/decode", json={"id": id}, headers={"Accept": accept}),
+        ):
+            assert (response.status_code, response.headers["content-type"]) == (200, media_type)
+            assert response.headers["content-disposition"].endswith(f'.{media_type.partition("/")[2]}"')
+    response = client.get(f"/bitstreams/{id}/image", headers={"Accept": "image/webp, image/png;q=0"})
+    assert "format=webp holds at most" in assert_problem(response, 422, "invalid-parameter")["detail"]
+
+
 def test_only_settings_are_called_settings() -> None:
     error = LimitExceededError("pixels per side", limit=1, actual=2, setting="scaling it down")
     assert as_service_error(error).members["setting"] is None

@@ -106,6 +106,15 @@ def test_shared_caches_keep_nothing_that_needs_a_key_or_has_expired(
         assert free.get(free_path).headers["cache-control"].startswith(f"public, max-age={age_s}")
 
 
+def test_a_key_is_enough_whatever_the_link_says(client: Any, links: dict[str, str]) -> None:
+    for link in (links["machine"], links["machine"].replace("exp=", "exp=x"), links["machine"] + "0"):
+        response = client.get(link, headers=KEY)
+        assert (response.status_code, response.headers["cache-control"]) == (200, "private, max-age=3600")
+    # A key of something else on the way to the service does not spoil a link.
+    response = client.get(links["machine"], headers={"Authorization": "Bearer of-a-proxy"})
+    assert (response.status_code, response.headers["cache-control"][:7]) == (200, "public,")
+
+
 def test_a_changed_link_is_refused(client: Any, links: dict[str, str]) -> None:
     for changed in (
         links["human"].replace("human", "machine"),

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import structlog
 from redis.asyncio import SSLConnection
+from redis.exceptions import NoPermissionError, OutOfMemoryError
 
 from tests.live import free_port
 from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache
@@ -126,8 +127,10 @@ async def test_what_is_not_what_its_id_says_is_stored_anew(
     id = bitstream_id(b"bits")
     assert await cache.put(id, b"other bits") is False
     assert await cache.get(id) is None
-    assert await cache.put(id, b"bits") is False
-    assert await cache.get(id) == b"bits"
+    for damaged in (b"bit", b"more bits"):
+        assert await cache.put(id, damaged) is False
+        assert await cache.put(id, b"bits") is False
+        assert await cache.get(id) == b"bits"
     await cache.close()
 
 
@@ -506,6 +509,38 @@ async def test_connections_that_redis_closed_are_made_again(redis_server: RedisS
     redis_server.start()
     assert await asyncio.gather(*(cache.get("a" * 64) for _ in range(10))) == [None] * 10
     await cache.close()
+
+
+async def as_user(redis_server: RedisServer, rights: str) -> RedisCache:
+    """The cache of a user who may do less."""
+    cache = RedisCache(redis_server.url, ttl_s=60)
+    await cache._redis.execute_command("ACL", "SETUSER", "user", "on", ">word", "~*", *rights.split())
+    await cache.close()
+    return RedisCache(redis_server.url.replace("//", "//user:word@"), ttl_s=60)
+
+
+async def test_an_entry_that_cannot_be_deleted_is_no_failure_of_redis(redis_server: RedisServer) -> None:
+    cache = await as_user(redis_server, "+get +set +client")
+    id = bitstream_id(b"bits")
+    await cache.put(id, b"other bits")
+    assert await cache.get(id) is None
+    assert await cache.put(id, b"bits") is False
+    assert await cache.get(id) == b"bits"
+    await cache.close()
+
+
+async def test_a_redis_that_takes_nothing_fails_the_check(redis_server: RedisServer) -> None:
+    reader = await as_user(redis_server, "+get +ping +client")
+    with pytest.raises(NoPermissionError):
+        await reader.check()
+    await reader.close()
+    full = RedisCache(redis_server.url, ttl_s=60)
+    await full.check()
+    assert 0 < await full._redis.ttl(RedisCache.PREFIX + "check") <= RedisCache.CHECK_S
+    await full._redis.config_set("maxmemory", 1)
+    with pytest.raises(OutOfMemoryError):
+        await full.check()
+    await full.close()
 
 
 async def test_redis_entries_expire(redis_server: RedisServer) -> None:

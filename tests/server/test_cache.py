@@ -172,13 +172,26 @@ async def test_a_full_store_can_still_be_read() -> None:
         async def check(self) -> None:
             raise OSError(28, "No space left on device")
 
-    guarded = GuardedCache(Full(1000), Metrics(), timeout_s=1)
+    metrics = Metrics()
+    guarded = GuardedCache(Full(1000), metrics, timeout_s=1)
     for _ in range(2):
         with pytest.raises(CacheDownError):
             await guarded.put("a" * 64, b"bits")
     assert await guarded.up() is False
     assert await guarded.get("b" * 64) is None
     assert await guarded.delete("b" * 64) is False  # which may make room
+    assert metrics.registry.get_sample_value("ugicm_cache_up") == 0
+
+
+async def test_one_failed_read_does_not_call_a_store_down_that_is_only_read(broken: BrokenCache) -> None:
+    metrics = Metrics()
+    guarded = GuardedCache(broken, metrics, timeout_s=1)
+    guarded.PAUSE_S = 0  # type: ignore[misc]
+    with pytest.raises(CacheDownError):
+        await guarded.get("a" * 64)
+    broken.broken = False
+    assert await guarded.get("a" * 64) is None
+    assert metrics.registry.get_sample_value("ugicm_cache_up") == 1
 
 
 async def test_probes_do_not_wait_for_a_store_that_hangs(broken: BrokenCache) -> None:

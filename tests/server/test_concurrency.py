@@ -14,12 +14,16 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from starlette.datastructures import UploadFile
 
 from tests.live import until
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import CodecError
+from ugicm.server.deps import FORM_SLICE_BYTES, open_form
 from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
+from ugicm.server.metrics import Metrics
+from ugicm.server.pictures import PictureCache, PictureKey
 from ugicm.server.timings import Timings
 
 pytestmark = pytest.mark.anyio
@@ -277,6 +281,46 @@ async def test_fifty_decodes_of_one_picture_run_the_network_once(
     again = await client.post("/decode", **ask)
     assert again.headers["cache-status"] == "ugicm; hit"
     assert codec.calls == [("synthesise", 1)]
+
+
+async def test_what_is_deleted_before_its_making_begins_is_still_answered() -> None:
+    pictures = PictureCache(1000, Metrics())
+
+    async def make() -> bytes:
+        return b"picture"
+
+    key = PictureKey("a", 0.0, "png")
+    asked = asyncio.create_task(pictures.get(key, make))
+    asyncio.get_running_loop().call_soon(pictures.forget, "a")
+    picture, _ = await asked
+    assert picture.content == b"picture"
+    assert (await pictures.get(key, make))[1] is False
+
+
+async def test_others_are_seen_to_while_a_form_is_taken_apart() -> None:
+    content = bytes(10 * FORM_SLICE_BYTES)
+    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    body = head + content + b"\r\n--b--"
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counter = asyncio.create_task(count())
+    headers = [(b"content-type", b"multipart/form-data; boundary=b")]
+    async with open_form(Request({"type": "http", "headers": headers}, receive), max_files=1) as form:
+        counter.cancel()
+        part = form["image"]
+        assert isinstance(part, UploadFile)
+        assert await part.read() == content
+    assert turns >= 10
 
 
 async def test_a_flight_survives_the_client_that_started_it(

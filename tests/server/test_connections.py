@@ -23,7 +23,9 @@ SIZE = 32 << 20
 
 @asynccontextmanager
 async def serving(
-    transfer_timeout_s: float, request: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    transfer_timeout_s: float,
+    request: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    keep_alive_s: float = 1000,
 ) -> AsyncIterator[tuple[uvicorn.Server, socket.socket]]:
     """A live server that answers `SIZE` bytes, and a client that has sent the request and read nothing."""
     metrics = Metrics()
@@ -35,7 +37,7 @@ async def serving(
         port=0,
         log_config=None,
         lifespan="off",
-        http=_bounded_connection(transfer_timeout_s, 1000),
+        http=_bounded_connection(transfer_timeout_s, keep_alive_s),
         timeout_keep_alive=1000,
         timeout_graceful_shutdown=1,
     )
@@ -84,3 +86,19 @@ async def test_the_rest_of_a_refused_body_is_not_waited_for_as_the_next_request_
     async with serving(0.1, head) as (server, client):
         assert (await asyncio.to_thread(client.recv, 100)).startswith(b"HTTP/1.1 413 ")
         await until(lambda: not server.server_state.connections)
+
+
+async def test_after_the_rest_of_a_refused_body_the_connection_is_kept_as_after_any_answer() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\n\r\n"
+    async with serving(60, head, keep_alive_s=1000) as (server, client):
+        assert (await asyncio.to_thread(client.recv, 100)).startswith(b"HTTP/1.1 413 ")
+        (connection,) = server.server_state.connections
+
+        def left_s() -> float:
+            return float(connection._idle.when() - asyncio.get_running_loop().time())
+
+        await until(lambda: connection.cycle.response_complete)
+        assert left_s() <= 60
+        client.sendall(b"hello world")
+        await until(lambda: left_s() > 900)
+        assert server.server_state.connections

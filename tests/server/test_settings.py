@@ -62,6 +62,15 @@ def test_keys_of_eight_characters_are_long_enough() -> None:
     assert len(Settings(api_keys="8-chars-", url_keys="8-chars-").api_keys) == 1
 
 
+def test_errors_show_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be logged by what starts the application, such as Ray."""
+    monkeypatch.setenv("UGICM_URL_KEYS", "url-secret-0123456789")
+    with pytest.raises(ValidationError) as raised:
+        Settings(api_keys=["good-key-123456", "sh0rt"])
+    assert "8 characters" in str(raised.value)
+    assert not any(text in str(raised.value) for text in ("url-secret", "good-key", "sh0rt", "6789"))
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
         Settings().port = 1  # type: ignore[misc]

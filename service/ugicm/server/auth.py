@@ -27,25 +27,35 @@ def sign(path: str, query: Mapping[str, str], key: SecretStr, expires_at: int) -
 
 
 async def require_key(request: Request, services: ServicesDep) -> None:
-    """Refuse requests without a key, if keys are configured; a valid signed link needs none."""
+    """Refuse requests without a key, if keys are configured; a valid signed link needs none.
+
+    Afterwards ``request.state.by_link`` says whether the link was what counted.
+    """
     settings = services.settings
+    request.state.by_link = False
     if not settings.api_keys:
+        return
+    given = _given_key(request)
+    if given is not None and _is_key(given, settings.api_keys):
         return
     if SIGNATURE in request.query_params and request.method in ("GET", "HEAD"):
         # Not the path of `request.url`, which is made of the Host header, too.
         _check_link(request.scope["path"], dict(request.query_params), settings.url_keys)
+        request.state.by_link = True
         return
-    given = _given_key(request)
     if given is None:
         raise ServiceError(
             Code.MISSING_API_KEY,
             "send a key as X-API-Key or as Authorization: Bearer",
             headers={"WWW-Authenticate": "Bearer"},
         )
+    raise ServiceError(Code.BAD_API_KEY, "this API key is not accepted here")
+
+
+def _is_key(given: str, keys: Sequence[SecretStr]) -> bool:
     # Every key is compared, so that the time says nothing about which one is near.
-    accepted = [_equal(given, key.get_secret_value()) for key in settings.api_keys]
-    if not any(accepted):
-        raise ServiceError(Code.BAD_API_KEY, "this API key is not accepted here")
+    accepted = [_equal(given, key.get_secret_value()) for key in keys]
+    return any(accepted)
 
 
 def _check_link(path: str, query: dict[str, str], keys: Sequence[SecretStr]) -> None:

@@ -247,7 +247,8 @@ async def _whole(cache: BitstreamCache, id: str, found: bytes | None) -> bytes |
     if found is None or await hash_of(found) == id:
         return found
     _log.warning("an entry of the bitstream cache is not what its name says", id=id)
-    await cache.delete(id)
+    with contextlib.suppress(Exception):  # it may be allowed to read only; the store does answer
+        await cache.delete(id)
     return None
 
 
@@ -255,6 +256,8 @@ class RedisCache:
     """Redis or Valkey; entries expire `ttl_s` after they were last stored."""
 
     PREFIX = "ugicm:bitstream:"
+    CHECK_S = 10
+    """How long the entry of a check stays."""
 
     def __init__(self, url: str, *, ttl_s: int) -> None:
         from redis.asyncio import BlockingConnectionPool, Redis
@@ -274,17 +277,15 @@ class RedisCache:
         return await _whole(self, id, found)
 
     async def put(self, id: str, bitstream: bytes) -> bool:
-        key = self.PREFIX + id
-        if await self._redis.set(key, bitstream, ex=self._ttl_s, nx=True):
-            return False
-        await self._redis.expire(key, self._ttl_s)
-        return True
+        found: bytes | None = await self._redis.set(self.PREFIX + id, bitstream, ex=self._ttl_s, get=True)
+        return found == bitstream
 
     async def delete(self, id: str) -> bool:
         return bool(await self._redis.delete(self.PREFIX + id))
 
     async def check(self) -> None:
-        await self._redis.ping()
+        """Write an entry that soon expires: a full store or a replica answers, but takes nothing."""
+        await self._redis.set(self.PREFIX + "check", b"", ex=self.CHECK_S)
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -313,13 +314,13 @@ class S3Cache:
         return await _whole(self, id, bytes(await found.bytes_async()))
 
     async def put(self, id: str, bitstream: bytes) -> bool:
-        if await self._has(id):
+        if await self._size(id) == len(bitstream):
             return True
         await self._store.put_async(id, bitstream)
         return False
 
     async def delete(self, id: str) -> bool:
-        found = await self._has(id)
+        found = await self._size(id) is not None
         await self._store.delete_async(id)
         return found
 
@@ -331,12 +332,12 @@ class S3Cache:
     async def close(self) -> None:
         """Connections close with the process."""
 
-    async def _has(self, id: str) -> bool:
+    async def _size(self, id: str) -> int | None:
+        """Bytes of the object, or None."""
         try:
-            await self._store.head_async(id)
+            return (await self._store.head_async(id))["size"]
         except FileNotFoundError:
-            return False
-        return True
+            return None
 
 
 def open_cache(settings: Settings) -> BitstreamCache:

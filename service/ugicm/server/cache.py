@@ -168,7 +168,7 @@ class GuardedCache:
     def __init__(self, cache: BitstreamCache, metrics: Metrics, *, timeout_s: float) -> None:
         self._cache, self._metrics, self._timeout_s = cache, metrics, timeout_s
         self._no_reads_until = self._no_writes_until = 0.0
-        self._up = True
+        self._reads_work = self._writes_work = True
         self._probing: asyncio.Task[None] | None = None
         metrics.cache_up.set(1)
 
@@ -207,21 +207,31 @@ class GuardedCache:
         paused_until = self._no_writes_until if writes and not if_full else self._no_reads_until
         if time.monotonic() < paused_until:
             raise CacheDownError("the bitstream cache failed a moment ago")
-        return await self._bounded(operation, writes=writes)
+        return await self._bounded(operation, writes=writes, if_full=if_full)
 
-    async def _bounded(self, operation: Callable[[], Awaitable[Value]], *, writes: bool) -> Value:
+    @property
+    def _up(self) -> bool:
+        return self._reads_work and self._writes_work
+
+    async def _bounded(
+        self, operation: Callable[[], Awaitable[Value]], *, writes: bool, if_full: bool = False
+    ) -> Value:
         try:
             async with asyncio.timeout(self._timeout_s):
                 result = await operation()
         except Exception as error:
             self._no_writes_until = time.monotonic() + self.PAUSE_S
-            if not writes:
+            if writes:
+                self._writes_work = False
+            else:
                 self._no_reads_until = self._no_writes_until
-            self._up = False
+                self._reads_work = False
             self._metrics.cache_errors.inc()
-            self._metrics.cache_up.set(0)
+            self._metrics.cache_up.set(self._up)
             _log.warning("bitstream cache failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
             raise CacheDownError("the bitstream cache does not answer") from error
-        self._up = True
-        self._metrics.cache_up.set(1)
+        # Reading says nothing of a store that is full, nor does deleting.
+        self._reads_work = True
+        self._writes_work = self._writes_work or (writes and not if_full)
+        self._metrics.cache_up.set(self._up)
         return result

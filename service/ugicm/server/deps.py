@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import structlog
@@ -15,11 +16,12 @@ from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.server.cache import GuardedCache
 from ugicm.server.engine import Engine
-from ugicm.server.images import MEDIA_TYPES
+from ugicm.server.images import MEDIA_TYPES, holds
 from ugicm.server.metrics import Metrics
 from ugicm.server.middleware import Lifecycle
 from ugicm.server.models import BitstreamRef, ImageFormat, Preference
@@ -33,6 +35,8 @@ _log = structlog.get_logger(__name__)
 
 CURL_DEFAULT = "application/x-www-form-urlencoded"
 """What ``curl --data-binary`` says of any file; taken as raw bytes."""
+FORM_SLICE_BYTES = 16 << 10
+"""Of a form that are taken apart at once: four milliseconds of Python where they are all but its boundary."""
 MAX_REFERENCE_BYTES = 1 << 10
 """Of a JSON body with an id; parsing millions of values would hold up the event loop for seconds."""
 STRENGTH_DIGITS = 2
@@ -73,9 +77,20 @@ class View:
 
     strength: float
     """0 (human) to 1 (machine)."""
-    format: ImageFormat
+    formats: tuple[ImageFormat, ...]
+    """Any of these will do, the first one best."""
     negotiated: bool
     """The Accept header decided on the format."""
+
+    @property
+    def format(self) -> ImageFormat:
+        """The best one."""
+        return self.formats[0]
+
+    def holding(self, width: int, height: int) -> View:
+        """With only the formats that hold a picture of this size, unless none does."""
+        held = tuple(name for name in self.formats if holds(width, height, name.value))
+        return replace(self, formats=held or self.formats)
 
     @property
     def label(self) -> str:
@@ -112,7 +127,7 @@ def get_view(
         strength = 1.0 if preference is Preference.machine else 0.0
     return View(
         round(strength, STRENGTH_DIGITS),
-        format or _acceptable_format(_accept(request)),
+        (format,) if format else _acceptable_formats(_accept(request)),
         format is None,
     )
 
@@ -190,12 +205,34 @@ def _check_charset(request: Request) -> None:
         )
 
 
+def _slicewise(receive: Receive) -> Receive:
+    """The messages of a body in slices, between which the event loop sees to others."""
+    pending = memoryview(b"")
+    more_body = True
+
+    async def receive_slice() -> Message:
+        nonlocal pending, more_body
+        if pending:
+            await asyncio.sleep(0)
+        else:
+            message = await receive()
+            if message["type"] != "http.request":
+                return message
+            pending, more_body = memoryview(message.get("body", b"")), message.get("more_body", False)
+        piece, pending = pending[:FORM_SLICE_BYTES], pending[FORM_SLICE_BYTES:]
+        return {"type": "http.request", "body": bytes(piece), "more_body": more_body or len(pending) > 0}
+
+    return receive_slice
+
+
 @asynccontextmanager
 async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormData]:
     """The multipart form that the body is."""
     _check_charset(request)
     try:
-        async with request.form(max_files=max_files, max_fields=8) as form:
+        async with Request(request.scope, _slicewise(request.receive)).form(
+            max_files=max_files, max_fields=8
+        ) as form:
             yield form
     except HTTPException as error:
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
@@ -242,16 +279,14 @@ def _accept(request: Request) -> str:
     return ", ".join(request.headers.getlist("accept"))
 
 
-def _acceptable_format(accept: str) -> ImageFormat:
-    """The format that an Accept header likes best; ours, in order, where it likes several the same."""
-    if not accept.strip():
-        return ImageFormat.png
-    weights = {name: _weight(accept, MEDIA_TYPES[name.value]) for name in ImageFormat}
-    best = max(weights, key=lambda name: weights[name])
-    if weights[best] > 0:
-        return best
+def _acceptable_formats(accept: str) -> tuple[ImageFormat, ...]:
+    """The formats that an Accept header likes, best first; in our order where it likes several the same."""
+    weights = {name: _weight(accept.strip() or "*/*", MEDIA_TYPES[name.value]) for name in ImageFormat}
+    liked = sorted((name for name in ImageFormat if weights[name] > 0), key=lambda name: -weights[name])
+    if liked:
+        return tuple(liked)
     if _weight(accept, OCTETS) > 0:
-        return ImageFormat.png
+        return (ImageFormat.png,)
     raise ServiceError(
         Code.NOT_ACCEPTABLE,
         f"Accept: {accept} allows none of {', '.join(MEDIA_TYPES.values())}; "

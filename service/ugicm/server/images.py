@@ -100,16 +100,21 @@ def read_image(data: bytes, *, max_pixels: int) -> Pixels:
         raise MalformedImageError(f"the pixels of the image cannot be read ({error})") from error
 
 
+def holds(width: int, height: int, format: ImageFormat) -> bool:
+    """Whether a picture of this size in pixels can be written in a format."""
+    return max(width, height) <= MAX_SIDE.get(format, math.inf)
+
+
 def check_side(width: int, height: int, format: ImageFormat) -> None:
     """Refuse a picture that `write_image` could not write, by its size in pixels.
 
     Raises:
         CodecError: the picture is wider or higher than the format allows.
     """
-    if max(width, height) > (limit := MAX_SIDE.get(format, math.inf)):
+    if not holds(width, height, format):
         raise CodecError(
-            f"format={format} holds at most {limit} pixels per side, the picture has {width}x{height}; "
-            "format=png holds it"
+            f"format={format} holds at most {MAX_SIDE[format]} pixels per side, "
+            f"the picture has {width}x{height}; format=png holds it"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ugicm.server.cache import ByteLru, Content, hash_of
@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 class _Flight:
     """A picture in the making and how many wait for it."""
 
-    task: asyncio.Task[Picture]
+    task: asyncio.Task[Picture] = field(init=False)
     waiting: int = 0
 
 
@@ -55,7 +55,8 @@ class PictureCache:
         flight = self._flights.get(key)
         if flight is None:
             self._metrics.cache_requests.labels("picture", "miss").inc()
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._make(key, make)))
+            flight = self._flights[key] = _Flight()
+            flight.task = asyncio.create_task(self._make(key, flight, make))
         else:
             self._metrics.cache_requests.labels("picture", "shared").inc()
         flight.waiting += 1
@@ -74,8 +75,7 @@ class PictureCache:
         for key in [key for key in self._flights if key.id == id]:
             del self._flights[key]
 
-    async def _make(self, key: PictureKey, make: Callable[[], Awaitable[bytes]]) -> Picture:
-        flight = self._flights[key]
+    async def _make(self, key: PictureKey, flight: _Flight, make: Callable[[], Awaitable[bytes]]) -> Picture:
         try:
             content = await make()
             # Once, as whoever asks for a kept picture asks for its tag.

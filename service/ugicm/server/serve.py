@@ -84,6 +84,8 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
         def on_message_complete(self) -> None:
             if not self._declines():
                 super().on_message_complete()
+                if self.cycle.response_complete:  # refused already; what was left of the body is here now
+                    self._limit_idle(keep_alive_s)
 
         def _declines(self) -> bool:
             """Whether the request offers another protocol, as Java's client does (HTTP/2) each time.

@@ -46,6 +46,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
+        hide_input_in_errors=True,  # it is all settings, keys among them
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )

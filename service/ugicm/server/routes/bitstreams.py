@@ -9,14 +9,14 @@ from fastapi import APIRouter, Path, Request, Response
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import SUFFIX
-from ugicm.server.auth import EXPIRY, SIGNATURE
+from ugicm.server.auth import EXPIRY
 from ugicm.server.cache import ID_PATTERN
 from ugicm.server.conditional import respond
 from ugicm.server.deps import Services, ServicesDep, TimingsDep, ViewDep
 from ugicm.server.models import BitstreamInfo
 from ugicm.server.openapi import BITSTREAM, IMAGE, problems
 from ugicm.server.problems import Code, ServiceError
-from ugicm.server.routes.codec import decoded, describe, kept, picture_headers
+from ugicm.server.routes.codec import decoded, describe, fitting, kept, picture_headers
 
 router = APIRouter(prefix="/bitstreams/{id}", tags=["bitstreams"])
 
@@ -95,7 +95,9 @@ async def get_bitstream_info(
 async def get_image(
     request: Request, id: Id, view: ViewDep, services: ServicesDep, timings: TimingsDep
 ) -> Response:
-    picture, hit = await decoded(services, id, await kept(services, id, timings), view, timings)
+    bitstream = await kept(services, id, timings)
+    view = fitting(view, bitstream)
+    picture, hit = await decoded(services, id, bitstream, view, timings)
     cache_control = _cache_control(request, services, PICTURE_AGE_S)
     headers = {**picture_headers(id, view, hit=hit), "Cache-Control": cache_control}
     return respond(request, picture.content, etag=picture.etag, media_type=view.media_type, headers=headers)
@@ -121,7 +123,7 @@ def _cache_control(request: Request, services: Services, age_s: int) -> str:
     """Shared caches may keep what needs no key, and what a signed link gets until the link expires."""
     if not services.settings.api_keys:
         return f"public, max-age={age_s}"
-    if SIGNATURE in request.query_params:  # verified by `require_key`
+    if request.state.by_link:
         left_s = int(request.query_params[EXPIRY]) - int(time.time())
         return f"public, max-age={max(0, min(age_s, left_s))}"
     return f"private, max-age={age_s}"

@@ -201,6 +201,7 @@ async def decode(
         id, bitstream = content.id, await kept(services, content.id, timings)
     else:
         id, bitstream = await hash_of(content), content
+    view = fitting(view, bitstream)
     picture, hit = await decoded(services, id, bitstream, view, timings)
     headers = {**picture_headers(id, view, hit=hit), "Cache-Control": "no-store"}
     if isinstance(content, BitstreamRef):
@@ -221,6 +222,12 @@ async def kept(services: Services, id: str, timings: Timings) -> bytes:
             f"({setting('cache_bytes')}, {setting('cache_url')}); encode again or send the bitstream",
         )
     return bitstream
+
+
+def fitting(view: View, bitstream: bytes) -> View:
+    """The view without formats that the picture is too large for, where others will do."""
+    header = peek(bitstream)
+    return view.holding(header.width, header.height)
 
 
 async def decoded(
