@@ -6,6 +6,7 @@ Everything heavy is imported inside the command that needs it, so help and `info
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -74,6 +75,9 @@ MaxPixels = Annotated[
 
 def main() -> None:
     """Entry point of the ``ugicm`` script."""
+    # Closed by the caller: what is said is said to nobody.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     app()
@@ -212,7 +216,7 @@ def info(
 ) -> None:
     """Check a bitstream and show what its header says; needs no model."""
     try:
-        data = file.read_bytes()
+        data = _read(file)
         header = bitstream.parse(data, max_pixels=bitstream.MAX_SIDE**2).header
     except (CodecError, OSError) as error:
         raise _failed(file, error) from None
@@ -288,7 +292,9 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     megapixels: Annotated[str, typer.Option(help="Sizes, comma-separated.")] = "0.1,0.4,1,4,24",
-    batches: Annotated[str, typer.Option(help="Pictures at a time, comma-separated.")] = "1,8",
+    batches: Annotated[
+        str, typer.Option(help="Pictures at a time, comma-separated; several are of 1 megapixel at most.")
+    ] = "1,8",
     quality: Annotated[float, typer.Option(min=1, max=100, callback=_number)] = DEFAULT_QUALITY,
     threads: Annotated[int, typer.Option(min=0, help="0: as torch chooses.")] = 0,
     peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
@@ -409,7 +415,7 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
     with progress:
         for source, target in progress.track(jobs, description=verb):
             try:
-                result, note = work(source.read_bytes())
+                result, note = work(_read(source))
                 _write(target, result)
             except (CodecError, OSError, MemoryError, RuntimeError) as error:
                 _failed(source, _expected(error))
@@ -419,6 +425,17 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
                 typer.echo(f"{source} -> {target}  {note}", err=_is_stream(target))
     if failures:
         raise typer.Exit(1)
+
+
+def _read(path: Path) -> bytes:
+    """All of a file, a pipe, or an open file (``/dev/stdin``), which may be a socket and not open by name."""
+    if (descriptor := _descriptor(path)) is None:
+        return path.read_bytes()
+    try:
+        with os.fdopen(os.dup(descriptor), "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -440,6 +457,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _replace(file: Path, data: bytes) -> None:
+    if file.exists() and not os.access(file, os.W_OK):  # which alone would not keep it from being replaced
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     # Short, as a file's name may be as long as the system allows.
     temporary = file.with_name(f".ugicm.{os.urandom(8).hex()}.tmp")
     try:

@@ -38,6 +38,9 @@ class ProblemError(Exception):
         self.members = members
         """The whole RFC 9457 body: ``limit``, ``actual``, ``setting``, ``request_id`` ..."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.code, self.detail, dict(self.members))
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -82,11 +85,11 @@ def _encode_params(
 
 
 def _encode_call(image: bytes, params: Mapping[str, Any]) -> _Call:
-    return _Call("POST", "/encode", params, content=bytes(image), headers=_OCTETS)
+    return _Call("POST", "/encode", params, content=_bytes(image), headers=_OCTETS)
 
 
 def _batch_call(images: Iterable[bytes], params: Mapping[str, Any]) -> _Call:
-    return _Call("POST", "/encode/batch", params, files=[("images", bytes(image)) for image in images])
+    return _Call("POST", "/encode/batch", params, files=[("images", _bytes(image)) for image in images])
 
 
 def _decode_call(
@@ -95,7 +98,12 @@ def _decode_call(
     params = {"preference": preference, "format": format, **_given({"strength": strength})}
     if isinstance(source, str):
         return _Call("POST", "/decode", params, json={"id": source})
-    return _Call("POST", "/decode", params, content=bytes(source), headers=_OCTETS)
+    return _Call("POST", "/decode", params, content=_bytes(source), headers=_OCTETS)
+
+
+def _bytes(content: bytes) -> bytes:
+    """Of any buffer; ``bytes()`` would take the name of a `Path`, and a number for a size."""
+    return bytes(memoryview(content))
 
 
 def _path(id: str) -> str:
@@ -133,9 +141,11 @@ def _result(response: httpx2.Response) -> Encoded:
         return _encoded(response.json())
 
 
-def _batch(response: httpx2.Response) -> list[Encoded | ProblemError]:
+def _batch(response: httpx2.Response, count: int) -> list[Encoded | ProblemError]:
     with _understood(response):
         lines = [json.loads(line) for line in response.content.splitlines()]
+        if [line["index"] for line in lines] != list(range(count)):
+            raise ValueError
         return [
             _encoded(line["result"])
             if "result" in line
@@ -150,9 +160,16 @@ def _content(response: httpx2.Response) -> bytes:
     return response.content
 
 
-def _object(response: httpx2.Response) -> dict[str, Any]:
+def _deleted(response: httpx2.Response) -> None:
+    if response.status_code != 204:
+        raise _unknown(response)
+
+
+def _info(response: httpx2.Response) -> dict[str, Any]:
     with _understood(response):
-        return dict(response.json())
+        info = dict(response.json())
+        info["model"]
+        return info
 
 
 def _problem(status: int, body: Mapping[str, Any]) -> ProblemError:
@@ -250,7 +267,7 @@ class Client:
         if not (images := list(images)):
             return []
         call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
-        return _batch(self._send(call))
+        return _batch(self._send(call), len(images))
 
     def decode(
         self,
@@ -269,11 +286,11 @@ class Client:
 
     def delete(self, id: str) -> None:
         """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""
-        self._send(_Call("DELETE", _path(id), {}))
+        _deleted(self._send(_Call("DELETE", _path(id), {})))
 
     def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
-        return _object(self._send(_Call("GET", "/info", {})))
+        return _info(self._send(_Call("GET", "/info", {})))
 
     def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):
@@ -336,7 +353,7 @@ class AsyncClient:
         if not (images := list(images)):
             return []
         call = _batch_call(images, _encode_params(quality, target_bpp, max_bytes, store))
-        return _batch(await self._send(call))
+        return _batch(await self._send(call), len(images))
 
     async def decode(
         self,
@@ -355,11 +372,11 @@ class AsyncClient:
 
     async def delete(self, id: str) -> None:
         """Forget a kept bitstream. ``ValueError`` if `id` cannot be one."""
-        await self._send(_Call("DELETE", _path(id), {}))
+        _deleted(await self._send(_Call("DELETE", _path(id), {})))
 
     async def info(self) -> dict[str, Any]:
         """Model, device and limits of the service."""
-        return _object(await self._send(_Call("GET", "/info", {})))
+        return _info(await self._send(_Call("GET", "/info", {})))
 
     async def _send(self, call: _Call) -> httpx2.Response:
         for attempt in range(self._retries):

@@ -238,4 +238,21 @@ def test_sizes_over_the_limit_are_refused_at_once(
             monkeypatch.setenv("UGICM_MAX_PIXELS", "90000")
         result = CliRunner().invoke(app, [*arguments, *limit])
         assert result.exit_code == 1
-        assert "100000 is over the limit of 90000; UGICM_MAX_PIXELS changes it" in result.stderr
+        assert "98304 is over the limit of 90000; UGICM_MAX_PIXELS changes it" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # 4 megapixels become whole hyper positions, which are more.
+        (["--megapixels", "4", "--max-pixels", "4000000"], "4046848 is over the limit of 4000000"),
+        (["--megapixels", "1.1", "--batches", "2"], "nothing to measure: several pictures at a time"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(
+    arguments: list[str], options: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "memory" not in result.stderr.splitlines()

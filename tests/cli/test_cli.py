@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import socket
 import stat
 import subprocess
 import sys
@@ -55,6 +56,13 @@ def ugicm_(*arguments: object) -> Result:
 
 def pixels(path: Path) -> NDArray[np.uint8]:
     return np.asarray(Image.open(path))
+
+
+def run_(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """In a process of its own, which must succeed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "ugicm", *map(str, arguments)]
+    return subprocess.run(command, env=environment, check=True, **options)
 
 
 def names(folder: Path) -> list[str]:
@@ -336,16 +344,42 @@ def test_standard_output_goes_on_from_where_it_is(
 ) -> None:
     """A file that is open there is neither replaced nor emptied."""
     out = tmp_path / "both"
-    command = [sys.executable, "-m", "ugicm", "encode", photos[0], "-o", name]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with out.open("wb") as file:
         file.write(b"before")
         file.flush()
-        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, env=environment, check=True)
+        done = run_("encode", photos[0], "-o", name, stdout=file, stderr=subprocess.PIPE)
         file.write(b"after")
     assert out.read_bytes() == b"before" + bitstream_50 + b"after"
     assert b" bpp" in done.stderr
     assert names(tmp_path) == ["both", "photos"]
+
+
+def test_standard_input_may_be_a_socket(encoded: Path, bitstream_50: bytes) -> None:
+    """Node.js gives its children sockets for pipes."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(bitstream_50)
+        ours.shutdown(socket.SHUT_WR)
+        done = run_("info", "/dev/stdin", "--json", stdin=theirs, stdout=subprocess.PIPE)
+    assert json.loads(done.stdout)["bytes"] == len(bitstream_50)
+
+
+def test_standard_streams_may_be_closed(photos: list[Path], tmp_path: Path) -> None:
+    def close() -> None:
+        os.close(1)
+        os.close(2)
+
+    run_("encode", *photos, "-o", tmp_path / "out", preexec_fn=close)
+    assert names(tmp_path / "out") == ["a.ugic", "b.ugic", "c.ugic"]
+
+
+def test_a_file_that_may_not_be_written_is_not_replaced(
+    photos: list[Path], encoded: Path, bitstream_50: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write anything
+    result = ugicm_("encode", photos[1], "-o", encoded)
+    assert (result.exit_code, result.stderr) == (1, f"ugicm: {encoded}: Permission denied\n")
+    assert encoded.read_bytes() == bitstream_50
 
 
 def test_a_replaced_file_keeps_its_permissions(photos: list[Path], encoded: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from ugicm.codec import bitstream
 from ugicm.codec.bitstream import MAGIC, MAX_HEADER_BYTES, Header, parse, peek, serialise
-from ugicm.codec.errors import CodecError, LimitExceededError, MalformedBitstreamError
+from ugicm.codec.errors import CodecError, LimitExceededError, MalformedBitstreamError, ModelMismatchError
 
 DIGEST = bytes(range(8))
 MAX_PIXELS = 1 << 24
@@ -142,3 +143,12 @@ def test_errors_are_value_errors() -> None:
 def test_module_needs_no_torch() -> None:
     script = f"import sys, {bitstream.__name__}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_errors_travel_between_processes() -> None:
+    for error in (
+        ModelMismatchError("aa", "bb"),
+        LimitExceededError("bytes of a body", limit=10, actual=20, setting="UGICM_MAX_BYTES"),
+    ):
+        other = pickle.loads(pickle.dumps(error))
+        assert (type(other), str(other), vars(other)) == (type(error), str(error), vars(error))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -146,7 +149,7 @@ def test_the_key_is_sent() -> None:
 
     def server(request: httpx2.Request) -> httpx2.Response:
         seen.append(request.headers.get("x-api-key"))
-        return httpx2.Response(200, json={})
+        return httpx2.Response(200, json={"model": {}})
 
     for key in (None, "secret-key"):
         Client(api_key=key, transport=httpx2.MockTransport(server)).info()
@@ -185,9 +188,34 @@ def test_another_server_is_a_problem() -> None:
             lambda: client.encode_batch([b"picture"]),
             lambda: client.decode(b"bits"),
             lambda: client.bitstream("0" * 64),
+            lambda: client.delete("0" * 64),
         ):
             with pytest.raises(ProblemError, match="200 unknown: <html>Welcome"):
                 call()
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json={"hello": 1}))
+    with Client(transport=transport) as client, pytest.raises(ProblemError, match="200 unknown"):
+        client.info()
+
+
+@pytest.mark.parametrize("lines", [[], [1], [1, 0], [0, 1, 2]])
+def test_a_batch_has_an_answer_for_each_image(lines: list[int]) -> None:
+    problem = {"status": 503, "code": "overloaded", "detail": "busy"}
+    text = "".join(json.dumps({"index": index, "problem": problem}) + "\n" for index in lines)
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, text=text))
+    with Client(transport=transport) as client, pytest.raises(ProblemError, match="200 unknown"):
+        client.encode_batch([b"one", b"two"])
+
+
+def test_a_problem_travels_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ProblemError(503, "overloaded", "busy", {"limit": 3})))
+    assert (str(error), error.members["limit"]) == ("503 overloaded: busy", 3)
+
+
+@pytest.mark.parametrize("image", [Path("photo.jpg"), 5, "photo.jpg"])
+def test_what_is_no_bytes_is_not_sent(client: Client, image: Any) -> None:
+    for call in (client.encode, lambda image: client.encode_batch([image])):
+        with pytest.raises(TypeError):
+            call(image)
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview])

@@ -26,11 +26,13 @@ from ugicm.codec.bitstream import peek
 from ugicm.codec.codec import Codec, Image
 from ugicm.codec.config import HYPER_STRIDE
 from ugicm.codec.dense import dense
-from ugicm.codec.errors import MAX_PIXELS_SETTING, CodecError, LimitExceededError
+from ugicm.codec.errors import CodecError, check_pixels
 from ugicm.server.images import read_image, write_image
 
 PEER_MEGAPIXELS = 1.0
 """Peers are timed up to this size."""
+BATCH_MEGAPIXELS = 1.0
+"""Several pictures at a time are of this size at most."""
 LIMIT_S = 20.0
 """A peer that would need longer for one picture is left out."""
 TIMED_S = 1.0
@@ -110,12 +112,18 @@ def _photo(path: Path, max_pixels: int) -> Image:
         raise CodecError(f"{path}: {error}") from error
 
 
-def resized(photos: Sequence[Image], megapixels: float, number: int) -> Image:
-    """A picture of about 3:2 with whole hyper positions, tiled from the photos at their own scale."""
+def _shape(megapixels: float) -> tuple[int, int]:
+    """Height and width of a picture of about so many megapixels."""
     height, width = (
         max(1, round(math.sqrt(megapixels * 1e6 * ratio) / HYPER_STRIDE)) * HYPER_STRIDE
         for ratio in (2 / 3, 3 / 2)
     )
+    return height, width
+
+
+def resized(photos: Sequence[Image], megapixels: float, number: int) -> Image:
+    """A picture of about 3:2 with whole hyper positions, tiled from the photos at their own scale."""
+    height, width = _shape(megapixels)
     rows: list[Image] = []
     row_height = 0
     while row_height < height:
@@ -177,9 +185,19 @@ def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[st
     Raises:
         CodecError: a photo cannot be read, or a size is over the codec's limit.
     """
-    if (largest := round(1e6 * max(options.megapixels))) > codec.max_pixels:  # before a picture of it is made
-        raise LimitExceededError(
-            "pixels of the largest size", limit=codec.max_pixels, actual=largest, setting=MAX_PIXELS_SETTING
+    sizes = sorted(options.megapixels)
+    height, width = _shape(sizes[-1])
+    check_pixels(width, height, codec.max_pixels)  # before a picture of it is made
+    runs = [
+        (batch, size)
+        for batch in sorted(options.batches)
+        for size in sizes
+        if batch == 1 or size <= BATCH_MEGAPIXELS
+    ]
+    if not runs:
+        raise CodecError(
+            f"nothing to measure: several pictures at a time are of {BATCH_MEGAPIXELS:g} megapixel at most, "
+            f"the smallest size is {sizes[0]:g}"
         )
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -190,18 +208,15 @@ def run(codec: Codec, paths: Sequence[Path], options: Options, say: Callable[[st
         learned_peers(options.learned) if options.learned else (),
     )
     photos = pictures(paths, codec.max_pixels)
-    sizes = sorted(options.megapixels)
     say("memory")
     memory = _memory(codec, [resized(photos, size, 0) for size in sizes], options.quality)
     peaks = {str(kind).removeprefix("torch."): matrix_peak(kind, device) for kind in {dtype, torch.float32}}
     macs = macs_per_pixel(codec)
     context = _Context(codec, options.quality, threads, macs, peaks)
     rows: list[dict[str, Any]] = []
-    for batch in sorted(options.batches):
-        for size in sizes:
-            if batch == 1 or size <= 1:
-                say(f"ugicm, {batch} x {size:g} megapixels")
-                rows += _own_rows(context, [resized(photos, size, number) for number in range(batch)])
+    for batch, size in runs:
+        say(f"ugicm, {batch} x {size:g} megapixels")
+        rows += _own_rows(context, [resized(photos, size, number) for number in range(batch)])
     small = [resized(photos, size, 0) for size in sizes if size <= PEER_MEGAPIXELS]
     for peer in peers:
         say(peer.name)

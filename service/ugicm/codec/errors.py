@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 """What an operator changes where a picture is too large."""
 
@@ -24,13 +27,20 @@ class ModelMismatchError(CodecError):
         )
         self.needed, self.loaded = needed, loaded
 
+    def __reduce__(self) -> tuple[Any, ...]:  # processes hand errors to each other
+        return type(self), (self.needed, self.loaded)
+
 
 class LimitExceededError(CodecError):
     """A size is over its limit."""
 
     def __init__(self, what: str, *, limit: int, actual: int, setting: str) -> None:
         super().__init__(f"{what}: {actual} is over the limit of {limit}; {setting} changes it")
-        self.limit, self.actual, self.setting = limit, actual, setting
+        self.what, self.limit, self.actual, self.setting = what, limit, actual, setting
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        remake = partial(type(self), limit=self.limit, actual=self.actual, setting=self.setting)
+        return remake, (self.what,)
 
 
 class ModelStoreError(CodecError):

@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const PSNR_MAX_PIXELS = 4e6; // a larger picture would hold up the page
 const edges = [1 / 3, 2 / 3];
-const state = { file: null, original: null, result: null, encoding: false };
+const state = { file: null, original: null, result: null, encoding: false, opening: false };
 let current = new AbortController(); // of what the page does; what comes next ends it
 
 // Requests
@@ -84,23 +84,23 @@ function kilobytes(size) {
 async function attempt(work) {
   current.abort();
   const own = (current = new AbortController());
-  state.encoding = false;
+  state.encoding = state.opening = false;
   try {
     await work(own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
-    state.encoding = false;
+    state.encoding = state.opening = false;
     say(error.message, true);
   }
 }
 
 async function encode() {
-  if (!state.file) return;
+  if (!state.file || state.opening) return; // a photo that opens will be encoded
   await attempt(async (signal) => {
     state.result = null;
     state.encoding = true;
     say("Encoding …");
-    const body = state.file;
+    const body = new Blob([state.file]); // without the browser’s guess of its type
     const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body, signal });
     const result = await response.json();
     signal.throwIfAborted();
@@ -112,7 +112,7 @@ async function encode() {
 }
 
 async function prefer() {
-  if (state.encoding) return; // it will ask for the views
+  if (state.encoding || state.opening) return; // it will ask for the views
   if (!state.result) return encode(); // the last attempt failed
   await attempt(async (signal) => {
     try {
@@ -242,11 +242,13 @@ function nameStrength() {
 
 async function open(file) {
   await attempt(async (signal) => {
+    state.opening = true;
+    say("Opening …");
     const original = await picture(file).catch(() => {
       throw new Error(`${file.name} is not a picture that this browser can show`);
     });
     if (signal.aborted) return URL.revokeObjectURL(original.src);
-    Object.assign(state, { file, original, result: null });
+    Object.assign(state, { file, original, result: null, opening: false });
     $("stage").hidden = $("facts").hidden = true; // they show another photo
     show("original", original);
     await encode();
