@@ -67,8 +67,12 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
         top = 2.0 ** image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] - 1
         if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
             values = top - values
+    transparent = values == image.info.get("transparency")  # a grey value, if any
     values = np.clip(np.nan_to_num(values, copy=False), 0, top) * (255.0 / top)
-    return Image.fromarray((values + 0.5).astype(np.uint8))
+    grey = Image.fromarray((values + 0.5).astype(np.uint8))
+    if not np.any(transparent):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(transparent, 0, 255).astype(np.uint8))))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,34 @@ def test_encode_to_size_uses_the_budget(tiny_codec: Codec, photo: Photo, share: 
 def test_encode_to_size_keeps_the_best_quality_when_all_fits(tiny_codec: Codec, photo: Photo) -> None:
     data = tiny_codec.encode_to_size(photo, max_bytes=10_000_000)
     assert peek(data).quality == 100
+
+
+def test_a_few_bytes_buy_the_best_quality_that_takes_as_many(tiny_codec: Codec, photo: Photo) -> None:
+    """Entropy-coded words make small sizes come in steps."""
+    image = np.ascontiguousarray(photo[:17, :3])
+    qualities = np.arange(1, 100.5, 0.5)
+    sizes = [len(data) for data in tiny_codec.encode([image] * len(qualities), qualities.tolist())]
+    assert len(set(sizes)) < len(qualities) / 4
+    for size in sorted(set(sizes))[:-1]:
+        quality = peek(tiny_codec.encode_to_size(image, max_bytes=size)).quality
+        assert quality > next(q for q, needed in zip(qualities, sizes, strict=True) if needed > size) - 1
+
+
+def test_a_search_holds_one_latent_at_a_time(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    latents = Codec._latents
+
+    def watched(codec: Codec, image: Photo, tilt: float) -> Iterator[torch.Tensor]:
+        assert not [ref for ref in made if ref() is not None]
+        for part in latents(codec, image, tilt):
+            made.append(weakref.ref(part))
+            yield part
+
+    monkeypatch.setattr(Codec, "_latents", watched)
+    tiny_codec.encode_to_size(photo, max_bytes=len(tiny_codec.encode([photo], 70)[0]))
+    assert len(made) > 1
 
 
 def test_encode_to_size_says_what_is_needed(tiny_codec: Codec, photo: Photo) -> None:

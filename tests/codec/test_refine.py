@@ -104,6 +104,29 @@ def test_a_budget_is_kept_and_buys_more(tiny_codec: Codec, crop: Image) -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("size", [(130, 130), (8, 300)])
+def test_refining_never_makes_a_budget_buy_less(
+    tiny_codec: Codec, photo: Image, size: tuple[int, int]
+) -> None:
+    image = np.ascontiguousarray(photo[: size[0], : size[1]])
+    low, high = (len(data) for data in tiny_codec.encode([image] * 2, [1, 60]))
+    for share in (0.0, 0.2, 0.4, 0.8):
+        budget = round(low + share * (high - low))
+        plain, refined = (tiny_codec.encode_to_size(image, max_bytes=budget, refine=n) for n in (0, 10))
+        assert len(refined) <= budget
+        errors = [
+            np.square(tiny_codec.decode([data])[0] - image.astype(float)).mean() for data in (plain, refined)
+        ]
+        assert errors[1] <= errors[0]
+
+
+def test_refining_may_be_what_makes_a_picture_fit(tiny_codec: Codec, crop: Image) -> None:
+    budget = len(tiny_codec.encode([crop], 1, refine=STEPS)[0])
+    with pytest.raises(CodecError, match="at quality 1, over the budget"):
+        tiny_codec.encode_to_size(crop, max_bytes=budget)
+    assert len(tiny_codec.encode_to_size(crop, max_bytes=budget, refine=STEPS)) == budget
+
+
 def test_drawn_pictures_are_not_refined_for_nothing(
     tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

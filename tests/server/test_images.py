@@ -208,6 +208,12 @@ def test_transparent_colours() -> None:
     assert read(file(colour, "PNG", transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [1, 2, 4]]
 
 
+def test_one_grey_of_16_bits_may_be_transparent() -> None:
+    grey = np.array([[7, 263, 65535]], ">u2")  # the first two are 0 and 1 in 8 bits
+    transparent = [(b"tRNS", b"\x00\x07")]
+    assert read(png(*GREY16, grey, *transparent))[0].tolist() == [[255] * 3, [1] * 3, [255] * 3]
+
+
 def test_transparent_colour_beyond_8_bits_is_no_error() -> None:
     colour = (RAMP.astype(np.uint16) * 257).astype(">u2")
     assert read(png(*COLOUR16, colour, (b"tRNS", b"\xff\xff" * 3))).shape == RAMP.shape

@@ -52,6 +52,8 @@ TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
 BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
+SMALL_BYTES = 500
+"""Below, bitstreams of one picture come in few sizes, and many qualities share one."""
 TILT_STEPS = 16
 """Shares of the weight differences between rates are rounded to 1/16, so that qualities share transforms."""
 REACH_STEPS = 32
@@ -255,7 +257,7 @@ class Codec:
             image: RGB picture, uint8 (H, W, 3).
             max_bytes: budget in bytes; or
             target_bpp: budget in bits per pixel.
-            refine: as for `encode`; takes twice as long.
+            refine: as for `encode`; takes two or three times as long.
             stop: asked after each tile of each attempt; the search ends once it says true.
 
         Raises:
@@ -282,10 +284,14 @@ class Codec:
                     raise CodecError("the search for a quality was stopped")
                 yield part
 
-        @lru_cache(1)
+        kept: dict[float, list[Tensor]] = {}
+
         def latents(tilt: float) -> list[Tensor]:
             """What neighbouring qualities share, as they share the analysis transform."""
-            return list(until_stopped(self._latents(image, tilt)))
+            if tilt not in kept:
+                kept.clear()  # before others are made: of a large picture they are large
+                kept[tilt] = list(until_stopped(self._latents(image, tilt)))
+            return kept[tilt]
 
         def attempt(step: int, refine: int = 0) -> bytes:
             header = self._header(image, step / container.QUALITY_STEPS)
@@ -296,24 +302,35 @@ class Codec:
             """Best quality in steps, and its bitstream; of the lowest, if even that is over the budget."""
             low, top = (round(q * container.QUALITY_STEPS) for q in (QUALITY_MIN, QUALITY_MAX))
             best, high = attempt(low), top
-            # Bytes grow with quality but for tiny steps; stop once within half a percent.
-            while high - low > 8 and len(best) < 0.995 * budget:
+
+            def short() -> bool:
+                """More than half a percent below; of a few bytes, many qualities take as many."""
+                return len(best) < 0.995 * budget or budget < SMALL_BYTES
+
+            # Bytes grow with quality but for tiny steps.
+            while high - low > 8 and len(best) <= budget and short():
                 middle = (low + high + 1) // 2
                 if len(data := attempt(middle)) <= budget:
                     low, best = middle, data
                 else:
                     high = middle
-            if high == top and len(best) < 0.995 * budget and len(data := attempt(top)) <= budget:
+            if high == top and len(best) <= budget and short() and len(data := attempt(top)) <= budget:
                 return top, data
             return low, best
 
         step, best = search(max_bytes)
-        if refine and len(best) <= max_bytes:
-            # The bytes that refinement saves buy quality in a second go.
-            refined = attempt(step, refine)
-            step, _ = search(0.995 * max_bytes * len(best) / len(refined))
-            again = attempt(step, refine)
-            best = next(data for data in (again, refined, best) if len(data) <= max_bytes)
+        if refine:
+            tried = [best, refined := attempt(step, refine)]
+            if max(map(len, tried)) <= max_bytes:
+                # The bytes that refinement saves buy quality in a second go, or in a third, less.
+                aim = 0.995 * max_bytes
+                further, _ = search(aim * len(best) / len(refined))
+                tried.append(again := attempt(further, refine))
+                if len(again) > max_bytes:
+                    between = np.interp(aim, (len(refined), len(again)), (step, further))
+                    tried.append(attempt(int(between), refine))
+            fitting = [data for data in tried if len(data) <= max_bytes]
+            best = min(fitting, key=lambda data: self._squared_error(data, image), default=best)
         if len(best) > max_bytes:
             # A drawn picture may need the fewest where it is kept exactly.
             least = len(best) if exact is None else min(len(best), len(exact))
@@ -597,6 +614,11 @@ class Codec:
             y = self._refiner(synthesis, frame, z[0], level, steps)
             inside.copy_(y)
             yield self._entropy.quantise(z, y[None])[0]
+
+    def _squared_error(self, bitstream: bytes, image: Image) -> float:
+        """Of the human view, summed."""
+        rows = zip(self.decode([bitstream])[0], image, strict=True)
+        return sum(float(np.square(np.subtract(one, other, dtype=np.float32)).sum()) for one, other in rows)
 
     def _serialise(self, header: Header, tiles: Iterable[TileSymbols]) -> bytes:
         """Entropy-code the tiles and put them into the container."""
