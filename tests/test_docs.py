@@ -15,6 +15,7 @@ from ugicm.cli import app
 from ugicm.server.app import create_app
 from ugicm.server.settings import Settings
 from ugicm_train.cli import _parser
+from ugicm_train.evaluation import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -123,6 +124,16 @@ def test_the_card_says_what_was_measured() -> None:
         json.loads((folder / f"{name}.json").read_text())["tasks"] for name in ("tasks", "tasks-exchanged")
     )
     card = (folder / "README.md").read_text()
+    stored = json.loads((folder / "config.json").read_text())
+    measured_rates = json.loads((folder / "rd.json").read_text())
+    assert measured_rates["model_digest"] == stored["digest"]
+    assert f"`{stored['digest']}`" in card
+    assert f'"model": "{stored["digest"]}"' in (ROOT / "docs/api.md").read_text()
+    assert report.table(measured_rates) in card
+    assert report.summary(measured_rates) in README.read_text()
+    for name in ("tasks", "tasks-exchanged"):
+        identity = json.loads((folder / f"{name}.json").read_text())["identities"]["ugicm-s"]
+        assert identity.startswith(stored["sha256"])
     rows = [(row, codec, tasks, agreement) for row, (codec, agreement) in ROWS.items()]
     rows += [(f"{row}, photos exchanged", codec, exchanged, True) for row, codec, _, of in rows if of]
     for row, codec, source, agreement in rows:

@@ -98,6 +98,18 @@ def test_quality_is_50_unless_given(photos: list[Path], tmp_path: Path, bitstrea
     assert (tmp_path / "photo.ugic").read_bytes() == bitstream_50
 
 
+def test_refine_reaches_the_codec(
+    photos: list[Path], tmp_path: Path, tiny_codec: Codec, bitstream_50: bytes
+) -> None:
+    out = tmp_path / "photo.ugic"
+    assert ugicm_("encode", photos[0], "-o", out, "--refine", 2).exit_code == 0
+    assert out.read_bytes() == tiny_codec.encode([pixels(photos[0])], 50.0, refine=2)[0] != bitstream_50
+    options = ("--max-bytes", len(bitstream_50), "--refine", 2)
+    assert ugicm_("encode", photos[0], "-o", out, *options).exit_code == 0
+    expected = tiny_codec.encode_to_size(pixels(photos[0]), max_bytes=len(bitstream_50), refine=2)
+    assert out.read_bytes() == expected
+
+
 @pytest.mark.parametrize("preference", ["human", "machine"])
 def test_decode_one_file(encoded: Path, tmp_path: Path, tiny_codec: Codec, preference: str) -> None:
     out = tmp_path / "view.png"

@@ -358,3 +358,26 @@ def test_threads_share_a_codec(tiny_codec: Codec, photo: Photo) -> None:
     with ThreadPoolExecutor(4) as pool:
         for index, picture in enumerate(pool.map(work, range(8))):
             assert np.abs(picture.astype(int) - work(index)).max() <= 1
+
+
+def test_a_batch_decodes_each_at_its_own_quality(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, decoded = batch_sizes(monkeypatch)
+    bitstreams = tiny_codec.encode([photo, photo], [18.2, 20.9])  # of one transform, and far apart in gains
+    together = tiny_codec.decode(bitstreams, 1.0)
+    assert decoded == [2]
+    for data, picture in zip(bitstreams, together, strict=True):
+        assert np.abs(tiny_codec.decode([data], 1.0)[0].astype(int) - picture).max() <= 1
+
+
+def test_the_analysis_looks_across_tiles(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tilt = tiny_codec._tilt(tiny_codec._header(photo, 80))
+    (whole,) = tiny_codec._latents(photo, tilt)
+    monkeypatch.setattr(codec_module, "TILE_SIDE", 128)
+    windows = codec_module.tile_windows(tiny_codec._header(photo, 80), 0)
+    assert len(windows) > 4
+    for window, y in zip(windows, tiny_codec._latents(photo, tilt), strict=True):
+        torch.testing.assert_close(y, whole[window.rows, window.columns], atol=1e-4, rtol=0)

@@ -16,7 +16,7 @@ from ugicm.codec.conditioning import lambda_of, quality_to_level
 from ugicm.codec.entropy import SCALE_COUNT
 from ugicm.codec.entropy_twin import TRELLIS_FIRST, round_straight
 from ugicm.codec.errors import CodecError
-from ugicm.codec.refine import ERROR_WEIGHT, draw
+from ugicm.codec.refine import ERROR_WEIGHT, Frame, Refiner, draw
 from ugicm.codec.store import load_codec
 
 Image = NDArray[np.uint8]
@@ -161,3 +161,22 @@ def test_draws_are_between_the_neighbours_and_harden() -> None:
     assert x.grad is not None
     assert float(x.grad.min()) >= 0
     assert bool((x.grad.mean(0) > 0).all())
+
+
+def test_refined_tiles_see_their_refined_neighbours(
+    tiny_codec: Codec, photo: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "TILE_SIDE", 64)
+    frames: list[Frame] = []
+
+    def numbered(refiner: Refiner, synthesis: object, frame: Frame, *rest: object) -> torch.Tensor:
+        frames.append(frame)
+        return torch.full_like(frame.y[frame.rows, frame.columns], float(len(frames)))
+
+    monkeypatch.setattr(Refiner, "__call__", numbered)
+    tiny_codec.encode([np.ascontiguousarray(photo[60:190, 100:230])], QUALITY, refine=1)
+    assert len(frames) == 9
+    last = frames[-1]
+    assert last.rows.start > 0 < last.columns.start
+    assert bool((last.y[: last.rows.start, : last.columns.start] == 5).all())
+    assert bool((last.y[last.rows, : last.columns.start] == 8).all())

@@ -174,6 +174,13 @@ def test_a_size_decides_the_quality(client: TestClient, image_file: Any, params:
     assert encode(client, image_file(), **params)["quality"] == 1.0
 
 
+def test_bits_per_pixel_are_of_the_picture(client: TestClient, image_file: Any) -> None:
+    for bpp in (0.1, 0.2):
+        response = client.post("/encode", params={"target_bpp": bpp}, content=image_file())
+        body = assert_problem(response, 422, "invalid-parameter")
+        assert f"over the budget of {int(bpp * 48 * 32 / 8)}" in body["detail"]
+
+
 def test_a_size_out_of_reach(client: TestClient, image_file: Any) -> None:
     response = client.post("/encode", params={"max_bytes": 3}, content=image_file())
     assert "over the budget of 3" in assert_problem(response, 422, "invalid-parameter")["detail"]

@@ -63,6 +63,12 @@ def test_published_codecs(test: Curve, against_vtm: float, against_bpg: float) -
     assert bd_rate(BPG, test) == pytest.approx(against_bpg, abs=0.05)
 
 
+def test_a_range_ends_where_the_test_curve_begins() -> None:
+    reference = Curve((0.1, 0.2, 0.4, 0.8, 1.6), (26.0, 29.0, 32.0, 35.0, 38.0))
+    late = Curve((0.1 * 2**1.25, 0.1 * 2**1.5), (30.5, 32.0))
+    assert bd_rate(reference, late, bpp_range=(0.2, 0.4)) == pytest.approx(100 * (2**-0.375 - 1))
+
+
 def test_order_of_points_does_not_matter() -> None:
     shuffled = Curve(CHENG2020.bpp[::-1], CHENG2020.quality[::-1])
     assert bd_rate(VTM, shuffled) == bd_rate(VTM, CHENG2020)

@@ -15,7 +15,7 @@ from ugicm.codec.codec import Codec
 from ugicm.codec.coder import TOTAL
 from ugicm.codec.soften import rms
 from ugicm.codec.store import load_codec, read_model
-from ugicm_train.calibrate import LARGEST, RADIUS, group, largest, usual_error
+from ugicm_train.calibrate import LARGEST, RADIUS, count, group, largest, usual_error
 from ugicm_train.cli import main
 from ugicm_train.data import CropSampler
 from ugicm_train.export import narrow_table, read_training
@@ -45,6 +45,14 @@ def test_calibrated_model_needs_fewer_bytes(
         assert np.array_equal(before, after)
     assert codecs[0].digest != codecs[1].digest
     restore(TINY, read_model(counted).tensors)
+
+
+def test_hyper_symbols_are_counted_by_context(tiny_codec: Codec, photo: NDArray[np.uint8]) -> None:
+    """A quarter of the positions is coded first, without neighbours."""
+    sampler = CropSampler([torch.from_numpy(photo.copy()).permute(2, 0, 1)], size=256, seed=0)
+    found = count(tiny_codec, sampler, 2).sum((2, 3))
+    assert (found[:, 0] * 4 == found.sum(1)).all()
+    assert (found[:, 1:8].sum(1) * 4 == found.sum(1)).all()
 
 
 def test_the_largest_latent_to_expect_is_measured(tiny_codec: Codec, photo: NDArray[np.uint8]) -> None:

@@ -107,6 +107,20 @@ def test_curves_are_means_over_pictures(greys: Path) -> None:
     )
 
 
+def test_points_are_means_not_medians() -> None:
+    rows = [
+        Row("c", "human", 5.0, name, 1, bpp, psnr, None, None, None, 1.0, 1.0)
+        for name, bpp, psnr in (("a", 0.1, 30.0), ("b", 0.2, 31.0), ("c", 0.6, 38.0))
+    ]
+    (curve,) = mean_curves(rows)
+    (point,) = curve["points"]
+    assert (point["bpp"], point["psnr_db"]) == (pytest.approx(0.3), pytest.approx(33))
+
+
+def test_our_views_are_the_two_ends(tiny_codec: Codec, tiny_store: Path) -> None:
+    assert coders.ugicm_coder(tiny_codec, tiny_store / "tiny").views == {"human": 0.0, "machine": 1.0}
+
+
 def test_interrupted_measurement_is_continued(greys: Path) -> None:
     saved: list[Measurement] = []
 

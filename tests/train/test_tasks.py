@@ -910,6 +910,13 @@ class TestJournal:
         again.close()
 
 
+def test_mean_iou_is_of_all_pictures_together() -> None:
+    task = MeanIou("mask", lambda image: image, Path(), Path(), 2)
+    # Counts of classes: in the truth, in what was seen, how often.
+    judged = {"a": [[0, 0, 3], [0, 1, 1]], "b": [[0, 0, 1], [1, 1, 3]]}
+    assert task.score(judged) == pytest.approx((4 / 5 + 3 / 4) / 2)
+
+
 @pytest.fixture
 def ours(tiny_store: Path, tiny_codec: Codec) -> Coder:
     coder = ugicm_coder(tiny_codec, tiny_store / "tiny", (1.0, 50.0))
@@ -1041,6 +1048,12 @@ def test_command_line(
     assert not (tmp_path / "out" / "strength.png").exists()
     with PIL.Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 3 * 128
+
+    between = [*common, *options, "--strengths", "0.25", "--top1", colour_network, str(colours)]
+    assert run(parser.parse_args(between)) == 0
+    (task,) = json.loads((tmp_path / "out" / "machine.json").read_text())["tasks"].values()
+    assert {point["strength"] for point in task["curves"]["tiny"]} == {0.0, 0.25, 1.0}
+    assert (tmp_path / "out" / "strength.png").exists()
 
     (tmp_path / "wide").mkdir()
     PIL.Image.new("RGB", (300, 70)).save(tmp_path / "wide" / "wide.png")

@@ -44,6 +44,7 @@ from ugicm_train.model import PREFERENCE, CodecOutput, FactorizedPrior
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.train import (
+    RESUMED,
     DivergedError,
     Trainer,
     TrainOptions,
@@ -92,6 +93,20 @@ def test_training_learns_resumes_and_exports(photos: Path, tmp_path: Path) -> No
     data = codec.encode([picture], 60)[0]
     decoded = codec.decode([data])[0]
     assert 10 * np.log10(255**2 / np.mean((decoded.astype(float) - picture) ** 2)) > 22
+
+
+def test_all_that_a_checkpoint_holds_is_resumed(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=3, batch=1)
+    train(TINY, options, [photos], tmp_path / "run")
+    saved = load_checkpoint(tmp_path / "run", needs=RESUMED)
+    trainer = Trainer(tiny_trainable(5), options, tmp_path / "other")
+    trainer.load(saved)
+    now = trainer.state()
+    for part in ("model", "average"):
+        assert all(torch.equal(now[part][name], value) for name, value in saved[part].items()), part
+    assert now["adam"]["state"].keys() == saved["adam"]["state"].keys() != set()
+    for key, state in saved["adam"]["state"].items():
+        assert all(torch.equal(now["adam"]["state"][key][name], value) for name, value in state.items())
 
 
 def test_a_run_resumes_just_before_a_row_of_the_log(photos: Path, tmp_path: Path) -> None:
