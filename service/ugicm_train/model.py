@@ -14,7 +14,7 @@ from ugicm.codec.entropy_twin import (
     LIKELIHOOD_MIN,
     EntropyNetwork,
     add_noise,
-    as_trained,
+    as_coded,
     logistic_mass,
     round_all,
     round_straight,
@@ -230,7 +230,7 @@ class TrainableCodec(nn.Module):
         y = self.latent_of(x, level, rates).float() * gain
         z = self._call("hyper_analysis", y).float()
         z_bits = self.prior.bits(add_noise(z) if noise else z.round()).sum((1, 2, 3))
-        y_hat, y_bits = self._call("entropy", round_straight(z), y, as_trained if noise else round_all)
+        y_hat, y_bits = self._call("entropy", round_straight(z), y, as_coded if noise else round_all)
         latent = (y_hat * inverse).contiguous(memory_format=torch.channels_last)
         human = self.human_view(latent, level, rates)
         machine = self.machine_view(latent, level, strength, count=machine_count, rates=rates)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from ugicm.codec.coder import SYMBOL_LIMIT, TOTAL, SymbolDecoder, SymbolEncoder, Symbols
 from ugicm.codec.entropy import SCALE_COUNT
 from ugicm.codec.errors import MalformedBitstreamError
-from ugicm.codec.trellis import CHECKS, NEXT, STATES, TrellisTables, nearest, rows
+from ugicm.codec.trellis import TrellisTables, rows
+from ugicm.codec.viterbi import CHECKS, NEXT, STATES, nearest
 from ugicm_train.export import latent_tables
 
 

@@ -35,7 +35,7 @@ from ugicm.codec.entropy_twin import (
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import INDEX_BITS
 from ugicm.codec.store import load_codec, read_model
-from ugicm.codec.trellis import nearest
+from ugicm.codec.viterbi import SHORTEST, nearest
 from ugicm_train.cli import main
 from ugicm_train.data import DataError
 from ugicm_train.export import export, model_tensors, write_model
@@ -676,13 +676,17 @@ def test_rates_are_of_noisy_latents_and_pictures_of_rounded_ones(monkeypatch: py
         assert torch.equal(noisy.human, plain.human)
         assert torch.equal(noisy.machine, plain.machine)
         assert torch.equal(coded(*noises, noise=False).bpp, coded(0.0, 0.0, noise=False).bpp)
-    # On paths, both are of the same noise.
+    # On paths, pictures are of the nearest ones, and rates of noise that is smaller.
     monkeypatch.setattr(Paths, "alone", lambda paths, unit: unit > math.inf)
-    assert torch.equal(coded(0.0, 50.0).bpp, coded(0.0, 0.0).bpp)
-    assert not torch.equal(coded(0.0, 0.0).human, plain.human)
+    on_paths = coded(0.0, 0.0)
+    assert torch.equal(coded(0.0, 50.0).bpp, on_paths.bpp)
+    assert not torch.equal(on_paths.human, plain.human)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(model(x, level).human, on_paths.human)
 
 
-def test_training_sees_errors_as_large_as_on_paths() -> None:
+def test_training_sees_paths_and_rates_noise_as_large_as_their_error() -> None:
     random = np.random.default_rng(0)
     for first, last in ((TRELLIS_FIRST, 14), (18, 40)):
         units = (random.integers(first, last, (256, 256)) - INDEX_OFFSET) / 2**INDEX_BITS
@@ -691,12 +695,36 @@ def test_training_sees_errors_as_large_as_on_paths() -> None:
         points = nearest((x / step).astype(np.float32)) * step
         y, unit = torch.from_numpy(x).float(), torch.from_numpy(units).float()
         torch.manual_seed(0)
-        seen, rated = as_coded(y, unit)
-        assert torch.equal(seen, rated)
-        assert not torch.equal(seen, y.round())
-        assert float((seen - y).square().mean()) == pytest.approx(((points - x) ** 2).mean(), rel=0.03)
+        seen, rated = as_coded(y.requires_grad_(), unit)
+        assert float((rated - y).detach().square().mean()) == pytest.approx(
+            ((points - x) ** 2).mean(), rel=0.03
+        )
+        # Paths of rows by scale, in whole steps and hardly further than those of rows as they come.
+        steps = seen.detach().double() / step
+        assert float((steps - steps.round()).abs().max()) < 1e-3
+        assert float((seen - y).detach().square().mean()) == pytest.approx(
+            ((points - x) ** 2).mean(), rel=0.02
+        )
+        (seen.sum() + 2 * rated.sum()).backward()
+        assert torch.equal(y.grad, torch.full_like(y, 3))
+        y = y.detach()
         below = torch.full_like(y, (TRELLIS_FIRST - INDEX_OFFSET - 0.51) / 2**INDEX_BITS)
         assert torch.equal(as_coded(y, below)[0], y.round())
+
+
+def test_rows_of_a_path_are_cut_from_the_widest() -> None:
+    units = torch.full((3 * SHORTEST + 5,), 1.0)
+    units[-10:] = 0.5
+    units[0] = -2.0  # alone
+    x = torch.linspace(-3, 3, len(units))
+    points = Paths().nearest(x, units)
+    step = TRELLIS_STEP / MEAN_UNIT
+    on_paths = ((points / step).round() * step - points).abs() < 1e-6
+    # The four narrowest of those on paths are what is left of whole rows.
+    alone = points == x.round()
+    assert bool(alone[[0, *range(-10, -6)]].all())
+    assert bool(on_paths[1:-10].all())
+    assert bool(on_paths[-6:].all())
 
 
 def test_judge_counts_in_proportion_to_the_rest_where_the_rate_can_change() -> None:

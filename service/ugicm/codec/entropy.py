@@ -43,7 +43,8 @@ from ugicm.codec.fixed_point import (
     sum_bits,
 )
 from ugicm.codec.hyper_prior import HyperPrior
-from ugicm.codec.trellis import TrellisTables, nearest, rows
+from ugicm.codec.trellis import TrellisTables, rows
+from ugicm.codec.viterbi import nearest
 
 SCALE_COUNT = 64
 """Number of logistic tables; standard deviation of table i is 2^((i - 20) 5 / 32), from 0.11 to 105."""

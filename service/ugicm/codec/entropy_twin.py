@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ugicm.codec.config import STEP_XOR, ModelConfig
 from ugicm.codec.fixed_point import INDEX_BITS, MEAN, rounding_half, sum_bits
 from ugicm.codec.networks import Depthwise, Layer, Pointwise, depthwise, pointwise
+from ugicm.codec.viterbi import cut, nearest
 
 LIKELIHOOD_MIN = 1e-9
 OCTAVES_PER_UNIT = 1.25
@@ -52,6 +54,16 @@ class Paths(NamedTuple):
         """Whether symbols of this scale unit do not lie on paths."""
         return unit < (self.first - INDEX_OFFSET - 0.5) / 2**INDEX_BITS
 
+    def nearest(self, x: Tensor, unit: Tensor) -> Tensor:
+        """x rounded, and what lies on paths on the nearest ones; rows are cut as an encoder cuts them."""
+        places = np.flatnonzero(~self.alone(unit).numpy())
+        rows = cut(places[np.argsort(unit.detach().numpy().reshape(-1)[places], kind="stable")])
+        values = x.round().reshape(-1)
+        step = self.step / 2**MEAN.bits
+        points = nearest(x.numpy().reshape(-1)[rows] / np.float32(step))
+        values[torch.from_numpy(rows)] = torch.from_numpy(points * np.float32(step))
+        return values.view_as(x)
+
     def seen(self, x: Tensor, unit: Tensor, rounded: Tensor, noise: Tensor) -> Tensor:
         """`rounded`; x with noise, uniform in -1/2..1/2, as large as the error where it lies on paths."""
         return torch.where(self.alone(unit), rounded, x + self.width * noise)
@@ -79,16 +91,16 @@ def round_all(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_coded(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounded; what lies on paths of a new model gets noise as large as its error."""
-    noise = torch.empty_like(x).uniform_(-0.5, 0.5)
-    seen = Paths().seen(x, unit, round_straight(x), noise)
-    return seen, seen
+    """As a new model's encoder does, rated with noise; everything with the gradient of the identity.
 
-
-def as_trained(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """`as_coded`, but symbols that are rounded are rated with noise, so that their rate has a gradient."""
-    seen, _ = as_coded(x, unit)
-    return seen, torch.where(Paths().alone(unit), add_noise(x), seen)
+    On a GPU, which must not wait for the search of paths, noise as large as their error is decoded in place
+    of them.
+    """
+    paths = Paths()
+    noisy = paths.seen(x, unit, add_noise(x), torch.empty_like(x).uniform_(-0.5, 0.5))
+    if x.is_cuda:
+        return torch.where(paths.alone(unit), round_straight(x), noisy), noisy
+    return x + (paths.nearest(x.detach(), unit) - x).detach(), noisy
 
 
 def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
