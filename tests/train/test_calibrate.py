@@ -94,8 +94,8 @@ def test_the_usual_error_is_that_of_the_median_crop(
     usual_error(model, sampler)
     assert max(sizes) == 8
     with torch.no_grad():
-        human = model(crops, torch.zeros(64), machine_count=0).human
-    error = (human - crops).square().mean((1, 2, 3)).median().sqrt()
+        parts = [model(part, torch.zeros(8), machine_count=0).human for part in crops.split(8)]
+    error = (torch.cat(parts) - crops).square().mean((1, 2, 3)).median().sqrt()
     torch.testing.assert_close(error, usual[0], rtol=0.01, atol=0)
 
 
