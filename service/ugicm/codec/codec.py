@@ -323,7 +323,7 @@ class Codec:
             tried = [best, refined := attempt(step, refine)]
             if max(map(len, tried)) <= max_bytes:
                 # The bytes that refinement saves buy quality in a second go, or in a third, less.
-                aim = 0.995 * max_bytes
+                aim = min(0.995 * max_bytes, max_bytes - 8)  # sizes come in steps of four
                 further, _ = search(aim * len(best) / len(refined))
                 tried.append(again := attempt(further, refine))
                 if len(again) > max_bytes:
