@@ -67,7 +67,7 @@ def usual_error(model: TrainableCodec, sampler: CropSampler) -> Tensor:
         human = model(crops, level, machine_count=0).human
         return (human - crops).square().mean((1, 2, 3))
 
-    # The same noise on paths of the trellis on every call.
+    # On a GPU, the same noise on paths of the trellis on every call.
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return medians(error, sampler, levels=model.config.levels).sqrt().cpu()

@@ -31,6 +31,7 @@ from ugicm.codec.entropy_twin import (
     TRELLIS_STEP,
     Paths,
     as_coded,
+    with_noise,
 )
 from ugicm.codec.errors import ModelStoreError
 from ugicm.codec.fixed_point import INDEX_BITS
@@ -710,6 +711,17 @@ def test_training_sees_paths_and_rates_noise_as_large_as_their_error() -> None:
         y = y.detach()
         below = torch.full_like(y, (TRELLIS_FIRST - INDEX_OFFSET - 0.51) / 2**INDEX_BITS)
         assert torch.equal(as_coded(y, below)[0], y.round())
+
+
+def test_on_a_gpu_pictures_are_of_that_noise() -> None:
+    unit = torch.tensor([-2.0, 1.0]).expand(1000, 2)
+    x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    seen, rated = with_noise(x, unit)
+    assert torch.equal(seen[:, 0], x[:, 0] + (x[:, 0].round() - x[:, 0]))
+    assert torch.equal(seen[:, 1], rated[:, 1])
+    assert float((rated[:, 1] - x[:, 1]).abs().max()) <= Paths().width / 2 < 0.5
+    assert float((rated[:, 0] - x[:, 0]).abs().max()) > 0.49
 
 
 def test_rows_of_a_path_are_cut_from_the_widest() -> None:

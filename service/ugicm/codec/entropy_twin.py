@@ -90,17 +90,22 @@ def round_all(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, rounded
 
 
-def as_coded(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """As a new model's encoder does, rated with noise; everything with the gradient of the identity.
-
-    On a GPU, which must not wait for the search of paths, noise as large as their error is decoded in place
-    of them.
-    """
+def with_noise(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded, and rated with noise; what lies on paths of a new model gets noise as large as its error."""
     paths = Paths()
-    noisy = paths.seen(x, unit, add_noise(x), torch.empty_like(x).uniform_(-0.5, 0.5))
-    if x.is_cuda:
-        return torch.where(paths.alone(unit), round_straight(x), noisy), noisy
-    return x + (paths.nearest(x.detach(), unit) - x).detach(), noisy
+    rated = paths.seen(x, unit, add_noise(x), torch.empty_like(x).uniform_(-0.5, 0.5))
+    return torch.where(paths.alone(unit), round_straight(x), rated), rated
+
+
+def as_coded(x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """As a new model's encoder does, but rated as `with_noise`; all with the gradient of the identity.
+
+    A GPU must not wait for the search of paths: there it is `with_noise`.
+    """
+    seen, rated = with_noise(x, unit)
+    if not x.is_cuda:
+        seen = x + (Paths().nearest(x.detach(), unit) - x).detach()
+    return seen, rated
 
 
 def logistic_mass(y: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
