@@ -60,9 +60,13 @@ def pixels(path: Path) -> NDArray[np.uint8]:
 
 def run_(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """In a process of its own, which must succeed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "ugicm", *map(str, arguments)]
-    return subprocess.run(command, env=environment, check=True, **options)
+    return subprocess.run(command, env=environment(), check=True, **options)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """In which another process finds the packages that this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
 
 
 def names(folder: Path) -> list[str]:
@@ -463,11 +467,7 @@ def test_names_that_are_not_text(photos: list[Path], tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "ugicm", "encode", odd, photos[1], "-o", tmp_path / "out"],
         capture_output=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "PYTHONIOENCODING": "utf-8:strict",  # as in a locale like en_US.UTF-8
-        },
+        env=environment(PYTHONIOENCODING="utf-8:strict"),  # as in a locale like en_US.UTF-8
     )
     assert (process.returncode, process.stderr) == (0, b"")
     assert process.stdout.count(b" bpp\n") == 2
@@ -567,7 +567,7 @@ def test_progress_on_a_terminal_and_results_in_a_pipe(photos: list[Path], tmp_pa
         stdout=subprocess.PIPE,
         stderr=stderr,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "500"},
+        env=environment(TERM="xterm", COLUMNS="500"),
     )
     os.close(stderr)
     shown = b""
@@ -666,8 +666,7 @@ def test_light_commands_import_nothing_heavy(encoded: Path, arguments: list[str]
         "heavy = {'torch', 'numpy', 'PIL', 'fastapi', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert process.returncode == 0, process.stderr
 
 

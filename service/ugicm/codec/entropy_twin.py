@@ -46,9 +46,14 @@ class Paths(NamedTuple):
     """In units of the means."""
 
     @property
+    def spacing(self) -> float:
+        """The step in whole numbers."""
+        return self.step / 2**MEAN.bits
+
+    @property
     def width(self) -> float:
         """Width of uniform noise as large as the error on paths."""
-        return CELL * self.step / 2**MEAN.bits
+        return CELL * self.spacing
 
     def alone(self, unit: Tensor) -> Tensor:
         """Whether symbols of this scale unit do not lie on paths."""
@@ -59,9 +64,9 @@ class Paths(NamedTuple):
         places = np.flatnonzero(~self.alone(unit).numpy())
         rows = cut(places[np.argsort(unit.detach().numpy().reshape(-1)[places], kind="stable")])
         values = x.round().reshape(-1)
-        step = self.step / 2**MEAN.bits
-        points = nearest(x.numpy().reshape(-1)[rows] / np.float32(step))
-        values[torch.from_numpy(rows)] = torch.from_numpy(points * np.float32(step))
+        spacing = np.float32(self.spacing)
+        points = nearest(x.numpy().reshape(-1)[rows] / spacing)
+        values[torch.from_numpy(rows)] = torch.from_numpy(points * spacing)
         return values.view_as(x)
 
     def seen(self, x: Tensor, unit: Tensor, rounded: Tensor, noise: Tensor) -> Tensor:

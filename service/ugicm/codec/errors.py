@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
@@ -11,6 +10,16 @@ MAX_PIXELS_SETTING = "UGICM_MAX_PIXELS"
 
 class CodecError(ValueError):
     """Base of every error that the caller's input or configuration causes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes hand errors to each other, also those that are not made of their text alone."""
+        return _remade, (type(self), self.args, vars(self))
+
+
+def _remade(kind: type[CodecError], args: tuple[Any, ...], members: dict[str, Any]) -> CodecError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(members)
+    return error
 
 
 class MalformedBitstreamError(CodecError):
@@ -27,20 +36,13 @@ class ModelMismatchError(CodecError):
         )
         self.needed, self.loaded = needed, loaded
 
-    def __reduce__(self) -> tuple[Any, ...]:  # processes hand errors to each other
-        return type(self), (self.needed, self.loaded)
-
 
 class LimitExceededError(CodecError):
     """A size is over its limit."""
 
     def __init__(self, what: str, *, limit: int, actual: int, setting: str) -> None:
         super().__init__(f"{what}: {actual} is over the limit of {limit}; {setting} changes it")
-        self.what, self.limit, self.actual, self.setting = what, limit, actual, setting
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        remake = partial(type(self), limit=self.limit, actual=self.actual, setting=self.setting)
-        return remake, (self.what,)
+        self.limit, self.actual, self.setting = limit, actual, setting
 
 
 class ModelStoreError(CodecError):
