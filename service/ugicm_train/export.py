@@ -39,6 +39,7 @@ from ugicm.codec.store import CONFIG_FILE, FORMAT, WEIGHTS_FILE, bitstream_diges
 from ugicm_train.files import written_whole
 from ugicm_train.model import PREFERENCE, FactorizedPrior, TrainableCodec, scaled_parts
 from ugicm_train.signals import uninterrupted
+from ugicm_train.train import CHECKPOINT, load_checkpoint
 
 TAIL_SIGMAS = 8.0
 """Tables of the latent reach this far; what lies beyond is coded as an escape."""
@@ -188,6 +189,12 @@ def model_tensors(model: TrainableCodec) -> dict[str, Tensor]:
     return tensors
 
 
+def check_is_no_run(folder: Path) -> None:
+    """``FileExistsError`` where a folder holds a run, whose ``config.json`` a model would write over."""
+    if (folder / CHECKPOINT).exists():
+        raise FileExistsError(f"{folder} holds a run, which a model would write over: give another folder")
+
+
 def write_model(
     folder: Path, config: ModelConfig, tensors: dict[str, Tensor], training: dict[str, Any]
 ) -> None:
@@ -197,11 +204,13 @@ def write_model(
     them.
 
     What is there stays whole, or is replaced as a whole, unless the process is killed between two renames;
-    ``config.tmp`` is then the ``config.json`` that belongs to the weights.
+    ``.config.json.tmp`` is then the ``config.json`` that belongs to the weights.
 
     Raises:
         ValueError: a tensor has values that are not finite, perhaps in float16 alone.
+        FileExistsError: the folder holds a run.
     """
+    check_is_no_run(folder)
     stored = {
         name: tensor.half() if name.partition(".")[0] in HALF_PRECISION else tensor
         for name, tensor in tensors.items()
@@ -267,10 +276,8 @@ def load_average(state: dict[str, Any]) -> TrainableCodec:
     return model.eval().requires_grad_(False)
 
 
-def export(run: Path, folder: Path, *, checkpoint: str = "checkpoint.pt", name: str | None = None) -> None:
+def export(run: Path, folder: Path, *, checkpoint: str = CHECKPOINT, name: str | None = None) -> None:
     """Write the model folder of a run's checkpoint (its moving average)."""
-    from ugicm_train.train import load_checkpoint
-
     state = load_checkpoint(run, checkpoint)
     model = load_average(state)
     config = dataclasses.replace(model.config, name=name or folder.resolve().name)
@@ -281,7 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``ugicm-train export``."""
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="model folder, such as model_store/ugicm-s")
-    parser.add_argument("--checkpoint", default="checkpoint.pt", help="checkpoint file of the run")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="checkpoint file of the run")
     parser.add_argument("--name", help="model name (default: the folder's)")
 
 

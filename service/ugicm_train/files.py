@@ -1,21 +1,44 @@
-"""Files that are whole at any moment, whatever is killed or full."""
+"""Files that are whole at any moment, whatever is killed or full; folders that one run at a time has."""
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = "ugicm-train.lock"
+"""File that a run holds in its folder; it stays, as another run may wait to open it."""
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes that place where the block ends without an error.
+    """A file beside `path`, ``.NAME.tmp``, that takes its place where the block ends without an error.
 
-    It is `path` with the suffix ``.tmp``, or with one more where that is its own.
+    Where `path` is a link, what it leads to is replaced, not the link.
     """
-    beside = path.with_suffix(".tmp" if path.suffix != ".tmp" else ".tmp.tmp")
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.tmp")
     try:
         yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)  # a failed one: no part of a file stays
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made, for this process alone.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run writes to {folder}: wait for it, or give another folder"
+            ) from error
+        yield

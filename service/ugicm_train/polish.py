@@ -29,7 +29,14 @@ from ugicm.codec.entropy_twin import as_coded, round_all
 from ugicm.codec.store import model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.calibrate import check_grain, set_grain
-from ugicm_train.export import load_average, model_tensors, read_training, run_record, write_model
+from ugicm_train.export import (
+    check_is_no_run,
+    load_average,
+    model_tensors,
+    read_training,
+    run_record,
+    write_model,
+)
 from ugicm_train.losses import Teacher
 from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
 from ugicm_train.restore import read_stored, restore
@@ -177,7 +184,9 @@ def polish(
 
     Raises:
         ValueError: no such grain, scales of no machine view, the checkpoint is of a polish with other options
-            or of another model, or the polish has diverged; nothing is written then.
+            or of another model, another polish writes to `run`, or the polish has diverged; nothing is
+            written then.
+        FileExistsError: `folder` or `run` holds a run.
     """
     check_grain(grain)
     config, tensors, training, model = _read(source)
@@ -194,7 +203,9 @@ def polish(
             "--learn scales: there is no machine view yet, and scales of nothing stay nothing; learn "
             "weights, or leave out --restart"
         )
-    run.mkdir(parents=True, exist_ok=True)
+    if run.resolve() == folder.resolve():
+        raise ValueError(f"{run} is where the model will be: give another --run")
+    check_is_no_run(folder)
     if not resume and (run / CHECKPOINT).exists():
         raise FileExistsError(f"{run} holds an unfinished polish: use --resume, or another --run")
     keep_freed_memory()
@@ -202,30 +213,31 @@ def polish(
         torch.set_num_threads(options.threads)
     polisher = Polisher(model, options, run, view=view, reach=tensors.get("reach"))
     polisher.record = {"view": view, "restart": restart, "source": identity}
-    if resume:
-        polisher.load(load_checkpoint(run, needs=RESUMED))
-    sampler = polisher.read(data)
-    status = polisher.run(sampler, teacher)
-    if status or not polisher.processes.first:
-        return status  # where stopped, the checkpoint waits for --resume
-    learned = polisher.learned(view)
-    tensors |= {name: value.float().cpu().contiguous() for name, value in learned.items()}
-    model.load_state_dict(learned, strict=False)
-    set_grain(tensors, model.to(polisher.device), sampler, grain)
-    record = {
-        "view": view,
-        "learned": options.learn,
-        "restarted": restart,
-        "teacher": teacher_name,
-        "teacher_weight": options.teacher_weight,
-        "grain": grain,
-        "steps": polisher.step,
-        "minutes": round(polisher.minutes, 1),
-    }
-    training.pop("grain", None)  # what calibrating had set
-    write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
-    for name in (CHECKPOINT, STABLE_CHECKPOINT):
-        (run / name).unlink(missing_ok=True)
+    with polisher.alone():
+        if resume:
+            polisher.load(load_checkpoint(run, needs=RESUMED))
+        sampler = polisher.read(data)
+        status = polisher.run(sampler, teacher)
+        if status or not polisher.processes.first:
+            return status  # where stopped, the checkpoint waits for --resume
+        learned = polisher.learned(view)
+        tensors |= {name: value.float().cpu().contiguous() for name, value in learned.items()}
+        model.load_state_dict(learned, strict=False)
+        set_grain(tensors, model.to(polisher.device), sampler, grain)
+        record = {
+            "view": view,
+            "learned": options.learn,
+            "restarted": restart,
+            "teacher": teacher_name,
+            "teacher_weight": options.teacher_weight,
+            "grain": grain,
+            "steps": polisher.step,
+            "minutes": round(polisher.minutes, 1),
+        }
+        training.pop("grain", None)  # what calibrating had set
+        write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
+        for name in (CHECKPOINT, STABLE_CHECKPOINT):
+            (run / name).unlink(missing_ok=True)
     return 0
 
 

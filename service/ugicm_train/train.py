@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from ugicm.codec.store import WEIGHTS_FILE, model_path
 from ugicm.memory import keep_freed_memory
 from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
-from ugicm_train.files import written_whole
+from ugicm_train.files import locked, written_whole
 from ugicm_train.losses import Teacher, level_of, logged, rate_distortion_loss
 from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
 from ugicm_train.optimizer import Optimizer
@@ -116,6 +117,8 @@ class TrainOptions:
         for name in from_0:
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if math.isinf(self.level_power):
+            raise ValueError("level_power must be finite: at infinity every crop has the lowest rate")
         if self.learn not in LEARN:
             raise ValueError(f"learn must be one of {', '.join(LEARN)}, got {self.learn!r}")
         if not 0 < self.min_scale <= 1:
@@ -240,6 +243,10 @@ class Trainer:
             teacher_weight=options.teacher_weight,
             dtype=self.dtype,
         )
+
+    def alone(self) -> AbstractContextManager[None]:
+        """The run's folder for this run alone (`locked`); the first process holds it for the others."""
+        return locked(self.out) if self.processes.first else nullcontext()
 
     def state(self) -> dict[str, Any]:
         return {
@@ -506,7 +513,7 @@ def train(
     with; `teacher_name` is kept in the model's record.
 
     Raises:
-        ValueError: the options contradict each other, or the checkpoint.
+        ValueError: the options contradict each other, or the checkpoint; another run writes to `out`.
         OSError: `out` holds something that the run would write over, or no checkpoint to resume.
     """
     keep_freed_memory()
@@ -562,12 +569,13 @@ def train(
     if teacher is not None:
         said = {"teacher": teacher_name, "weight": options.teacher_weight}
         trainer.record["teachers"] = [*trainer.record.get("teachers", []), said]
-    sampler = trainer.read(data)
-    if trainer.processes.first:
-        described = {"model": model.config.to_dict(), "options": dataclasses.asdict(options)}
-        with written_whole(out / CONFIG) as beside:
-            beside.write_text(json.dumps(described, indent=2), encoding="utf-8")
-    return trainer.run(sampler, teacher)
+    with trainer.alone():
+        sampler = trainer.read(data)
+        if trainer.processes.first:
+            described = {"model": model.config.to_dict(), "options": dataclasses.asdict(options)}
+            with written_whole(out / CONFIG) as beside:
+                beside.write_text(json.dumps(described, indent=2), encoding="utf-8")
+        return trainer.run(sampler, teacher)
 
 
 def _has_rows(log: Path) -> bool:

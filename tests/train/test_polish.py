@@ -24,6 +24,7 @@ from ugicm.codec.entropy_twin import as_coded, round_all
 from ugicm.codec.store import StoredModel, load_codec, read_model
 from ugicm_train.cli import main
 from ugicm_train.export import export, model_tensors, read_training, write_model
+from ugicm_train.files import locked
 from ugicm_train.losses import Judge
 from ugicm_train.model import PREFERENCE, make_zero
 from ugicm_train.polish import VIEWS, PolishedCodec, Polisher, add_arguments, polish, run
@@ -65,7 +66,7 @@ def test_bitstreams_stay_the_same_and_decode_better(
             assert errors[0.0][1] < errors[0.0][0]
         else:
             np.testing.assert_array_equal(*(codec.decode([bitstream])[0] for codec in (old, new)))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv", "ugicm-train.lock"}
     tensors = [read_model(path).tensors for path in (before, after)]
     changed = [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
     assert changed
@@ -206,6 +207,18 @@ def test_an_interrupted_polish_is_not_overwritten(tmp_path: Path, data: Path) ->
         polish(source, source, OPTIONS, [data], work)
 
 
+def test_folders_that_a_polish_must_not_use(tmp_path: Path, data: Path) -> None:
+    source, other = write_tiny_model(tmp_path / "model"), tmp_path / "other"
+    other.mkdir()
+    (other / "checkpoint.pt").touch()
+    with pytest.raises(FileExistsError, match="other holds a run, which a model would write over"):
+        polish(source, other, OPTIONS, [data], tmp_path / "run")
+    with pytest.raises(ValueError, match="is where the model will be: give another --run"):
+        polish(source, source, OPTIONS, [data], source)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another run writes to"):
+        polish(source, source, OPTIONS, [data], tmp_path / "run")
+
+
 class Stopping(MeanColour):
     """A teacher that asks the run to stop."""
 
@@ -234,7 +247,7 @@ def test_a_polish_that_diverges_writes_nothing(tmp_path: Path, data: Path) -> No
                 teacher=teacher, grain=0.1,
             )  # fmt: skip
         assert read_model(source).weights_sha256 == before
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["log.csv"]
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"log.csv", "ugicm-train.lock"}
 
 
 @pytest.mark.parametrize("learn", LEARN)

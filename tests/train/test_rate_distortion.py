@@ -32,7 +32,6 @@ from ugicm_train.evaluation.coders import (
     refined_coder,
     ugicm_coder,
 )
-from ugicm_train.evaluation.journal import locked
 from ugicm_train.evaluation.measurement import (
     Measurement,
     RateTarget,
@@ -44,7 +43,7 @@ from ugicm_train.evaluation.measurement import (
 from ugicm_train.evaluation.parts import Part
 from ugicm_train.evaluation.rate_distortion import check, compare, mean_curves, read_measurement
 from ugicm_train.export import write_model
-from ugicm_train.files import written_whole
+from ugicm_train.files import locked, written_whole
 
 CSV = (
     "codec,bpp,psnr_db,ms_ssim\nvtm,0.1,28,0.93\nvtm,0.8,36,0.99\nvtm,0.4,33,0.98\nold,0.5,30,\nold,0.9,32,\n"
@@ -409,8 +408,10 @@ def test_estimate_is_close_to_the_real_bitstream(
     coder = ugicm_coder(tiny_codec, tiny_store / "tiny")
     assert coder.estimate_bits is not None
     for quality in (20.0, 80.0):
-        payload_bits = 8 * (len(coder.encode(photo, quality)) - 32)
-        assert coder.estimate_bits(photo, quality) == pytest.approx(payload_bits, rel=0.01)
+        data = coder.encode(photo, quality)
+        assert coder.estimate_bits(photo, quality, data) == pytest.approx(8 * (len(data) - 32), rel=0.01)
+    flat = np.full((64, 64, 3), 90, np.uint8)
+    assert coder.estimate_bits(flat, 20.0, coder.encode(flat, 20.0)) is None  # stored exactly
 
 
 def test_rate_control_is_measured_only_inside_the_reach(
@@ -602,15 +603,25 @@ def test_a_failed_part_is_an_error(greys: Path, tmp_path: Path, capfd: pytest.Ca
     assert "2 of 2 parts failed" in capfd.readouterr().err
 
 
-def test_one_measurement_in_a_folder_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["rd", "ugicm-s", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+def test_one_measurement_in_a_folder_at_a_time(
+    greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rd", "ugicm-s", "--data", str(greys), "--out", str(tmp_path / "rd.json")]
     with locked(tmp_path):
         assert main(command) == 1
     assert f"another run writes to {tmp_path}" in capsys.readouterr().err
 
 
-def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["rd", "ugicm-s", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+def test_its_own_plot_is_not_measured(greys: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (greys / "rd.json", greys / "results" / "rd.json"):
+        assert main(["rd", "ugicm-s", "--data", str(greys), "--out", str(out)]) == 1
+        assert f"--out {out} is within {greys}" in capsys.readouterr().err
+
+
+def test_refined_qualities_need_refinement(
+    greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["rd", "ugicm-s", "--data", str(greys), "--out", str(tmp_path / "rd.json")]
     assert main([*command, "--refine-qualities", "20", "80"]) == 1
     assert "--refine-qualities needs --refine STEPS" in capsys.readouterr().err
 
@@ -627,22 +638,22 @@ def test_refined_qualities_need_refinement(tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_what_cannot_be_measured(
-    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    greys: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["rd", "no-such-model", "--data", str(tmp_path), "--out", str(tmp_path / "rd.json")]
+    command = ["rd", "no-such-model", "--data", str(greys), "--out", str(tmp_path / "rd.json")]
     assert main([*command, *options, "--jobs", "2"]) == 1
     assert capsys.readouterr().err == f"ugicm-train: {message}\n"
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"format": 1, "tasks": {}}', b"\xff\xfe"])
 def test_other_files_are_no_reports(
-    tiny_store: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+    tiny_store: Path, greys: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "other.json"
     path.write_bytes(content)
     for command in (
         ["report", str(path)],
-        ["rd", str(tiny_store / "tiny"), "--data", str(tmp_path), "--out", str(path), "--device", "cpu"],
+        ["rd", str(tiny_store / "tiny"), "--data", str(greys), "--out", str(path), "--device", "cpu"],
     ):
         assert main(command) == 1
         assert f"ugicm-train: {path} is no rd.json" in capsys.readouterr().err
@@ -692,3 +703,17 @@ def test_files_are_whole_whatever_their_name(tmp_path: Path, name: str) -> None:
     write("after", 5)
     assert path.read_text() == "after"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_beside_and_links_stay(tmp_path: Path) -> None:
+    for name in ("card.md", "card.tmp"):
+        (tmp_path / name).write_text("before")
+    (tmp_path / "link.md").symlink_to("card.md")
+    with written_whole(tmp_path / "link.md") as beside:
+        beside.write_text("after")
+    assert (tmp_path / "link.md").is_symlink()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "card.md": "after",
+        "card.tmp": "before",
+        "link.md": "after",
+    }

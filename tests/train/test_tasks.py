@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ugicm_train.cli import main
 from ugicm_train.evaluation import adaptors
 from ugicm_train.evaluation.agreement import SameBoxes, SameClasses, SamePixels, probabilities
 from ugicm_train.evaluation.coders import Coder, pillow_coder, ugicm_coder
-from ugicm_train.evaluation.journal import Entry, Journal, Key, locked
+from ugicm_train.evaluation.journal import Entry, Journal, Key
 from ugicm_train.evaluation.machine import (
     add_arguments,
     bd_rate_errors,
@@ -42,7 +43,17 @@ from ugicm_train.evaluation.machine_report import (
     score_at,
     table,
 )
-from ugicm_train.evaluation.tasks import BoxMap, Detections, MaskMap, MeanIou, Top1, check_images, read_labels
+from ugicm_train.evaluation.tasks import (
+    BoxMap,
+    Detections,
+    MaskMap,
+    MeanIou,
+    Top1,
+    check_images,
+    read_instances,
+    read_labels,
+)
+from ugicm_train.files import locked
 
 Image = NDArray[np.uint8]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 210)}
@@ -107,6 +118,13 @@ class TestTop1:
             ):
                 with pytest.raises(ValueError, match=r"broken gives scores of red\.png that are not finite"):
                     task.judge("red.png", picture)
+
+    def test_scores_of_more_than_one_picture(self, colours: Path) -> None:
+        task = Top1("batch", lambda image: np.eye(3), colours, {"red.png": 1})
+        with pytest.raises(
+            ValueError, match=r"batch gives scores of red\.png in the shape \(3, 3\): one per class"
+        ):
+            task.judge("red.png", np.zeros((8, 8, 3), np.uint8))
 
     def test_missing_pictures_are_named(self, colours: Path) -> None:
         task = Top1("colours", colour_scores, colours, {"red.png": 0, "gone.png": 1})
@@ -215,6 +233,28 @@ class TestBoxMap:
         with pytest.raises(ValueError, match=rf"instances\.json: {kind}\[1\] lacks {field}"):
             check_images([task])
 
+    def test_files_whose_content_does_not_fit(self, instances: Path) -> None:
+        whole = instances.read_text()
+        for kind, change, message in (
+            ("images", {"id": "b"}, r"id of images\[1\] is 'b', no whole number"),
+            ("categories", {"id": "b"}, r"id of categories\[1\] is 'b', no whole number"),
+            ("annotations", {"image_id": None}, r"image_id of annotations\[1\] is None"),
+            ("annotations", {"category_id": 8}, r"annotations\[1\] is of category 8, which is none"),
+            ("annotations", {"bbox": [0, 0]}, r"bbox of annotations\[1\] is \[0, 0\], not four"),
+            ("annotations", {"bbox": [0, 0, 9, math.inf]}, r"bbox of annotations\[1\] is .*, not four"),
+        ):
+            content = json.loads(whole)
+            content[kind][1] |= change
+            instances.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=rf"instances\.json: {message}"):
+                read_instances(instances)
+        content = json.loads(whole)
+        for annotation in content["annotations"]:
+            annotation["image_id"] += 10
+        instances.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"none of its annotations is of a picture that it lists"):
+            read_instances(instances)
+
     def test_classes_and_sizes_that_do_not_fit(self, instances: Path) -> None:
         for found in (2, -1):
             with pytest.raises(ValueError, match=rf"boxes found class {found} in 1\.png.*has 2 categories"):
@@ -307,6 +347,13 @@ class TestMeanIou:
         save(tmp_path / "a.webp", np.zeros((2, 4, 3), np.uint8))
         with pytest.raises(ValueError, match=r"a\.png is the mask of two pictures, a\.jpg and a\.webp"):
             task.images()
+
+    def test_a_damaged_mask_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "masks").mkdir()
+        (tmp_path / "masks" / "a.png").write_bytes(b"no picture")
+        task = MeanIou("mask", lambda image: image[..., 0], tmp_path, tmp_path / "masks")
+        with pytest.raises(ValueError, match=r"masks/a\.png is no mask that can be read"):
+            task.judge("a.jpg", np.zeros((1, 2, 3), np.uint8))
 
     def test_class_maps_of_floats(self, tmp_path: Path) -> None:
         save(tmp_path / "masks" / "a.png", np.array([[1, 0]], np.uint8))
@@ -645,6 +692,9 @@ class TestRuntimes:
             "def bright():\n    return Network(answer)\n"
         )
         assert adaptors.load_classifier(f"{file}:bright")(np.zeros((4, 4, 3), np.uint8)) == 3
+        (tmp_path / "number.py").write_text("def network():\n    return 3\n")
+        with pytest.raises(adaptors.NetworkError, match=r"number\.py:network made 3: a function of pictures"):
+            adaptors.load_classifier(f"{tmp_path / 'number.py'}:network")
         (tmp_path / "lacking.py").write_text("import no_such_thing\n")
         with pytest.raises(adaptors.NetworkError, match=r"lacking\.py cannot be imported: .*no_such_thing"):
             adaptors.load_classifier(f"{tmp_path / 'lacking.py'}:network")
@@ -754,10 +804,15 @@ def lite_rt_model(
 class TestTorchvision:
     """Real constructors and preprocessing with random weights: no network access."""
 
+    @pytest.fixture(autouse=True)
+    def random_weights(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        models = pytest.importorskip("torchvision").models
+        monkeypatch.setattr(models.WeightsEnum, "get_state_dict", lambda *_, **__: {})
+        monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+
     def test_classifier(self, photo: Image) -> None:
-        pytest.importorskip("torchvision")
         torch.manual_seed(0)
-        scores = adaptors.torchvision_classifier("mobilenet_v3_small", pretrained=False)(photo)
+        scores = adaptors.torchvision_classifier("mobilenet_v3_small")(photo)
         assert scores.shape == (1000,)
         assert np.isfinite(scores).all()
 
@@ -765,14 +820,14 @@ class TestTorchvision:
         pytest.importorskip("torchvision")
         torch.manual_seed(0)
         name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-        model, weights = adaptors.torchvision_network(name, "detector", pretrained=False)
+        model, weights = adaptors.torchvision_network(name, "detector")
         answer = {
             "boxes": torch.tensor([[0.0, 0, 5, 5], [1, 1, 9, 9], [2, 2, 3, 3]]),
             "scores": torch.tensor([0.9, 0.8, 0.7]),
             "labels": torch.tensor([weights.meta["categories"].index(n) for n in ("dog", "zebra", "cat")]),
             "masks": torch.tensor([0.2, 0.8, 0.6])[:, None, None, None].expand(3, 1, *photo.shape[:2]),
         }
-        real = adaptors.torchvision_detector(name, categories=["cat", "dog"], pretrained=False)(photo)
+        real = adaptors.torchvision_detector(name, categories=["cat", "dog"])(photo)
         assert real.boxes.shape == (len(real.scores), 4)
         monkeypatch.setattr(
             adaptors, "torchvision_network", lambda *args, **options: (lambda images: [answer], weights)
@@ -789,7 +844,7 @@ class TestTorchvision:
     def test_segmenter(self, photo: Image) -> None:
         pytest.importorskip("torchvision")
         torch.manual_seed(0)
-        classes = adaptors.torchvision_segmenter("lraspp_mobilenet_v3_large", pretrained=False)(photo)
+        classes = adaptors.torchvision_segmenter("lraspp_mobilenet_v3_large")(photo)
         assert classes.shape == photo.shape[:2]
         assert classes.max() <= 20
 

@@ -40,6 +40,7 @@ from ugicm.codec.viterbi import SHORTEST, nearest
 from ugicm_train.cli import main
 from ugicm_train.data import DataError
 from ugicm_train.export import export, model_tensors, write_model
+from ugicm_train.files import locked
 from ugicm_train.losses import Judge, LossTerms, level_of, rate_distortion_loss
 from ugicm_train.model import PREFERENCE, CodecOutput, FactorizedPrior
 from ugicm_train.optimizer import Optimizer
@@ -138,6 +139,22 @@ def test_a_second_run_in_the_same_folder_needs_resume(photos: Path, tmp_path: Pa
     (tmp_path / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(FileExistsError, match="--resume"):
         train(TINY, OPTIONS, [photos], tmp_path)
+
+
+def test_one_run_in_a_folder_at_a_time(photos: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="another run writes to"):
+        train(TINY, OPTIONS, [photos], tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_model_does_not_write_over_a_run(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = dataclasses.replace(OPTIONS, steps=1, batch=1)
+    train(TINY, options, [photos], run)
+    with pytest.raises(FileExistsError, match="holds a run, which a model would write over"):
+        export(run, run)
+    train(None, dataclasses.replace(options, steps=2), [photos], run, resume="checkpoint.pt")
+    assert load_checkpoint(run)["step"] == 3
 
 
 def test_a_run_does_not_write_over_a_model(
@@ -421,11 +438,15 @@ def test_what_is_too_large_for_a_stored_model_is_not_written(tmp_path: Path) -> 
 def test_a_full_disk_leaves_no_part_of_a_checkpoint(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    (tmp_path / ".checkpoint.pt.tmp").symlink_to("/dev/full")
     command = ["run", "--data", str(photos), "--out", str(tmp_path), "--steps", "1", "--batch", "1"]
     assert main([*command, "--crop", "64", "--device", "cpu", "--decay", "0"]) == 1
     assert f"cannot write {tmp_path / 'checkpoint.pt'}" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "log.csv",
+        "ugicm-train.lock",
+    ]
 
 
 def test_optimisers_share_out_all_parameters() -> None:
@@ -946,6 +967,8 @@ def test_options_are_checked() -> None:
         TrainOptions(steps=1, batch=0)
     with pytest.raises(ValueError, match="crop must be above 0"):
         TrainOptions(steps=1, crop=0)
+    with pytest.raises(ValueError, match="level_power must be finite"):
+        dataclasses.replace(OPTIONS, level_power=math.inf)
     with pytest.raises(ValueError, match="level_power must be above 0"):
         TrainOptions(steps=1, level_power=-0.8)
     with pytest.raises(ValueError, match=r"ema must be in 0\.\.1, got 1\.5"):
@@ -994,7 +1017,7 @@ def test_a_model_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="no space left"):
         write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
     assert read_model(tmp_path).weights_sha256 == before.weights_sha256
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_signal_does_not_part_weights_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1009,7 +1032,7 @@ def test_a_signal_does_not_part_weights_and_config(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         write_model(tmp_path, TINY, model_tensors(tiny_trainable(seed=1)), {})
     assert read_model(tmp_path).weights_sha256 != before.weights_sha256
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_model_that_was_parted_is_put_together_by_hand(
@@ -1029,7 +1052,7 @@ def test_a_model_that_was_parted_is_put_together_by_hand(
     write_tiny_model(tmp_path / "model", seed=1)
     with pytest.raises(ModelStoreError, match="damaged"):
         read_model(killed)
-    replace(killed / "config.tmp", killed / "config.json")
+    replace(killed / ".config.json.tmp", killed / "config.json")
     assert read_model(killed).weights_sha256 == read_model(tmp_path / "model").weights_sha256
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -263,13 +262,12 @@ def fastestdet(path: Path, *, categories: Sequence[str] | None) -> Detector:
 # ------------------------------------------------------------------ torchvision
 
 
-def torchvision_network(name: str, kind: str, *, pretrained: bool = True) -> tuple[Any, Any]:
-    """A model of torchvision in evaluation mode and the description of its default weights.
+def torchvision_network(name: str, kind: str) -> tuple[Any, Any]:
+    """A model of torchvision in evaluation mode, with its default weights, and their description.
 
     Args:
         name: as in ``torchvision.models.list_models()``.
         kind: classifier, detector or segmenter.
-        pretrained: load the weights, which torchvision fetches once; False leaves random ones.
     """
     from torchvision import models
 
@@ -277,11 +275,8 @@ def torchvision_network(name: str, kind: str, *, pretrained: bool = True) -> tup
     if name not in (known := models.list_models(module=modules[kind])):
         raise NetworkError(f"torchvision has no {kind} {name!r}; it has {', '.join(known)}")
     weights = models.get_model_weights(name).DEFAULT
-    options: dict[str, Any] = {"weights": weights if pretrained else None}
-    if not pretrained and "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        options["weights_backbone"] = None
     try:
-        model = models.get_model(name, **options)
+        model = models.get_model(name, weights=weights)
     except OSError as error:
         raise NetworkError(
             f"torchvision cannot fetch the weights of {name} ({error}): without network access put "
@@ -290,9 +285,9 @@ def torchvision_network(name: str, kind: str, *, pretrained: bool = True) -> tup
     return model.eval().requires_grad_(False), weights
 
 
-def torchvision_classifier(name: str, *, pretrained: bool = True) -> Classifier:
+def torchvision_classifier(name: str) -> Classifier:
     """With torchvision's own preprocessing, as its published accuracies."""
-    model, weights = torchvision_network(name, "classifier", pretrained=pretrained)
+    model, weights = torchvision_network(name, "classifier")
     preprocess = weights.transforms()
 
     @torch.inference_mode()
@@ -302,13 +297,13 @@ def torchvision_classifier(name: str, *, pretrained: bool = True) -> Classifier:
     return classify
 
 
-def torchvision_detector(name: str, *, categories: Sequence[str] | None, pretrained: bool = True) -> Detector:
+def torchvision_detector(name: str, *, categories: Sequence[str] | None) -> Detector:
     """Faster R-CNN, Mask R-CNN (with its masks), RetinaNet, ...
 
     `categories` are the class names of the annotations, in their order; torchvision's classes that are not
     among them are dropped. None keeps all, by torchvision's own index.
     """
-    model, weights = torchvision_network(name, "detector", pretrained=pretrained)
+    model, weights = torchvision_network(name, "detector")
     preprocess = weights.transforms()
     indexes = class_indexes(weights.meta["categories"], categories)
 
@@ -325,9 +320,9 @@ def torchvision_detector(name: str, *, categories: Sequence[str] | None, pretrai
     return detect
 
 
-def torchvision_segmenter(name: str, *, pretrained: bool = True) -> Segmenter:
+def torchvision_segmenter(name: str) -> Segmenter:
     """DeepLabv3, FCN, LR-ASPP with the 21 classes of Pascal VOC."""
-    model, weights = torchvision_network(name, "segmenter", pretrained=pretrained)
+    model, weights = torchvision_network(name, "segmenter")
     preprocess = weights.transforms()
 
     @torch.inference_mode()
@@ -433,6 +428,8 @@ def _own(spec: str) -> Callable[[Image], Any] | None:
     if not hasattr(module, function):
         raise NetworkError(f"{file} has no function {function!r}")
     network: Callable[[Image], Any] = getattr(module, function)()
+    if not callable(network):
+        raise NetworkError(f"{spec} made {network!r}: a function of pictures is needed")
     if not isinstance(getattr(network, "identity", ""), str):
         raise NetworkError(f"{spec}: the identity of a network is a string")
     return network

@@ -20,11 +20,6 @@ LABELS = {
     "hm": "HM (HEVC)",
     "bpg-444": "BPG 4:4:4",
     "vtm": "VTM (VVC)",
-    "bmshj2018-factorized": "bmshj2018-factorized",
-    "bmshj2018-hyperprior": "bmshj2018-hyperprior",
-    "mbt2018-mean": "mbt2018-mean",
-    "mbt2018": "mbt2018",
-    "cheng2020-anchor": "cheng2020-anchor",
 }
 """How reports spell the codecs; others appear under their own names."""
 METRICS = {"psnr_db": "PSNR", "ms_ssim": "MS-SSIM"}

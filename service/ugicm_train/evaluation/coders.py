@@ -41,7 +41,7 @@ class Coder:
     """(bytes, strength) -> picture."""
     views: Mapping[str, float] = field(default_factory=lambda: HUMAN_ONLY)
     """Strengths to decode the same bytes with, by name."""
-    estimate_bits: Callable[[Image, float], float] | None = None
+    estimate_bits: Callable[[Image, float, bytes], float | None] | None = None
     """(picture, quality) -> bits that the entropy model predicts."""
     encode_to_bpp: Callable[[Image, float], bytes | None] | None = None
     """(picture, bits per pixel) -> at most so many bits, or None where no quality spends about so many."""
@@ -77,6 +77,11 @@ def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAU
             return None
         return None if peek(data).quality > QUALITY_MAX - 0.1 else data
 
+    def estimate_bits(image: Image, quality: float, data: bytes) -> float | None:
+        if peek(data).lossless:  # no latent is in it
+            return None
+        return code_length.bits(codec.analyse([image], quality)[0])
+
     return Coder(
         name=codec.name,
         identity=f"{codec.weights_sha256} {codec.device} {codec.precision}",
@@ -84,7 +89,7 @@ def ugicm_coder(codec: Codec, folder: Path, qualities: tuple[float, ...] = DEFAU
         encode=lambda image, quality: codec.encode([image], quality)[0],
         decode=lambda data, strength: codec.decode([data], strength)[0],
         views=PREFERENCES,
-        estimate_bits=lambda image, quality: code_length.bits(codec.analyse([image], quality)[0]),
+        estimate_bits=estimate_bits,
         encode_to_bpp=encode_to_bpp,
     )
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ugicm_train.evaluation.tasks import Judgement
 from ugicm_train.files import written_whole
-
-LOCK = "judgements.lock"
-"""File beside the journal that a run holds; it stays, as another run may wait to open it."""
 
 
 class Key(NamedTuple):
@@ -32,22 +27,6 @@ class Entry(NamedTuple):
     bpp: float
     psnr_db: float
     judgement: Judgement
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep the measurements in a folder, which is made, for this process alone.
-
-    Raises:
-        ValueError: another one has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run writes to {folder}: wait for it, or give another --out") from error
-        yield
 
 
 class Journal:

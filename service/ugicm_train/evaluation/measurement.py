@@ -85,7 +85,7 @@ def measure_image(coder: Coder, name: str, image: Image, *, butteraugli: bool = 
         started = time.perf_counter()
         data = coder.encode(image, quality)
         encode_s = time.perf_counter() - started
-        bits = coder.estimate_bits(image, quality) if coder.estimate_bits else None
+        bits = coder.estimate_bits(image, quality, data) if coder.estimate_bits else None
         for view, strength in coder.views.items():
             started = time.perf_counter()
             decoded = coder.decode(data, strength)

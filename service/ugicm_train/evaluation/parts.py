@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from ugicm_train.evaluation.journal import locked
+from ugicm_train.files import locked
 
 THREADS = "OMP_NUM_THREADS"
 """Read by torch when it is imported."""

@@ -7,17 +7,15 @@ from typing import Any
 
 
 class Progress:
-    """A bar where `rich` is installed and a terminal listens, lines elsewhere."""
+    """A bar where a terminal listens, lines elsewhere."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         if sys.stderr.isatty():
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-                from rich.progress import Progress as RichProgress
-            except ImportError:
-                return
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -44,7 +42,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line that stays."""
         if self._bar is not None:
-            self._bar.console.print(line, highlight=False)
+            self._bar.console.print(line, highlight=False, markup=False)
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import PIL.Image
 
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.anchors import METRICS, Point, curve, points_of, read_anchors
@@ -264,6 +263,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
     if arguments.out.suffix != ".json":  # table and plot have the same name with theirs
         raise ValueError(f"--out must end with .json, got {arguments.out}")
+    if arguments.data.resolve() in arguments.out.resolve().parents:  # the plot would be one of them
+        raise ValueError(
+            f"--out {arguments.out} is within {arguments.data}, whose pictures are coded: give another"
+        )
     with kept_alone(arguments.out.parent, arguments.part):
         return _run(arguments)
 

@@ -97,6 +97,8 @@ def _bd_table(
         columns[column(entry)] = None
         value = "–" if entry["percent"] is None else f"{entry['percent']:+.1f} %"  # noqa: RUF001
         rows.setdefault((entry["source"], entry["reference"]), {})[column(entry)] = value
+    if not rows:
+        return []
     return [
         f"| {title} | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",

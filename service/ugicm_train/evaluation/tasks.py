@@ -12,6 +12,7 @@ import csv
 import functools
 import io
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,14 @@ class MeanScored(Scored):
 
 
 def checked_scores(scores: Any, network: str, picture: str) -> NDArray[Any]:
-    """A network's scores as an array of their own type; ``ValueError`` where they are not finite, or none."""
+    """A network's scores (classes,) in their own type; ``ValueError`` where they are not finite, or none."""
     values = np.asarray(scores)
     if not (values.size and np.issubdtype(values.dtype, np.number) and np.isfinite(values).all()):
         raise ValueError(f"{network} gives scores of {picture} that are not finite numbers")
+    if values.ndim != 1:
+        raise ValueError(
+            f"{network} gives scores of {picture} in the shape {values.shape}: one per class is needed"
+        )
     return values
 
 
@@ -271,6 +276,24 @@ def read_instances(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         for index, item in enumerate(content[kind]):
             if lacking := [name for name in fields if not (isinstance(item, dict) and name in item)]:
                 raise ValueError(f"{path}: {kind}[{index}] lacks {', '.join(lacking)}")
+            for name in ("id", "image_id", "category_id"):
+                # Those of annotations are numbered anew, and some tools write none.
+                if name in fields and type(item[name]) is not int:
+                    raise ValueError(f"{path}: {name} of {kind}[{index}] is {item[name]!r}, no whole number")
+    images, categories = ({item["id"] for item in content[kind]} for kind in ("images", "categories"))
+    for index, item in enumerate(content["annotations"]):
+        if item["category_id"] not in categories:
+            raise ValueError(
+                f"{path}: annotations[{index}] is of category {item['category_id']}, which is none"
+            )
+        box = item.get("bbox", [0, 0, 0, 0])
+        if not (
+            isinstance(box, list)
+            and [type(edge) in (int, float) and math.isfinite(edge) for edge in box] == [True] * 4
+        ):
+            raise ValueError(f"{path}: bbox of annotations[{index}] is {box!r}, not four finite numbers")
+    if content["annotations"] and not any(item["image_id"] in images for item in content["annotations"]):
+        raise ValueError(f"{path}: none of its annotations is of a picture that it lists")
     return content
 
 
@@ -413,8 +436,12 @@ class MeanIou(Scored):
 
     def judge(self, name: str, image: Image) -> Judgement:
         """[true class, predicted class, pixels] of each pair that occurs."""
-        with PIL.Image.open(self.masks / f"{Path(name).stem}.png") as mask:
-            truth = np.asarray(mask)
+        path = self.masks / f"{Path(name).stem}.png"
+        try:
+            with PIL.Image.open(path) as mask:
+                truth = np.asarray(mask)
+        except OSError as error:
+            raise ValueError(f"{path} is no mask that can be read: {error}") from error
         predicted = checked_integers(self.segment(image), self.name, name)
         if predicted.shape != truth.shape:
             raise ValueError(f"{name}: the segmenter returned {predicted.shape} for a mask of {truth.shape}")
