@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -54,9 +55,9 @@ def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
         coded.append(len(pixels))
         return transform(codec, pixels, tilt)
 
-    def synthesise_counted(codec: Codec, latents: Sequence[Latent], strength: float) -> list[Image]:
+    def synthesise_counted(codec: Codec, latents: Sequence[Latent], *more: Any) -> list[Image]:
         decoded.append(len(latents))
-        return synthesise(codec, latents, strength)
+        return synthesise(codec, latents, *more)
 
     monkeypatch.setattr(Codec, "_transform", transform_counted)
     monkeypatch.setattr(Codec, "_synthesise_group", synthesise_counted)

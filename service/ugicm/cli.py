@@ -368,6 +368,8 @@ def _plan(sources: Sequence[Path], output: str, suffix: str) -> list[_Job]:
     """
     if not output:
         raise typer.BadParameter("the name of the output is empty")
+    if "-" in (output, *map(str, sources)):
+        raise typer.BadParameter("- is no file: for standard input and output give /dev/stdin, /dev/stdout")
     target = Path(output)
     if _is_folder(sources, output):
         try:

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
 import httpx2
@@ -62,7 +62,7 @@ class Encoded:
     """The bitstream is kept now: `Client.decode` takes its id."""
     lossless: bool
     """Both views equal the original."""
-    links: Mapping[str, str]
+    links: Mapping[str, str] = field(hash=False)
     """Paths of ``bitstream``, ``human`` and ``machine``; signed where the service signs links."""
 
 

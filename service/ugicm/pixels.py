@@ -38,6 +38,10 @@ def to_rgb(image: Image.Image) -> Pixels:
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
     image = image.convert("LA") if image.mode == "La" else _to_8_bit(image)
     alpha = None
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
+        # Of a PNG with 16 bits, of which Pillow keeps the upper 8.
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         alpha = rgba.getchannel("A")

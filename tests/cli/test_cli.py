@@ -320,6 +320,13 @@ def test_an_input_is_never_overwritten(photos: list[Path]) -> None:
     assert photos[0].read_bytes() == before
 
 
+def test_a_dash_is_no_file(photos: list[Path], tmp_path: Path) -> None:
+    for arguments in ((photos[0], "-o", "-"), ("-", "-o", tmp_path / "a.ugic")):
+        result = ugicm_("encode", *arguments)
+        assert result.exit_code == 2
+        assert "/dev/stdin, /dev/stdout" in " ".join(result.stderr.split())
+
+
 def test_no_input_is_overwritten_through_a_link(photos: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.ugic").symlink_to(photos[1])

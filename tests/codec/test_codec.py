@@ -208,6 +208,29 @@ def test_encode_to_size_says_what_is_needed(tiny_codec: Codec, photo: Photo) -> 
         tiny_codec.encode_to_size(photo)
     with pytest.raises(CodecError, match="positive"):
         tiny_codec.encode_to_size(photo, target_bpp=-1)
+    for size in (float("nan"), 1500.0, "1500"):
+        with pytest.raises(CodecError, match="max_bytes must be a whole number"):
+            tiny_codec.encode_to_size(photo, max_bytes=size)  # type: ignore[arg-type]
+    crop, enough = photo[:64, :64], 10**400
+    best = tiny_codec.encode_to_size(crop, max_bytes=10**6)
+    assert tiny_codec.encode_to_size(crop, max_bytes=enough) == best
+    assert tiny_codec.encode_to_size(crop, target_bpp=enough) == best
+
+
+def test_not_a_number_of_steps(tiny_codec: Codec, photo: Photo) -> None:
+    for steps in (1.0, "1", None):
+        with pytest.raises(CodecError, match="refine must be in 0"):
+            tiny_codec.encode([photo[:64, :64]], refine=steps)  # type: ignore[arg-type]
+
+
+def test_bitstreams_as_other_bytes(tiny_codec: Codec, photo: Photo) -> None:
+    (data,) = tiny_codec.encode([photo[:64, :64]])
+    (picture,) = tiny_codec.decode([data])
+    for other in (bytearray(data), memoryview(data), np.frombuffer(data, np.uint8)):
+        assert np.array_equal(tiny_codec.decode([other])[0], picture)  # type: ignore[list-item]
+    for wrong in (data, ["text"]):
+        with pytest.raises(CodecError, match=r"a bitstream is bytes, got (int|str)"):
+            tiny_codec.decode(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("quality", [0.5, 101, float("nan")])
@@ -237,7 +260,7 @@ def test_not_an_image(tiny_codec: Codec, image: NDArray[np.generic] | None) -> N
         tiny_codec.encode([image])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("quality", ["high", "5", b"5", None, [50.0, 60.0]])
+@pytest.mark.parametrize("quality", ["high", "5", b"5", None, [50.0, 60.0], 10**400])
 def test_not_a_quality(tiny_codec: Codec, photo: Photo, quality: Any) -> None:
     with pytest.raises(CodecError, match="quality"):
         tiny_codec.encode([photo[:64, :64]], quality)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,20 @@ def fewer_levels(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return change
 
 
+def as_type(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].to(dtype)
+
+    return change
+
+
+def not_a_number(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.full_like(tensors[name], math.nan)
+
+    return change
+
+
 def a_foreign_layer(tensors: dict[str, torch.Tensor]) -> None:
     for kind in ("weight", "bias", "bits"):
         tensors[f"entropy.trunk.9.expand.{kind}"] = tensors[f"entropy.base.{kind}"].clone()
@@ -229,6 +244,15 @@ def a_foreign_layer(tensors: dict[str, torch.Tensor]) -> None:
         (fewer_levels("grain"), r"tiny has 3 levels, but grain of shape \(2,\)"),
         (fewer_levels("reach"), "3 levels, but reach of shape"),
         (fewer_levels("largest"), "3 levels, but largest of shape"),
+        (
+            as_type("entropy.base.weight", torch.float32),
+            "entropy layer base of tiny is not of integers as they",
+        ),
+        (as_type("entropy.base.bias", torch.int64), "entropy layer base of tiny is not of integers as they"),
+        (as_type("tables.z.choice", torch.int32), "the choice of hyper tables is uint8, got int32"),
+        (as_type("tables.y.frequencies", torch.float32), "table entries are int32, got float32"),
+        (not_a_number("gains.log_gain"), "values in gains.log_gain that are not finite"),
+        (not_a_number("synthesis.fold.bias"), "values in synthesis.fold.bias that are not finite"),
         (lambda tensors: None, None),
     ],
 )
@@ -243,6 +267,15 @@ def test_contents_that_do_not_fit(
         load_codec(folder, device="cpu")
     else:
         with pytest.raises(ModelStoreError, match=message):
+            load_codec(folder, device="cpu")
+
+
+def test_a_config_that_asks_for_too_much(folder: Path) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    for name in ("channels", "latent_channels", "entropy_channels", "decoder_blocks", "levels"):
+        changed = description | {"model": description["model"] | {name: 10**6}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ModelStoreError, match=rf"is not valid: {name} must be at most \d+, got 1000000"):
             load_codec(folder, device="cpu")
 
 

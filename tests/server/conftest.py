@@ -59,7 +59,14 @@ class FakeCodec:
     def count(self, name: str) -> int:
         return sum(call == name for call, _ in self.calls)
 
-    def analyse(self, images: Sequence[Image], quality: Sequence[float]) -> list[FakeLatent]:
+    def analyse(
+        self,
+        images: Sequence[Image],
+        quality: Sequence[float],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[FakeLatent]:
+        self.stop = stop
         self._on_device("analyse", len(images))
         digest = bytes.fromhex(self.digest)
         return [
@@ -77,7 +84,14 @@ class FakeCodec:
         pixels = np.frombuffer(zlib.decompress(segment), np.uint8)
         return FakeLatent(header, pixels.reshape(header.height, header.width, 3))
 
-    def synthesise(self, latents: Sequence[FakeLatent], strength: Sequence[float]) -> list[Image]:
+    def synthesise(
+        self,
+        latents: Sequence[FakeLatent],
+        strength: Sequence[float],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Image]:
+        self.stop = stop
         self._on_device("synthesise", len(latents))
         return [
             np.rint(latent.image * (1 - value) + (255 - latent.image) * value).astype(np.uint8)

@@ -399,6 +399,19 @@ def test_form_without_the_part(client: TestClient, files: Any, status: int, code
     assert_problem(client.post("/encode", files=files), status, code)
 
 
+@pytest.mark.parametrize("path", ["/encode", "/encode/batch", "/decode"])
+def test_parameters_in_a_form(client: TestClient, image_file: Any, path: str) -> None:
+    response = client.post(path, files={"image": image_file()}, data={"quality": "10"})
+    assert response.status_code == 422
+    assert "quality is a field of the form; parameters belong in the query" in response.json()["detail"]
+
+
+def test_an_empty_file_in_a_form(client: TestClient) -> None:
+    response = client.post("/encode", files={"image": ("photo.png", b"")})
+    assert (response.status_code, response.json()["code"]) == (400, "malformed-body")
+    assert "the file part 'image' is empty" in response.json()["detail"]
+
+
 def test_broken_form(client: TestClient) -> None:
     response = client.post(
         "/encode", content=b"junk", headers={"Content-Type": "multipart/form-data; boundary=b"}

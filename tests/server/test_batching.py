@@ -59,14 +59,10 @@ async def batcher() -> AsyncIterator[MicroBatcher]:
 async def queued(batcher: MicroBatcher, device: Device, *items: int) -> list[asyncio.Task[int]]:
     """Tasks that wait behind a held-up batch of one, the item 0; weight 3 each."""
     device.gate.clear()
-
-    async def run(item: int) -> int:
-        return (await batcher.run(device.double, item, weight=3)).result
-
-    tasks = [asyncio.create_task(run(0))]
+    tasks = [asyncio.create_task(_result(batcher, device, 0))]
     while not device.batches:
         await asyncio.sleep(0.001)
-    tasks += [asyncio.create_task(run(item)) for item in items]
+    tasks += [asyncio.create_task(_result(batcher, device, item)) for item in items]
     await asyncio.sleep(0)
     return tasks
 

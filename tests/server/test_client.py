@@ -54,6 +54,11 @@ def test_a_batch(client: Client, image_file: Any) -> None:
     assert client.encode_batch([]) == []
 
 
+def test_descriptions_can_be_counted(client: Client, image_file: Any) -> None:
+    client.encode(image_file())
+    assert len({client.encode(image_file()), client.encode(image_file())}) == 1
+
+
 def test_sizes_and_storing(client: Client, image_file: Any) -> None:
     assert client.encode(image_file(), max_bytes=50_000).quality == 1.0
     assert client.encode(image_file(), target_bpp=24).quality == 1.0

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 from starlette.datastructures import UploadFile
@@ -390,17 +391,45 @@ async def test_a_departed_client_leaves_no_picture_in_the_pool(
     free.set()
 
 
-async def test_a_search_is_stopped_when_its_time_is_up(
-    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+@pytest.mark.parametrize("path", ["/encode", "/encode?max_bytes=100000", "/decode"])
+async def test_work_is_stopped_when_its_time_is_up(
+    path: str, make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
     client = await make_async_client(request_timeout_s=0.5, warm_up=False)
+    content = image_file()
+    if path == "/decode":
+        content = codec.pack(codec.analyse([np.zeros((8, 8, 3), np.uint8)], [50.0])[0])
     codec.gate.clear()
-    (late,) = start([client.post("/encode?max_bytes=100000", content=image_file())])
+    codec.stop = None
+    (late,) = start([client.post(path, content=content)])
     await until(lambda: codec.stop is not None)
     assert not codec.stop()
     assert (await late).status_code == 504
     assert codec.stop()
     codec.gate.set()
+
+
+async def test_a_batch_is_stopped_when_nobody_waits_for_it(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    engine = client.app.state.services.engine
+    codec.gate.clear()
+    first = asyncio.create_task(engine.encode(image_file(), RateTarget(), Timings()))
+    await until(lambda: codec.count("analyse") == 1)
+    both = [asyncio.create_task(engine.encode(image_file(seed=i), RateTarget(), Timings())) for i in (1, 2)]
+    await until(lambda: len(engine.batcher._jobs) == 2)
+    stops = []
+    gate, codec.gate = codec.gate, threading.Event()
+    gate.set()
+    await first
+    await until(lambda: ("analyse", 2) in codec.calls)
+    for task in both:
+        task.cancel()
+        await asyncio.wait([task])
+        stops.append(codec.stop())
+    codec.gate.set()
+    assert stops == [False, True]
 
 
 async def test_searches_do_not_wait_for_each_other(
@@ -428,6 +457,21 @@ def test_the_codec_stops_a_search(tiny_codec: Codec, photo: Any) -> None:
     with pytest.raises(CodecError, match="stopped"):
         tiny_codec.encode_to_size(photo, max_bytes=20_000, stop=stop)
     assert asked == [False] * 4 + [True]
+
+
+def test_the_codec_stops_between_tiles(tiny_codec: Codec) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (1000, 1100, 3), np.uint8)
+    (data,) = tiny_codec.encode([picture])
+    latent = tiny_codec.unpack(data)
+    assert latent.header.tiles == 2
+    for work in (
+        lambda stop: tiny_codec.analyse([picture], stop=stop),
+        lambda stop: tiny_codec.synthesise([latent], stop=stop),
+    ):
+        asked = iter([False, True])
+        with pytest.raises(CodecError, match="stopped"):
+            work(asked.__next__)
+        assert not list(asked)
 
 
 async def test_a_flight_that_fails_is_not_remembered(

@@ -214,6 +214,12 @@ def test_one_grey_of_16_bits_may_be_transparent() -> None:
     assert read(png(*GREY16, grey, *transparent))[0].tolist() == [[255] * 3, [1] * 3, [255] * 3]
 
 
+def test_one_colour_of_16_bits_may_be_transparent() -> None:
+    colour = np.array([[[0x1234, 0x5678, 0x9ABC], [0x1334, 0x5678, 0x9ABC]]], ">u2")
+    key = (b"tRNS", b"\x12\x34\x56\x78\x9a\xbc")
+    assert read(png(*COLOUR16, colour, key))[0].tolist() == [[255] * 3, [0x13, 0x56, 0x9A]]
+
+
 def test_transparent_colour_beyond_8_bits_is_no_error() -> None:
     colour = (RAMP.astype(np.uint16) * 257).astype(">u2")
     assert read(png(*COLOUR16, colour, (b"tRNS", b"\xff\xff" * 3))).shape == RAMP.shape

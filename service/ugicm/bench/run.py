@@ -128,10 +128,12 @@ def resized(photos: Sequence[Image], megapixels: float, number: int) -> Image:
     row_height = 0
     while row_height < height:
         row: list[Image] = []
-        while sum(part.shape[1] for part in row) < width:
+        row_width = 0
+        while row_width < width:
             photo = photos[number % len(photos)]
             # Neighbours of one photo are mirrored, so that no edge shows between them.
             row.append(photo[:, :: -1 if len(row) % 2 else 1])
+            row_width += photo.shape[1]
             number += len(photos) > 1
         low = min(part.shape[0] for part in row)
         band = np.concatenate([part[:low] for part in row], 1)[:, :width]

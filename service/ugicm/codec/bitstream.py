@@ -150,7 +150,7 @@ def _read_header(data: bytes) -> tuple[Header, int]:
         # Lost or doubled CR, stripped or re-encoded high byte: all leave the letters near the start.
         if b"UGIC" in data[:7]:
             raise MalformedBitstreamError(
-                "damaged by a text-mode transfer (line ends translated or characters re-encoded)"
+                "damaged, perhaps by a text-mode transfer (line ends translated or characters re-encoded)"
             )
         raise MalformedBitstreamError("not a ugicm bitstream")
     if len(data) > len(MAGIC) and data[len(MAGIC)] != VERSION:

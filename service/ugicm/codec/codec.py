@@ -89,7 +89,7 @@ class Latent(NamedTuple):
 
     header: Header
     tiles: tuple[TileSymbols, ...]
-    """Integers of each tile, row by row."""
+    """Integers of each tile, row by row; only after `Codec.analyse`."""
     y_hat: Tensor | None = None
     """Dequantised latent (h, w, M) float32 before the inverse gains; only after `Codec.unpack`."""
     picture: Image | None = None
@@ -123,7 +123,9 @@ class Codec:
     """One trained model on one device: pixels to bitstreams and back, at any quality and preference.
 
     `encode` is `analyse` then `pack`; `decode` is `unpack` then `synthesise`. A server runs the first and
-    last on the device's own thread and the two in the middle anywhere. Methods are thread-safe.
+    last on the device's own thread and the two in the middle anywhere. Methods are thread-safe. Processes
+    that use it should be spawned, not forked: where torch has computed with several threads before, a forked
+    one hangs.
     """
 
     def __init__(
@@ -261,7 +263,7 @@ class Codec:
             stop: asked after each tile of each attempt; the search ends once it says true.
 
         Raises:
-            CodecError: even quality 1 is larger than the budget, or the search was stopped.
+            CodecError: even quality 1 is larger than the budget, or the work was stopped.
         """
         if (max_bytes is None) == (target_bpp is None):
             raise CodecError("give exactly one of max_bytes and target_bpp")
@@ -271,18 +273,17 @@ class Codec:
             assert target_bpp is not None
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
-            max_bytes = int(min(target_bpp * image.shape[0] * image.shape[1] / 8, sys.maxsize))
+            max_bytes = int(
+                min(min(target_bpp, sys.maxsize) * image.shape[0] * image.shape[1] / 8, sys.maxsize)
+            )
+        elif not isinstance(max_bytes, int | np.integer):
+            raise CodecError(f"max_bytes must be a whole number, got {max_bytes!r}")
+        max_bytes = min(int(max_bytes), sys.maxsize)
         exact = None
         if lossless.promising(image):
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
                 return exact
-
-        def until_stopped(parts: Iterable[Part]) -> Iterator[Part]:
-            for part in parts:
-                if stop():
-                    raise CodecError("the search for a quality was stopped")
-                yield part
 
         kept: dict[float, list[Tensor]] = {}
 
@@ -290,13 +291,13 @@ class Codec:
             """What neighbouring qualities share, as they share the analysis transform."""
             if tilt not in kept:
                 kept.clear()  # before others are made: of a large picture they are large
-                kept[tilt] = list(until_stopped(self._latents(image, tilt)))
+                kept[tilt] = list(_until(stop, self._latents(image, tilt)))
             return kept[tilt]
 
         def attempt(step: int, refine: int = 0) -> bytes:
             header = self._header(image, step / container.QUALITY_STEPS)
             tiles = self._tiles(latents(self._tilt(header)), image, header, refine)
-            return self._serialise(header, until_stopped(tiles))
+            return self._serialise(header, _until(stop, tiles))
 
         def search(budget: float) -> tuple[int, bytes]:
             """Best quality in steps, and its bitstream; of the lowest, if even that is over the budget."""
@@ -342,8 +343,17 @@ class Codec:
 
     # The same in stages
 
-    def analyse(self, images: Sequence[Image], quality: float | Sequence[float] = 50.0) -> list[Latent]:
-        """Device work of `encode`: transforms and quantisation."""
+    def analyse(
+        self,
+        images: Sequence[Image],
+        quality: float | Sequence[float] = 50.0,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Latent]:
+        """Device work of `encode`: transforms and quantisation.
+
+        ``stop`` is asked after each tile of a large picture; ``CodecError`` once it says true.
+        """
         qualities = _spread(quality, len(images), "quality")
         for image in images:
             self._check_image(image)
@@ -352,7 +362,7 @@ class Codec:
         for group in _batches([(*_shape(header), self._tilt(header)) for header in headers]):
             if headers[group[0]].tile_side:
                 for index in group:
-                    tiles = tuple(self._analyse_image(images[index], headers[index]))
+                    tiles = tuple(_until(stop, self._analyse_image(images[index], headers[index])))
                     out[index] = Latent(headers[index], tiles, picture=images[index])
                 continue
             pixels = torch.stack([self._padded(images[index]) for index in group])
@@ -368,6 +378,11 @@ class Codec:
 
     def unpack(self, data: bytes) -> Latent:
         """CPU work of `decode`: entropy decoding, exact on every machine. Raises as `decode` does."""
+        if not isinstance(data, bytes):
+            try:
+                data = bytes(memoryview(data))
+            except TypeError as error:
+                raise CodecError(f"a bitstream is bytes, got {type(data).__name__}") from error
         header = container.peek(data)
         # Tiles of a sender's choice could be odd, as large as the picture and need gigabytes, or as many as
         # the bytes: checked before they are read.
@@ -383,18 +398,25 @@ class Codec:
         if header.lossless:
             return Latent(header, (), picture=lossless.decompress(segments[0], header.width, header.height))
         y_hat = self._empty_latent(header)
-        tiles = []
         for window, segment in zip(tile_windows(header, 0), segments, strict=True):
             top, left, height, width = window[:4]
-            tile, part = self._cpu_entropy.unpack(segment, height, width, rate_of(header.quality))
+            _, part = self._cpu_entropy.unpack(segment, height, width, rate_of(header.quality))
             y_hat[top : top + height, left : left + width] = part
-            tiles.append(tile)
-        return Latent(header, tuple(tiles), y_hat)
+        return Latent(header, (), y_hat)
 
     @without_autocast
     @torch.inference_mode()
-    def synthesise(self, latents: Sequence[Latent], strength: float | Sequence[float] = 0.0) -> list[Image]:
-        """Device work of `decode`: the synthesis transform at the given preference."""
+    def synthesise(
+        self,
+        latents: Sequence[Latent],
+        strength: float | Sequence[float] = 0.0,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Image]:
+        """Device work of `decode`: the synthesis transform at the given preference.
+
+        ``stop`` is asked before each tile; ``CodecError`` once it says true.
+        """
         strengths = _spread(strength, len(latents), "strength")
         for value in strengths:
             if not 0 <= value <= 1:
@@ -405,13 +427,15 @@ class Codec:
         ]
         out: dict[int, Image] = {}
         for group in _batches(keys):
-            images = self._synthesise_group([latents[i] for i in group], strengths[group[0]])
+            images = self._synthesise_group([latents[i] for i in group], strengths[group[0]], stop)
             out.update(zip(group, images, strict=True))
         return [out[index] for index in range(len(latents))]
 
     # Parts
 
-    def _synthesise_group(self, latents: Sequence[Latent], strength: float) -> list[Image]:
+    def _synthesise_group(
+        self, latents: Sequence[Latent], strength: float, stop: Callable[[], bool]
+    ) -> list[Image]:
         """Pictures of one size, preference, `_tilt` and `_share`, window by window."""
         header = latents[0].header
         if header.lossless:
@@ -424,7 +448,7 @@ class Codec:
         grain = None
         if share and self._grain is not None:
             grain = 255 * share * at_level(self._grain, level)
-        for window in tile_windows(header, synthesis.margin):
+        for window in _until(stop, tile_windows(header, synthesis.margin)):
             parts = []
             for latent in latents:
                 if latent.y_hat is None:
@@ -649,6 +673,14 @@ class Codec:
         return exact if len(exact) <= len(data) else data
 
 
+def _until(stop: Callable[[], bool], parts: Iterable[Part]) -> Iterator[Part]:
+    """The parts as they come; ``CodecError`` once `stop` says true."""
+    for part in parts:
+        if stop():
+            raise CodecError("the work was stopped")
+        yield part
+
+
 def _scaled(positions: slice) -> slice:
     """Pixels of latent positions."""
     return slice(positions.start * LATENT_STRIDE, positions.stop * LATENT_STRIDE)
@@ -672,7 +704,7 @@ def _spread(value: float | Sequence[float], count: int, what: str) -> list[float
         if isinstance(value, str | bytes):
             raise TypeError
         values = [float(item) for item in value]
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise CodecError(f"{what} must be a number, or one for each image, got {value!r}") from error
     if len(values) != count:
         raise CodecError(f"{len(values)} values of {what} for {count} images")

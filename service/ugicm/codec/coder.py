@@ -62,6 +62,8 @@ def make_tables(frequencies: NDArray[np.int32], lengths: NDArray[np.int32]) -> l
     Raises:
         ValueError: the lengths do not fit, or a table is not as `make_table` wants it.
     """
+    if frequencies.dtype != np.int32:
+        raise ValueError(f"table entries are int32, got {frequencies.dtype}")
     if int(lengths.sum()) != len(frequencies) or len(lengths) > 256:
         raise ValueError("table lengths do not match the stored frequencies")
     ends = np.cumsum(lengths)
@@ -176,6 +178,6 @@ class SymbolDecoder:
             raise MalformedBitstreamError(DAMAGED) from error
 
     def finish(self) -> None:
-        """Check that nothing is left."""
+        """Check that no more than a word is left: the coder cannot tell less from what it began with."""
         if not self._coder.maybe_exhausted():
             raise MalformedBitstreamError("the coded data goes on after the last symbol")

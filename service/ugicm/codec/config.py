@@ -30,6 +30,19 @@ _KINDS = {"str": (str,), "int": (int,), "float": (int, float)}
 """What a field of each type may hold: JSON may have whole numbers where others are meant."""
 
 
+_MOST = {
+    "channels": 2048,
+    "latent_channels": 4096,
+    "hyper_channels": 256,
+    "entropy_channels": 2048,
+    "encoder_blocks": 64,
+    "decoder_blocks": 64,
+    "context_blocks": 64,
+    "levels": 256,
+}
+"""A damaged file must not ask for all memory: networks are made before weights are compared."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the transforms and of the entropy model, as stored in ``config.json``.
@@ -64,10 +77,11 @@ class ModelConfig:
                 raise ValueError(f"{field.name} must be of type {kind}, got {value!r}")
             if field.name != "name" and not value > 0:
                 raise ValueError(f"{field.name} must be positive, got {value!r}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.latent_channels % 4:
             raise ValueError(f"latent_channels must be a multiple of 4, got {self.latent_channels}")
-        if self.hyper_channels > 256:
-            raise ValueError(f"hyper_channels must be at most 256, got {self.hyper_channels}")
         if self.levels < 2:
             raise ValueError(f"levels must be at least 2, got {self.levels}")
 

@@ -82,6 +82,10 @@ class _Layer(NamedTuple):
     bias: Tensor
 
 
+LAYER_TYPES = (torch.int16, torch.int32, torch.uint8)
+"""Of a layer's weights, biases and their binary places, as stored: sums of these fit int64."""
+
+
 class _Weights(NamedTuple):
     layers: dict[str, _Layer]
     """By name, without the following."""
@@ -114,6 +118,10 @@ def _load_weights(config: ModelConfig, tensors: Mapping[str, Tensor], device: to
         wanted = (shapes[f"{name}.weight"], shapes[f"{name}.bias"], shapes[f"{name}.bias"])
         if (weight.shape, bias.shape, bits.shape) != wanted:
             raise ModelStoreError(f"entropy layer {name} of {config.name} has not the shape of its config")
+        if (weight.dtype, bias.dtype, bits.dtype) != LAYER_TYPES:
+            raise ModelStoreError(
+                f"entropy layer {name} of {config.name} is not of integers as they are stored"
+            )
         fewest, most = int(bits.min()), int(bits.max())
         largest = int(largest_sums(name, weight, bias, bits).max())
         if fewest < BITS_MIN or most > BITS_MAX or largest >= SUM_LIMIT:

@@ -71,6 +71,8 @@ class HyperPrior:
         frequencies, lengths, choice = (
             tensors[f"tables.z.{part}"].numpy() for part in ("frequencies", "lengths", "choice")
         )
+        if choice.dtype != np.uint8:
+            raise ModelStoreError(f"the choice of hyper tables is uint8, got {choice.dtype}")
         if choice.ndim != 3 or choice.shape[1] not in (1, CONTEXTS) or int(choice.max()) >= len(lengths):
             raise ModelStoreError(
                 f"the choice of hyper tables has shape {choice.shape} and names table {choice.max()} of "

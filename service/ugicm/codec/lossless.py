@@ -11,14 +11,11 @@ import struct
 import zlib
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ugicm.codec.errors import MalformedBitstreamError
-
-Image = NDArray[np.uint8]
-"""RGB picture (H, W, 3)."""
+from ugicm.pixels import Pixels as Image
 
 MAX_SIDE = 16383
 """Longest side in pixels of a WebP."""
@@ -52,7 +49,7 @@ def compress(image: Image) -> bytes:
 
 
 def decompress(data: bytes, width: int, height: int) -> Image:
-    """Inverse of `compress`.
+    """Inverse of `compress`; what may follow the picture's data is not looked at.
 
     Raises:
         MalformedBitstreamError: damaged, or another size than `width` x `height`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +37,8 @@ COOLED = 0.85
 
 
 def check_steps(steps: int) -> None:
-    """``CodecError`` for a number of steps out of 0..`MAX_STEPS`."""
-    if not 0 <= steps <= MAX_STEPS:
+    """``CodecError`` for what is no number of steps in 0..`MAX_STEPS`."""
+    if not isinstance(steps, int | np.integer) or not 0 <= steps <= MAX_STEPS:
         raise CodecError(f"refine must be in 0..{MAX_STEPS} steps, got {steps}")
 
 

@@ -114,6 +114,9 @@ def read_model(folder: Path) -> StoredModel:
         }
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ModelStoreError(f"the model in {folder} is not valid: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not tensor.isfinite().all():
+            raise ModelStoreError(f"the model in {folder} has values in {name} that are not finite numbers")
     if digest != bitstream_digest(config, tensors):
         raise ModelStoreError(f"{folder}: the digest in config.json does not belong to the weights")
     return StoredModel(config, tensors, digest, seen)

@@ -48,7 +48,8 @@ def cut(order: NDArray[np.intp]) -> NDArray[np.intp]:
 def nearest(x: NDArray[np.float32], lengths: NDArray[np.intp] | None = None) -> NDArray[np.float32]:
     """The paths nearest to the rows of ``x`` (n, length), which is in steps; whole numbers, shaped alike.
 
-    ``lengths`` (n,): how much of each row counts, if not all. Rows of several pictures take hardly longer.
+    ``lengths`` (n,): how much of each row counts, if not all. Rows of several pictures take hardly longer;
+    which of two paths that are equally near is found may depend on them.
     """
     x = np.ascontiguousarray(x.T)
     length, count = x.shape

@@ -228,7 +228,10 @@ class GuardedCache:
                 self._reads_work = False
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(self._up)
-            _log.warning("bitstream cache failed", error=f"{type(error).__name__}: {error}".rstrip(": "))
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(
+                ": "
+            )  # the rest is for S3's authors
+            _log.warning("bitstream cache failed", error=reason)
             raise CacheDownError("the bitstream cache does not answer") from error
         # Reading says nothing of a store that is full, nor does deleting.
         self._reads_work = True

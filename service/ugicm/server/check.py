@@ -94,13 +94,18 @@ async def _check_cache(settings: Settings) -> Finding:
             probe = os.urandom(32)
             try:
                 await cache.check()
-                await cache.put(bitstream_id(probe), probe)
+                if await cache.put(bitstream_id(probe), probe) is None:
+                    return Finding(
+                        "cache",
+                        False,
+                        f"{scheme}: {len(probe)} bytes are too many for it; raise {setting('cache_bytes')}",
+                    )
                 intact = await cache.get(bitstream_id(probe)) == probe
                 await cache.delete(bitstream_id(probe))
             finally:
                 await cache.close()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
         return Finding("cache", False, f"{scheme}: {reason}; {setting('cache_url')} says where it is")
     return Finding("cache", intact, f"{scheme}: {'keeps what it is given' if intact else 'lost an entry'}")
 

@@ -225,6 +225,10 @@ def _slicewise(receive: Receive) -> Receive:
     return receive_slice
 
 
+PARAMETERS = {"quality", "target_bpp", "max_bytes", "store", "preference", "strength", "format"}
+"""Of the query; a form with such a field would be taken without it."""
+
+
 @asynccontextmanager
 async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormData]:
     """The multipart form that the body is."""
@@ -233,6 +237,11 @@ async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormDa
         async with Request(request.scope, _slicewise(request.receive)).form(
             max_files=max_files, max_fields=8
         ) as form:
+            for name in sorted(PARAMETERS & form.keys()):
+                raise ServiceError(
+                    Code.INVALID_PARAMETER,
+                    f"{name} is a field of the form; parameters belong in the query (?{name}=...)",
+                )
             yield form
     except HTTPException as error:
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
@@ -254,7 +263,9 @@ async def _file_part(request: Request, name: str) -> bytes:
     async with open_form(request, max_files=1) as form:
         part = form.get(name)
         if isinstance(part, UploadFile):
-            return await part.read()
+            if data := await part.read():
+                return data
+            raise ServiceError(Code.MALFORMED_BODY, f"the file part {name!r} is empty")
     raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}")
 
 

@@ -11,23 +11,22 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ugicm.choices import ImageFormat
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import padded_size
 from ugicm.codec.errors import CodecError
+from ugicm.pixels import Pixels as Image
 from ugicm.server.batching import MicroBatcher
 from ugicm.server.images import check_side, read_image, size_of_image, write_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
 from ugicm.server.timings import Timings
 
-Image = NDArray[np.uint8]
-"""RGB picture (H, W, 3)."""
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS = 1_000_000, 16_000_000
@@ -61,13 +60,17 @@ class Codec(Protocol):
     precision: str
     max_pixels: int
 
-    def analyse(self, images: Sequence[Image], quality: Sequence[float]) -> Sequence[Any]: ...
+    def analyse(
+        self, images: Sequence[Image], quality: Sequence[float], *, stop: Callable[[], bool] = ...
+    ) -> Sequence[Any]: ...
 
     def pack(self, latent: Any) -> bytes: ...
 
     def unpack(self, data: bytes) -> Any: ...
 
-    def synthesise(self, latents: Sequence[Any], strength: Sequence[float]) -> Sequence[Image]: ...
+    def synthesise(
+        self, latents: Sequence[Any], strength: Sequence[float], *, stop: Callable[[], bool] = ...
+    ) -> Sequence[Image]: ...
 
     def encode_to_size(
         self,
@@ -90,6 +93,14 @@ class RateTarget:
     @property
     def by_size(self) -> bool:
         return self.max_bytes is not None or self.target_bpp is not None
+
+
+class _Work(NamedTuple, Generic[Item]):
+    """What the device's thread is given."""
+
+    item: Item
+    gone: threading.Event
+    """Set when nobody waits for it any more: large pictures end at their next tile."""
 
 
 class Engine:
@@ -173,23 +184,19 @@ class Engine:
     async def _search(self, image: Image, target: RateTarget, timings: Timings, weight: int) -> bytes:
         """Bitstream of the size that `target` sets.
 
-        A search is many times the work of an encode. So it ends when its caller is gone, and it is a function
-        of its own to the batcher: in one batch, searches would wait for the last of them.
+        A search is many times the work of an encode. So it is a function of its own to the batcher: in one
+        batch, searches would wait for the last of them.
         """
-        gone = threading.Event()
 
-        def search(images: Sequence[Image]) -> list[bytes]:
+        def search(works: Sequence[_Work[Image]]) -> list[bytes]:
             return [
                 self.codec.encode_to_size(
-                    image, max_bytes=target.max_bytes, target_bpp=target.target_bpp, stop=gone.is_set
+                    work.item, max_bytes=target.max_bytes, target_bpp=target.target_bpp, stop=work.gone.is_set
                 )
-                for image in images
+                for work in works
             ]
 
-        try:
-            bitstream: bytes = await self._on_device("search", timings, search, image, weight)
-        finally:
-            gone.set()
+        bitstream: bytes = await self._on_device("search", timings, search, image, weight)
         return bitstream
 
     async def probe(self) -> None:
@@ -249,18 +256,21 @@ class Engine:
         self,
         stage: str,
         timings: Timings,
-        function: Callable[[Sequence[Any]], Sequence[Any]],
+        function: Callable[[Sequence[_Work[Any]]], Sequence[Any]],
         item: Any,
         weight: int,
     ) -> Any:
         """Result of `function` for `item` in the device's thread, batched and timed."""
+        work = _Work(item, threading.Event())
         try:
-            ran = await self.batcher.run(function, item, weight=weight)
+            ran = await self.batcher.run(function, work, weight=weight)
         except CodecError:
             raise
         except Exception:
             self._failed = True
             raise
+        finally:
+            work.gone.set()
         self._failed = False
         timings.add("queue", ran.queue_s)
         self._metrics.queue_seconds.observe(ran.queue_s)
@@ -277,11 +287,18 @@ class Engine:
 
     # Work of the device's thread
 
-    def _analyse(self, items: Sequence[tuple[Image, float]]) -> Sequence[Any]:
-        return self.codec.analyse([image for image, _ in items], [quality for _, quality in items])
+    def _analyse(self, works: Sequence[_Work[tuple[Image, float]]]) -> Sequence[Any]:
+        images, qualities = zip(*(work.item for work in works), strict=True)
+        return self.codec.analyse(images, qualities, stop=_all_gone(works))
 
-    def _synthesise(self, items: Sequence[tuple[Any, float]]) -> Sequence[Image]:
-        return self.codec.synthesise([latent for latent, _ in items], [value for _, value in items])
+    def _synthesise(self, works: Sequence[_Work[tuple[Any, float]]]) -> Sequence[Image]:
+        latents, strengths = zip(*(work.item for work in works), strict=True)
+        return self.codec.synthesise(latents, strengths, stop=_all_gone(works))
+
+
+def _all_gone(works: Sequence[_Work[Any]]) -> Callable[[], bool]:
+    """Asks whether nobody waits any more for any of them."""
+    return lambda: all(work.gone.is_set() for work in works)
 
 
 async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
