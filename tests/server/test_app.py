@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from ugicm.codec.bitstream import VERSION, Header, serialise
 from ugicm.codec.errors import LimitExceededError
 from ugicm.server.cache import MemoryCache, bitstream_id
+from ugicm.server.deps import PARAMETERS
 from ugicm.server.problems import as_service_error
 
 UNKNOWN = "0" * 64
@@ -404,6 +405,14 @@ def test_parameters_in_a_form(client: TestClient, image_file: Any, path: str) ->
     response = client.post(path, files={"image": image_file()}, data={"quality": "10"})
     assert response.status_code == 422
     assert "quality is a field of the form; parameters belong in the query" in response.json()["detail"]
+
+
+def test_all_parameters_are_looked_for_in_forms(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/encode", "/encode/batch", "/decode"):
+        named = {each["name"] for each in paths[path]["post"]["parameters"] if each["in"] == "query"}
+        assert named
+        assert named <= PARAMETERS
 
 
 def test_an_empty_file_in_a_form(client: TestClient) -> None:

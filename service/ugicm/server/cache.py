@@ -228,9 +228,8 @@ class GuardedCache:
                 self._reads_work = False
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(self._up)
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(
-                ": "
-            )  # the rest is for S3's authors
+            # Of an error of S3, the lines after the first are for its library's authors.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
             _log.warning("bitstream cache failed", error=reason)
             raise CacheDownError("the bitstream cache does not answer") from error
         # Reading says nothing of a store that is full, nor does deleting.
