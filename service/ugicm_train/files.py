@@ -26,6 +26,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)  # a failed one: no part of a file stays
 
 
+def check_apart(out: Path, pictures: Path) -> None:
+    """``ValueError`` where results would lie among the pictures that they are of, to be taken for more."""
+    if pictures.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out {out} is within {pictures}, whose pictures are judged: give another")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder, which is made, for this process alone.

@@ -817,7 +817,6 @@ class TestTorchvision:
         assert np.isfinite(scores).all()
 
     def test_detector_maps_categories_by_name(self, photo: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-        pytest.importorskip("torchvision")
         torch.manual_seed(0)
         name = "fasterrcnn_mobilenet_v3_large_320_fpn"
         model, weights = adaptors.torchvision_network(name, "detector")
@@ -842,7 +841,6 @@ class TestTorchvision:
         assert model.training is False
 
     def test_segmenter(self, photo: Image) -> None:
-        pytest.importorskip("torchvision")
         torch.manual_seed(0)
         classes = adaptors.torchvision_segmenter("lraspp_mobilenet_v3_large")(photo)
         assert classes.shape == photo.shape[:2]

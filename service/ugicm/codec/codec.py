@@ -273,9 +273,7 @@ class Codec:
             assert target_bpp is not None
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
-            max_bytes = int(
-                min(min(target_bpp, sys.maxsize) * image.shape[0] * image.shape[1] / 8, sys.maxsize)
-            )
+            max_bytes = int(min(target_bpp, sys.maxsize) * image.shape[0] * image.shape[1] / 8)
         elif not isinstance(max_bytes, int | np.integer):
             raise CodecError(f"max_bytes must be a whole number, got {max_bytes!r}")
         max_bytes = min(int(max_bytes), sys.maxsize)

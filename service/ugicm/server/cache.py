@@ -27,6 +27,11 @@ _LONG_BYTES = 1 << 20
 _log = structlog.get_logger(__name__)
 
 
+def reason_of(error: Exception) -> str:
+    """Kind and text in a line; of an error of S3, more lines follow, for the authors of its library."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
+
+
 def bitstream_id(bitstream: bytes) -> str:
     """SHA-256 of the bytes, 64 hex digits."""
     return hashlib.sha256(bitstream).hexdigest()
@@ -228,9 +233,7 @@ class GuardedCache:
                 self._reads_work = False
             self._metrics.cache_errors.inc()
             self._metrics.cache_up.set(self._up)
-            # Of an error of S3, the lines after the first are for its library's authors.
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-            _log.warning("bitstream cache failed", error=reason)
+            _log.warning("bitstream cache failed", error=reason_of(error))
             raise CacheDownError("the bitstream cache does not answer") from error
         # Reading says nothing of a store that is full, nor does deleting.
         self._reads_work = True

@@ -84,7 +84,7 @@ def _check_names() -> Finding:
 
 async def _check_cache(settings: Settings) -> Finding:
     from ugicm.server.backends import open_cache
-    from ugicm.server.cache import bitstream_id
+    from ugicm.server.cache import bitstream_id, reason_of
     from ugicm.server.settings import setting
 
     scheme = settings.cache_url.partition(":")[0]
@@ -105,8 +105,9 @@ async def _check_cache(settings: Settings) -> Finding:
             finally:
                 await cache.close()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
-        return Finding("cache", False, f"{scheme}: {reason}; {setting('cache_url')} says where it is")
+        return Finding(
+            "cache", False, f"{scheme}: {reason_of(error)}; {setting('cache_url')} says where it is"
+        )
     return Finding("cache", intact, f"{scheme}: {'keeps what it is given' if intact else 'lost an entry'}")
 
 

@@ -71,7 +71,7 @@ from ugicm_train.evaluation.tasks import (
     read_instances,
     read_labels,
 )
-from ugicm_train.files import written_whole
+from ugicm_train.files import check_apart, written_whole
 
 FORMAT = 1
 """Version of the layout of machine.json."""
@@ -370,10 +370,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         tasks.append(MeanIou(name, judge, Path(folder), Path(masks), classes, identity))
     for kind, network, folder in arguments.agree:
         images = Path(folder)
-        if images.resolve() in (arguments.out.resolve(), *arguments.out.resolve().parents):
-            raise ValueError(
-                f"--out {arguments.out} is within {images}, whose pictures are judged: give another"
-            )
+        check_apart(arguments.out, images)
         task: type[Agreement]
         match kind:
             case "classes":

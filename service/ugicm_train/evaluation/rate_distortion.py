@@ -44,7 +44,7 @@ from ugicm_train.evaluation.measurement import (
 )
 from ugicm_train.evaluation.parts import Part, end_with_parent, kept_alone, measure_parts, part_files
 from ugicm_train.evaluation.parts import add_arguments as add_part_arguments
-from ugicm_train.files import written_whole
+from ugicm_train.files import check_apart, written_whole
 
 FORMAT = 2
 """Version of the layout of rd.json."""
@@ -263,10 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, then write rd.json, and beside it the table (.md) and the plot (.png)."""
     if arguments.out.suffix != ".json":  # table and plot have the same name with theirs
         raise ValueError(f"--out must end with .json, got {arguments.out}")
-    if arguments.data.resolve() in arguments.out.resolve().parents:  # the plot would be one of them
-        raise ValueError(
-            f"--out {arguments.out} is within {arguments.data}, whose pictures are coded: give another"
-        )
+    check_apart(arguments.out, arguments.data)
     with kept_alone(arguments.out.parent, arguments.part):
         return _run(arguments)
 
