@@ -9,6 +9,7 @@ Replicas share the bitstream cache and nothing else.
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from ray import serve
@@ -60,7 +61,7 @@ def app(args: dict[str, Any]) -> Application:
     if settings.device == "auto":
         # Whoever did not ask Ray for a GPU must not take one: all replicas of a node would take the first.
         settings = settings.model_copy(update={"device": "cpu"})
-    if settings.cache_url.startswith("memory:"):
+    if urlsplit(settings.cache_url).scheme == "memory":
         raise ValueError(
             f"on a cluster, {setting('cache_url')} must name a cache that all replicas share (redis://, "
             f"s3://, or file:/// on a file system that they share), got {settings.cache_url!r}: what one "

@@ -214,7 +214,20 @@ def test_encode_to_size_says_what_is_needed(tiny_codec: Codec, photo: Photo) -> 
     crop, enough = photo[:64, :64], 10**400
     best = tiny_codec.encode_to_size(crop, max_bytes=10**6)
     assert tiny_codec.encode_to_size(crop, max_bytes=enough) == best
-    assert tiny_codec.encode_to_size(crop, target_bpp=enough) == best
+    assert tiny_codec.encode_to_size(crop, target_bpp=10.0**300) == best
+    for rate in ("1", [1, 2], 10**400):
+        with pytest.raises(CodecError, match="target_bpp"):
+            tiny_codec.encode_to_size(crop, target_bpp=rate)  # type: ignore[arg-type]
+
+
+def test_a_bitstreams_own_rate_is_enough_for_it(tiny_codec: Codec) -> None:
+    for height in range(33, 64):
+        picture = np.random.default_rng(height).integers(0, 256, (height, 61, 3), np.uint8)
+        (data,) = tiny_codec.encode([picture], 1)
+        rate = 8 * len(data) / (height * 61)
+        assert tiny_codec.encode_to_size(picture, target_bpp=rate) == data
+        with pytest.raises(CodecError, match=f"budget of {len(data) - 1};"):
+            tiny_codec.encode_to_size(picture, target_bpp=np.nextafter(rate, 0))
 
 
 def test_not_a_number_of_steps(tiny_codec: Codec, photo: Photo) -> None:

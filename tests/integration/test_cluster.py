@@ -76,11 +76,12 @@ def test_a_replica_answers_for_itself_up_to_its_limit() -> None:
     assert deployment._deployment_config.graceful_shutdown_timeout_s == 9
 
 
-def test_what_replicas_cannot_share_is_refused() -> None:
+@pytest.mark.parametrize("url", ["memory:", "MEMORY:"])
+def test_what_replicas_cannot_share_is_refused(url: str) -> None:
     from ugicm.cluster import app
 
-    with pytest.raises(ValueError, match=r"UGICM_CACHE_URL must name a cache .* got 'memory:'"):
-        app({})
+    with pytest.raises(ValueError, match=rf"UGICM_CACHE_URL must name a cache .* got '{url}'"):
+        app({"cache_url": url})
 
 
 class Cluster:

@@ -247,6 +247,18 @@ def test_a_taken_port(start: Any, free_port: int) -> None:
     assert os.strerror(98) in service.log.read_text() or "in use" in service.log.read_text()
 
 
+def test_a_cache_that_hangs_does_not_hold_the_exit(start: Any, tmp_path: Any) -> None:
+    service = start(cache_url=f"file://{tmp_path}/cache", cache_timeout_s=0.2)
+    service.wait_until_ready()
+    id = "ab" * 32
+    (tmp_path / "cache" / "ab").mkdir(parents=True)
+    os.mkfifo(tmp_path / "cache" / "ab" / id)  # opening it waits for somebody who writes
+    assert httpx2.get(f"{service.url}/bitstreams/{id}").status_code == 503
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(30) == 0
+    assert "the file system of the bitstream cache hangs" in service.log.read_text()
+
+
 def test_files_survive_a_kill(start: Any, photos: list[bytes], tmp_path: Any) -> None:
     settings = {"cache_url": f"file://{tmp_path}/cache"}
     service = start(**settings)

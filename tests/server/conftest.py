@@ -74,10 +74,10 @@ class FakeCodec:
             for image, value in zip(images, quality, strict=True)
         ]
 
-    def pack(self, latent: FakeLatent) -> bytes:
+    def pack(self, latent: FakeLatent, *, stop: Callable[[], bool] = lambda: False) -> bytes:
         return serialise(latent.header, [zlib.compress(latent.image.tobytes())])
 
-    def unpack(self, data: bytes) -> FakeLatent:
+    def unpack(self, data: bytes, *, stop: Callable[[], bool] = lambda: False) -> FakeLatent:
         header, (segment,) = parse(data, max_pixels=self.max_pixels)
         if header.model_digest.hex() != self.digest:
             raise ModelMismatchError(header.model_digest.hex(), self.digest)

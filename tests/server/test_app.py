@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -297,11 +298,17 @@ def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_
 @pytest.mark.parametrize(
     ("path", "name"), [("/encode", "image"), ("/encode/batch", "images"), ("/decode", "bitstream")]
 )
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EROFS])
 def test_no_room_for_the_files_of_a_form(
-    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+    client: TestClient,
+    image_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    name: str,
+    number: int,
 ) -> None:
     def full(file: object, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     files = {name: ("photo.png", image_file())}
     with monkeypatch.context() as patch:
@@ -309,7 +316,24 @@ def test_no_room_for_the_files_of_a_form(
         answer = client.post(path, files=files)
     body = assert_problem(answer, 503, "overloaded")
     assert (body["setting"], body["retry_after_s"], answer.headers["retry-after"]) == ("TMPDIR", 1, "1")
+    assert os.strerror(number).lower() in body["detail"]
     assert client.post(path, files=files).status_code != 503
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/encode", "image"), ("/encode/batch", "images"), ("/decode", "bitstream")]
+)
+@pytest.mark.parametrize("end", [b"", b"\r\n", b"\r\n--edge", b"\r\n--edge-"])
+def test_a_form_that_breaks_off(
+    client: TestClient, image_file: Any, path: str, name: str, end: bytes
+) -> None:
+    """Its last file would be missing, as if it had not been sent."""
+    head = f'\r\n--edge\r\nContent-Disposition: form-data; name="{name}"; filename="a.png"\r\n\r\n'
+    part = head.encode() + image_file()
+    headers = {"Content-Type": "multipart/form-data; boundary=edge"}
+    count = 2 if name == "images" else 1
+    answer = client.post(path, content=count * part + end, headers=headers)
+    assert "ends before its closing boundary" in assert_problem(answer, 400, "malformed-body")["detail"]
 
 
 def test_files_of_a_form_that_cannot_be_kept(

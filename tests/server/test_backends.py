@@ -142,6 +142,7 @@ async def test_what_is_not_what_its_id_says_is_stored_anew(
         ("redis://:secret@cache:6379/1", RedisCache),
         ("rediss://cache", RedisCache),
         ("valkey://cache:6379", RedisCache),
+        ("VALKEY://cache:6379", RedisCache),
         ("s3://bucket", S3Cache),
     ],
 )
@@ -191,6 +192,14 @@ def test_only_the_scheme_is_translated(url: str, host: str, password: str | None
     assert pool.connection_kwargs["host"] == host
     assert pool.connection_kwargs.get("password") == password
     assert issubclass(pool.connection_class, SSLConnection) is encrypted
+
+
+@pytest.mark.parametrize(("options", "limit"), [("", None), ("?socket_timeout=7", 7)])
+def test_redis_has_no_limit_of_its_own(options: str, limit: float | None) -> None:
+    """That is `UGICM_CACHE_TIMEOUT_S`; the library's would end what that allows."""
+    pool = RedisCache(f"redis://h{options}", ttl_s=1)._redis.connection_pool
+    assert pool.connection_kwargs["socket_timeout"] == limit
+    assert pool.connection_kwargs["socket_connect_timeout"] is None
 
 
 # Files

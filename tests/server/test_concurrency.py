@@ -432,6 +432,34 @@ async def test_a_batch_is_stopped_when_nobody_waits_for_it(
     assert stops == [False, True]
 
 
+@pytest.mark.parametrize("stage", ["pack", "unpack"])
+async def test_work_in_the_pool_is_stopped_when_nobody_waits_for_it(
+    stage: str, make_async_client: MakeAsyncClient, codec: Any, image_file: Any, monkeypatch: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    engine = client.app.state.services.engine
+    data = codec.pack(codec.analyse([np.zeros((8, 8, 3), np.uint8)], [50.0])[0])
+    begun, stopped = threading.Event(), threading.Event()
+
+    def work(_: Any, *, stop: Any) -> Any:
+        begun.set()
+        while not stop():
+            time.sleep(0.01)
+        stopped.set()
+        raise CodecError("stopped")
+
+    monkeypatch.setattr(codec, stage, work)
+    if stage == "pack":
+        task = asyncio.create_task(engine.encode(image_file(), RateTarget(), Timings()))
+    else:
+        task = asyncio.create_task(engine.decode(data, 0.0, "png", Timings()))
+    await until(begun.is_set)
+    assert not stopped.is_set()
+    task.cancel()
+    await asyncio.wait([task])
+    await until(stopped.is_set)
+
+
 async def test_searches_do_not_wait_for_each_other(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
@@ -464,8 +492,11 @@ def test_the_codec_stops_between_tiles(tiny_codec: Codec) -> None:
     (data,) = tiny_codec.encode([picture])
     latent = tiny_codec.unpack(data)
     assert latent.header.tiles == 2
+    analysed = tiny_codec.analyse([picture])[0]
     for work in (
         lambda stop: tiny_codec.analyse([picture], stop=stop),
+        lambda stop: tiny_codec.pack(analysed, stop=stop),
+        lambda stop: tiny_codec.unpack(data, stop=stop),
         lambda stop: tiny_codec.synthesise([latent], stop=stop),
     ):
         asked = iter([False, True])

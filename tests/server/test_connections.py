@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,9 +27,14 @@ async def serving(
     transfer_timeout_s: float,
     request: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     keep_alive_s: float = 1000,
+    metrics: Metrics | None = None,
+    room: int = 4096,
 ) -> AsyncIterator[tuple[uvicorn.Server, socket.socket]]:
-    """A live server that answers `SIZE` bytes, and a client that has sent the request and read nothing."""
-    metrics = Metrics()
+    """A live server that answers `SIZE` bytes, and a client that has sent the request and read nothing.
+
+    The system keeps `room` bytes for it.
+    """
+    metrics = Metrics() if metrics is None else metrics
     limited = BodyLimit(Response(bytes(SIZE)), 10, 60)
     paced = PacedAnswer(limited, transfer_timeout_s)
     app = RequestContext(CancelDeparted(paced, metrics), metrics, Lifecycle())
@@ -45,7 +51,7 @@ async def serving(
     task = asyncio.create_task(server.serve())
     await until(lambda: server.started)
     with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
         client.connect(server.servers[0].sockets[0].getsockname())
         client.sendall(request)
         await until(lambda: bool(server.server_state.connections))
@@ -102,3 +108,22 @@ async def test_after_the_rest_of_a_refused_body_the_connection_is_kept_as_after_
         client.sendall(b"hello world")
         await until(lambda: left_s() > 900)
         assert server.server_state.connections
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_client_that_leaves_while_it_reads_is_counted(paused: bool) -> None:
+    metrics = Metrics()
+    async with serving(transfer_timeout_s=60, metrics=metrics, room=1 << 20) as (server, client):
+
+        def read_some_and_leave() -> None:
+            received = 0
+            while received < 1 << 20:
+                received += len(client.recv(1 << 16))
+            if paused:
+                time.sleep(0.3)
+            client.close()
+
+        await asyncio.to_thread(read_some_and_leave)
+        await until(lambda: not server.server_state.connections)
+        await until(lambda: not server.server_state.tasks)
+    assert metrics.registry.get_sample_value("ugicm_client_disconnects_total") == 1

@@ -50,4 +50,5 @@ def test_pages_come_whole(client: Any, path: str, wanted: str) -> None:
     response = client.get(path, headers={"Range": wanted})
     assert response.status_code == 200
     assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["accept-ranges"] == "none"
     assert response.content == client.get(path).content

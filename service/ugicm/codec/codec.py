@@ -271,14 +271,19 @@ class Codec:
         check_steps(refine)
         if max_bytes is None:
             assert target_bpp is not None
+            [target_bpp] = _spread(target_bpp, 1, "target_bpp")
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
-            max_bytes = int(min(target_bpp, sys.maxsize) * image.shape[0] * image.shape[1] / 8)
+            pixels = image.shape[0] * image.shape[1]
+            max_bytes = int(min(target_bpp, sys.maxsize) * pixels / 8)
+            # Of a bitstream's own rate, rounding may have left a byte too few.
+            max_bytes += 8 * (max_bytes + 1) / pixels <= target_bpp
         elif not isinstance(max_bytes, int | np.integer):
             raise CodecError(f"max_bytes must be a whole number, got {max_bytes!r}")
         max_bytes = min(int(max_bytes), sys.maxsize)
         exact = None
         if lossless.promising(image):
+            _check(stop)
             exact = self._serialise_lossless(self._header(image, QUALITY_MAX), image)
             if len(exact) <= max_bytes:
                 return exact
@@ -324,10 +329,11 @@ class Codec:
                 # The bytes that refinement saves buy quality in a second go, or in a third, less.
                 aim = min(0.995 * max_bytes, max_bytes - 8)  # sizes come in steps of four
                 further, _ = search(aim * len(best) / len(refined))
-                tried.append(again := attempt(further, refine))
-                if len(again) > max_bytes:
-                    between = np.interp(aim, (len(refined), len(again)), (step, further))
-                    tried.append(attempt(int(between), refine))
+                if further != step:
+                    tried.append(again := attempt(further, refine))
+                    if len(again) > max_bytes:
+                        between = np.interp(aim, (len(refined), len(again)), (step, further))
+                        tried.append(attempt(int(between), refine))
             fitting = [data for data in tried if len(data) <= max_bytes]
             best = min(fitting, key=lambda data: self._squared_error(data, image), default=best)
         if len(best) > max_bytes:
@@ -350,7 +356,8 @@ class Codec:
     ) -> list[Latent]:
         """Device work of `encode`: transforms and quantisation.
 
-        ``stop`` is asked after each tile of a large picture; ``CodecError`` once it says true.
+        Pictures may not change until `pack`, which may keep them as they are. ``stop`` is asked after each
+        tile of a large picture; ``CodecError`` once it says true.
         """
         qualities = _spread(quality, len(images), "quality")
         for image in images:
@@ -370,12 +377,19 @@ class Codec:
                 out[index] = Latent(headers[index], (tile,), picture=images[index])
         return [out[index] for index in range(len(images))]
 
-    def pack(self, latent: Latent) -> bytes:
-        """CPU work of `encode`: entropy coding, or lossless coding where that takes fewer bytes."""
-        return self._smaller(self._serialise(latent.header, latent.tiles), latent.header, latent.picture)
+    def pack(self, latent: Latent, *, stop: Callable[[], bool] = lambda: False) -> bytes:
+        """CPU work of `encode`: entropy coding, or lossless coding where that takes fewer bytes.
 
-    def unpack(self, data: bytes) -> Latent:
-        """CPU work of `decode`: entropy decoding, exact on every machine. Raises as `decode` does."""
+        ``stop`` is asked before each tile and before lossless coding; ``CodecError`` once it says true.
+        """
+        data = self._serialise(latent.header, _until(stop, latent.tiles))
+        return self._smaller(data, latent.header, latent.picture, stop)
+
+    def unpack(self, data: bytes, *, stop: Callable[[], bool] = lambda: False) -> Latent:
+        """CPU work of `decode`: entropy decoding, exact on every machine. Raises as `decode` does.
+
+        ``stop`` is asked before each tile; ``CodecError`` once it says true.
+        """
         if not isinstance(data, bytes):
             try:
                 data = bytes(memoryview(data))
@@ -396,7 +410,7 @@ class Codec:
         if header.lossless:
             return Latent(header, (), picture=lossless.decompress(segments[0], header.width, header.height))
         y_hat = self._empty_latent(header)
-        for window, segment in zip(tile_windows(header, 0), segments, strict=True):
+        for window, segment in _until(stop, zip(tile_windows(header, 0), segments, strict=True)):
             top, left, height, width = window[:4]
             _, part = self._cpu_entropy.unpack(segment, height, width, rate_of(header.quality))
             y_hat[top : top + height, left : left + width] = part
@@ -437,7 +451,7 @@ class Codec:
         """Pictures of one size, preference, `_tilt` and `_share`, window by window."""
         header = latents[0].header
         if header.lossless:
-            return [latent.picture for latent in latents if latent.picture is not None]
+            return [latent.picture.copy() for latent in latents if latent.picture is not None]
         share = self._share(header, strength)
         synthesis = self._synthesis_for(self._tilt(header), share)
         images = [np.empty((header.height, header.width, 3), np.uint8) for _ in latents]
@@ -503,7 +517,7 @@ class Codec:
 
     def _header(self, image: Image, quality: float) -> Header:
         if not QUALITY_MIN <= quality <= QUALITY_MAX:
-            raise CodecError(f"quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {quality:g}")
+            raise CodecError(f"quality must be in {QUALITY_MIN:g}..{QUALITY_MAX:g}, got {quality}")
         return Header(
             version=container.VERSION,
             width=image.shape[1],
@@ -663,19 +677,27 @@ class Codec:
             self._serialise(header, self._analyse_image(image, header, refine)), header, image
         )
 
-    def _smaller(self, data: bytes, header: Header, image: Image | None) -> bytes:
+    def _smaller(
+        self, data: bytes, header: Header, image: Image | None, stop: Callable[[], bool] = lambda: False
+    ) -> bytes:
         """The bitstream, or the picture's lossless one if that is worth a try and no larger."""
         if image is None or not lossless.promising(image):
             return data
+        _check(stop)
         exact = self._serialise_lossless(header, image)
         return exact if len(exact) <= len(data) else data
+
+
+def _check(stop: Callable[[], bool]) -> None:
+    """``CodecError`` if `stop` says true."""
+    if stop():
+        raise CodecError("the work was stopped")
 
 
 def _until(stop: Callable[[], bool], parts: Iterable[Part]) -> Iterator[Part]:
     """The parts as they come; ``CodecError`` once `stop` says true."""
     for part in parts:
-        if stop():
-            raise CodecError("the work was stopped")
+        _check(stop)
         yield part
 
 

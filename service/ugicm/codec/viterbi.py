@@ -73,7 +73,7 @@ def nearest(x: NDArray[np.float32], lengths: NDArray[np.intp] | None = None) -> 
         least.take(before, 0, both, "clip")
         np.add(by_bits, distance, by_bits)
         np.less(second, first, second_is_nearer)
-        np.minimum(first, second, least)
+        np.minimum(first, second, out=least)
     # Back along the paths, by places in (states, n).
     column = np.arange(count)
     by_first, by_second = (BEFORE[..., None] * count + column).reshape(2, -1)

@@ -38,6 +38,7 @@ class FileCache:
 
     BLOCK = 4096
     """Bytes in which most file systems allot room."""
+    THREAD_NAME = "file-cache"
     THREADS = 8
     """Of its own: on a file system that hangs they hang, and nothing else may wait for them."""
     KEEP = 0.9
@@ -57,9 +58,9 @@ class FileCache:
         self._written = 0
         """Bytes since the last sweep began; others who share the folder may have written as many."""
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix="files")
+        self._pool = ThreadPoolExecutor(self.THREADS, thread_name_prefix=self.THREAD_NAME)
         # Sweeping takes seconds where there are many files: nobody waits for it.
-        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="file-sweep")
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix=f"{self.THREAD_NAME}-sweep")
         self._sweeping = self._closed = False
         self._rest_until = -math.inf
 
@@ -265,10 +266,13 @@ class RedisCache:
         from redis.backoff import NoBackoff
 
         # The scheme only: "valkey" may as well be part of a host's name or of a password.
-        url = re.sub("^valkey", "redis", url)
+        url = re.sub("(?i)^valkey", "redis", url)
         # Requests beyond its connections wait for one; other pools fail them, as if Redis were down.
         # A connection that the server has closed meanwhile (a restart, its idle timeout) is made once more.
-        pool = BlockingConnectionPool.from_url(url, timeout=None, retry=Retry(NoBackoff(), 1))
+        # How long an answer may take is the caller's business.
+        pool = BlockingConnectionPool.from_url(
+            url, timeout=None, socket_timeout=None, socket_connect_timeout=None, retry=Retry(NoBackoff(), 1)
+        )
         self._redis: Any = Redis.from_pool(pool)
         self._ttl_s = ttl_s
 

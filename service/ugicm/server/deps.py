@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -191,9 +192,7 @@ FORM_CHARSETS = {"utf-8", "ascii", "iso8859-1", "cp1252"}
 """Codecs that texts of forms are decoded with; others of Python's take minutes for a megabyte (punycode)."""
 
 
-def _check_charset(request: Request) -> None:
-    _, parameters = parse_options_header(request.headers.get("content-type"))
-    name = parameters.get(b"charset", b"utf-8").decode("latin-1")
+def _check_charset(name: str) -> None:
     try:
         known = codecs.lookup(name).name in FORM_CHARSETS
     except (LookupError, ValueError):
@@ -205,24 +204,37 @@ def _check_charset(request: Request) -> None:
         )
 
 
-def _slicewise(receive: Receive) -> Receive:
-    """The messages of a body in slices, between which the event loop sees to others."""
-    pending = memoryview(b"")
-    more_body = True
+class _Slices:
+    """The messages of a form in slices, between which the event loop sees to others.
 
-    async def receive_slice() -> Message:
-        nonlocal pending, more_body
-        if pending:
+    The parser takes what is left of a form that breaks off, but for its last part; so its end is noted here.
+    """
+
+    def __init__(self, receive: Receive, boundary: bytes) -> None:
+        self._receive, self._end = receive, b"--" + boundary + b"--"
+        self._pending, self._more_body = memoryview(b""), True
+        self._tail = b""
+        self.ended = False
+        """Whether the closing boundary has come."""
+
+    async def __call__(self) -> Message:
+        if self._pending:
             await asyncio.sleep(0)
         else:
-            message = await receive()
+            message = await self._receive()
             if message["type"] != "http.request":
                 return message
-            pending, more_body = memoryview(message.get("body", b"")), message.get("more_body", False)
-        piece, pending = pending[:FORM_SLICE_BYTES], pending[FORM_SLICE_BYTES:]
-        return {"type": "http.request", "body": bytes(piece), "more_body": more_body or len(pending) > 0}
+            self._pending = memoryview(message.get("body", b""))
+            self._more_body = message.get("more_body", False)
+        piece, self._pending = bytes(self._pending[:FORM_SLICE_BYTES]), self._pending[FORM_SLICE_BYTES:]
+        joined = self._tail + piece
+        self.ended = self.ended or self._end in joined
+        self._tail = joined[1 - len(self._end) :]
+        return {"type": "http.request", "body": piece, "more_body": self._more_body or bool(self._pending)}
 
-    return receive_slice
+
+NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""Of a folder: it is full, gone, or not ours."""
 
 
 PARAMETERS = {"quality", "target_bpp", "max_bytes", "store", "preference", "strength", "format"}
@@ -232,11 +244,13 @@ PARAMETERS = {"quality", "target_bpp", "max_bytes", "store", "preference", "stre
 @asynccontextmanager
 async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormData]:
     """The multipart form that the body is."""
-    _check_charset(request)
+    _, options = parse_options_header(request.headers.get("content-type"))
+    _check_charset(options.get(b"charset", b"utf-8").decode("latin-1"))
+    slices = _Slices(request.receive, options.get(b"boundary", b""))
     try:
-        async with Request(request.scope, _slicewise(request.receive)).form(
-            max_files=max_files, max_fields=8
-        ) as form:
+        async with Request(request.scope, slices).form(max_files=max_files, max_fields=8) as form:
+            if not slices.ended:
+                raise ServiceError(Code.MALFORMED_BODY, "the form ends before its closing boundary")
             for name in sorted(PARAMETERS & form.keys()):
                 raise ServiceError(
                     Code.INVALID_PARAMETER,
@@ -246,13 +260,14 @@ async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormDa
     except HTTPException as error:
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NOT_WRITABLE:
             raise
-        _log.warning("no room for the files of a form", error=str(error))
+        _log.warning("the files of a form cannot be written", error=str(error))
+        why = os.strerror(error.errno).lower()
         raise ServiceError(
             Code.OVERLOADED,
-            "the folder in which files of forms wait has no room; send the image as the body, or try again "
-            "(TMPDIR says where that folder is)",
+            f"the folder in which files of forms wait cannot be written ({why}); "
+            "send the image as the body, or try again (TMPDIR says where that folder is)",
             setting="TMPDIR",
             retry_after_s=1,
         ) from error

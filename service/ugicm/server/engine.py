@@ -64,9 +64,9 @@ class Codec(Protocol):
         self, images: Sequence[Image], quality: Sequence[float], *, stop: Callable[[], bool] = ...
     ) -> Sequence[Any]: ...
 
-    def pack(self, latent: Any) -> bytes: ...
+    def pack(self, latent: Any, *, stop: Callable[[], bool] = ...) -> bytes: ...
 
-    def unpack(self, data: bytes) -> Any: ...
+    def unpack(self, data: bytes, *, stop: Callable[[], bool] = ...) -> Any: ...
 
     def synthesise(
         self, latents: Sequence[Any], strength: Sequence[float], *, stop: Callable[[], bool] = ...
@@ -150,7 +150,7 @@ class Engine:
             with self.batcher.admit(weight):
                 on_admitted()
                 image = await self._pooled(
-                    "image_decode", timings, lambda: read_image(data, max_pixels=self.codec.max_pixels)
+                    "image_decode", timings, lambda _: read_image(data, max_pixels=self.codec.max_pixels)
                 )
                 if target.by_size:
                     bitstream = await self._search(image, target, timings, weight)
@@ -158,7 +158,9 @@ class Engine:
                     latent = await self._on_device(
                         "analysis", timings, self._analyse, (image, target.quality), weight
                     )
-                    bitstream = await self._pooled("entropy_encode", timings, lambda: self.codec.pack(latent))
+                    bitstream = await self._pooled(
+                        "entropy_encode", timings, lambda stop: self.codec.pack(latent, stop=stop)
+                    )
         header = peek(bitstream)
         self._metrics.bitstream_bpp.observe(8 * len(bitstream) / (header.width * header.height))
         return bitstream
@@ -177,9 +179,11 @@ class Engine:
         check_side(header.width, header.height, image_format)
         weight = self._weight(header.width, header.height)
         with self.batcher.admit(weight):
-            latent = await self._pooled("entropy_decode", timings, lambda: self.codec.unpack(bitstream))
+            latent = await self._pooled(
+                "entropy_decode", timings, lambda stop: self.codec.unpack(bitstream, stop=stop)
+            )
             image = await self._on_device("synthesis", timings, self._synthesise, (latent, strength), weight)
-            return await self._pooled("image_encode", timings, lambda: write_image(image, image_format))
+            return await self._pooled("image_encode", timings, lambda _: write_image(image, image_format))
 
     async def _search(self, image: Image, target: RateTarget, timings: Timings, weight: int) -> bytes:
         """Bitstream of the size that `target` sets.
@@ -241,14 +245,20 @@ class Engine:
         pixels = math.prod(padded_size(width, height))
         return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))
 
-    async def _pooled(self, stage: str, timings: Timings, work: Callable[[], Result]) -> Result:
-        """Result of `work` in the pool, timed."""
+    async def _pooled(
+        self, stage: str, timings: Timings, work: Callable[[Callable[[], bool]], Result]
+    ) -> Result:
+        """Result of `work` in the pool, timed; what it is given says whether nobody waits any more."""
+        gone = threading.Event()
 
         def timed() -> tuple[Result, float]:
             started = time.perf_counter()
-            return work(), time.perf_counter() - started
+            return work(gone.is_set), time.perf_counter() - started
 
-        result, seconds = await _run_in(self._pool, timed)
+        try:
+            result, seconds = await _run_in(self._pool, timed)
+        finally:
+            gone.set()
         self._record(stage, seconds, timings)
         return result
 

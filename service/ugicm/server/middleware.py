@@ -201,6 +201,7 @@ class PacedAnswer:
             for start in range(0, last, PIECE_BYTES):
                 piece = bytes(body[start : start + PIECE_BYTES])
                 await send_in_time({**message, "body": piece, "more_body": True})
+                await asyncio.sleep(0)  # if the client has left, this is when the server notices
             await send_in_time({**message, "body": bytes(body[last:])} if body else message)
 
         await self.app(scope, receive, send_in_pieces)

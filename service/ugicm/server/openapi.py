@@ -38,7 +38,7 @@ _TAGS = [
 
 def problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     """``responses=`` of these problems and of those that any request can meet, but health checks."""
-    return _problems(*dict.fromkeys((*kinds, Code.OVERLOADED, Code.INTERNAL)))
+    return _problems(*dict.fromkeys((*kinds, Code.OVERLOADED, Code.STOPPING, Code.INTERNAL)))
 
 
 def _problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
@@ -152,7 +152,7 @@ def _complete(
         }
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for operation in _operations(schema):
+    for _, operation in _operations(schema):
         for parameter in operation.get("parameters", ()):
             _drop_null(parameter["schema"])
         invalid = operation["responses"].get("422", {})
@@ -162,10 +162,11 @@ def _complete(
         schema["components"]["securitySchemes"] = {
             "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
         }
-        for operation in _operations(schema):
+        for method, operation in _operations(schema):
             if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
                 operation["security"] = [{"apiKey": []}]
-                refusals = _problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, Code.BAD_SIGNATURE)
+                signed = [Code.BAD_SIGNATURE] if method in ("get", "head") else []
+                refusals = _problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, *signed)
                 operation["responses"].update({str(status): one for status, one in refusals.items()})
 
 
@@ -177,9 +178,10 @@ def _drop_null(schema: dict[str, Any]) -> None:
         schema.update(kinds[0])
 
 
-def _operations(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _operations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Method and operation."""
     for path in schema["paths"].values():
-        yield from path.values()
+        yield from path.items()
 
 
 def _reference(name: str) -> dict[str, str]:

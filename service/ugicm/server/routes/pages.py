@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
 HEADERS = {
+    "Accept-Ranges": "none",
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
     "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -37,7 +38,8 @@ class WholeFiles(StaticFiles):
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
-        response.headers["Cache-Control"] = HEADERS["Cache-Control"]
+        for name in ("Accept-Ranges", "Cache-Control"):
+            response.headers[name] = HEADERS[name]
         return response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -245,6 +245,7 @@ async function open(file) {
     state.opening = true;
     say("Opening …");
     const original = await picture(file).catch(() => {
+      $("file").value = ""; // its box would name another photo than the one that stays
       throw new Error(`${file.name} is not a picture that this browser can show`);
     });
     if (signal.aborted) return URL.revokeObjectURL(original.src);
