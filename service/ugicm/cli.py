@@ -58,6 +58,12 @@ Output = Annotated[
         "--output", "-o", metavar="OUT", help="File for one input; folder for several (made if missing)."
     ),
 ]
+# Whether a file may be read shows when it is: others are done before and after.
+Photos = Annotated[
+    list[Path],
+    typer.Argument(metavar="PHOTO...", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.", readable=False),
+]
+Bitstreams = Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.", readable=False)]
 Model = Annotated[
     str, typer.Option(envvar="UGICM_MODEL", help="Model name in the store, or path of its folder.")
 ]
@@ -80,7 +86,11 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    app()
+    try:
+        app()
+    except OSError as error:  # of what is said; of files they are reported where they happen
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what it still holds would fail again
+        raise SystemExit(_failed("standard output", error).exit_code) from None
 
 
 def _number(value: float | None) -> float | None:
@@ -110,9 +120,7 @@ def _common(
 
 @app.command()
 def encode(
-    photos: Annotated[
-        list[Path], typer.Argument(metavar="PHOTO...", help="PNG, JPEG, WebP, AVIF, BMP, TIFF or GIF.")
-    ],
+    photos: Photos,
     output: Output,
     quality: Annotated[
         float | None,
@@ -166,7 +174,7 @@ def encode(
 
 @app.command()
 def decode(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.ugic...", help="Bitstreams.")],
+    files: Bitstreams,
     output: Output,
     preference: Annotated[
         Preference,
@@ -211,7 +219,7 @@ def decode(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE.ugic")],
+    file: Annotated[Path, typer.Argument(metavar="FILE.ugic", readable=False)],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check a bitstream and show what its header says; needs no model."""
@@ -288,7 +296,9 @@ def health(
 def bench(
     photos: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PHOTO]...", help="Photos to tile pictures from  [default: a drawn one]"),
+        typer.Argument(
+            metavar="[PHOTO]...", help="Photos to tile pictures from  [default: a drawn one]", readable=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     megapixels: Annotated[str, typer.Option(help="Sizes, comma-separated.")] = "0.1,0.4,1,4,24",
@@ -296,7 +306,7 @@ def bench(
         str, typer.Option(help="Pictures at a time, comma-separated; several are of 1 megapixel at most.")
     ] = "1,8",
     quality: Annotated[float, typer.Option(min=1, max=100, callback=_number)] = DEFAULT_QUALITY,
-    threads: Annotated[int, typer.Option(min=0, help="0: as torch chooses.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as torch chooses.")] = 0,
     peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
     learned: Annotated[
         str,

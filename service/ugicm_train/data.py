@@ -143,7 +143,10 @@ def pack(sources: Sequence[Path], out: Path, *, max_bytes: int, min_side: int) -
             shard = out / f"{len(shards):05d}{SHARD_SUFFIX}"
             with written_whole(shard) as beside:
                 try:
-                    save_file(pending, beside)
+                    beside.touch()
+                    mode = beside.stat().st_mode
+                    save_file(pending, beside)  # for its owner alone: it writes another file and moves it
+                    beside.chmod(mode)
                 except SafetensorError as error:  # a full disk, too
                     raise OSError(f"cannot write {shard}: {error}") from error
             shards.append(shard)

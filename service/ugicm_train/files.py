@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LOCK = "ugicm-train.lock"
 """File that a run holds in its folder; it stays, as another run may wait to open it."""
@@ -24,6 +26,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)  # a failed one: no part of a file stays
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file, by the names of its first one.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        try:
+            return list(csv.DictReader(file))
+        except csv.Error as error:  # its own kind
+            raise ValueError(f"{path} is no CSV file: {error}") from error
 
 
 def check_apart(out: Path, pictures: Path) -> None:

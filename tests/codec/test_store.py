@@ -279,6 +279,12 @@ def test_a_config_that_asks_for_too_much(folder: Path) -> None:
             load_codec(folder, device="cpu")
 
 
+@pytest.mark.parametrize(("least", "most"), [(0.2, 0.1), (0.1, 0.1), (0.1, math.inf)])
+def test_rates_from_the_lowest_to_the_highest(least: float, most: float) -> None:
+    with pytest.raises(ValueError, match=f"must be finite and above lambda_min, got {least} and {most}"):
+        ModelConfig(name="x", lambda_min=least, lambda_max=most)
+
+
 def test_a_config_with_more_blocks(folder: Path) -> None:
     tensors = load((folder / "weights.safetensors").read_bytes())
     rewrite(folder, tensors, context_blocks=read_model(folder).config.context_blocks + 1)

@@ -43,6 +43,9 @@ def test_shards_hold_the_photos(folder: Path, tmp_path: Path) -> None:
     packed = dict(read_photos([tmp_path / "shards"], min_side=64))
     assert packed.keys() == direct.keys()
     assert all(torch.equal(packed[name], direct[name]) for name in direct)
+    (tmp_path / "file").touch()
+    modes = {path.stat().st_mode for path in (*shards, tmp_path / "file")}
+    assert len(modes) == 1  # that of any new file: other machines' users read shards, too
 
 
 def test_photos_of_equal_names_are_all_packed(folder: Path, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:
     path = tmp_path / "rd.json"
     head: dict[str, Any] = {"format": rate_distortion.FORMAT, "data": "kodak"}
     head |= {"machine": {"cores": 2, "torch_threads": 2}, "codecs": {"shift": "version 1"}}
+    head |= {"model": "shift", "ours": ["shift"], "command": "ugicm-train rd"}
     found = {"images": {"a": "00"}, "rows": [row._asdict()], "rate_targets": []}
     rate_distortion.write_report(path, head | found)
     before = path.read_bytes()
@@ -314,6 +315,9 @@ def test_read_anchors(tmp_path: Path) -> None:
         path.write_text(f"{CSV}vtm,{values}\n")
         with pytest.raises(ValueError, match=rf"anchors\.csv.*'bpp': '{values.partition(',')[0]}'"):
             read_anchors(path)
+    path.write_text(f"{CSV}{'v' * 200_000},1,30,.9\n")
+    with pytest.raises(ValueError, match=r"anchors\.csv is no CSV file: field larger than field limit"):
+        read_anchors(path)
 
 
 @pytest.mark.parametrize("name", installed_peers())
@@ -645,7 +649,9 @@ def test_what_cannot_be_measured(
     assert capsys.readouterr().err == f"ugicm-train: {message}\n"
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{", b'{"format": 1, "tasks": {}}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b'{"format": 1, "tasks": {}}', b'{"codecs": {}}', b"\xff\xfe"]
+)
 def test_other_files_are_no_reports(
     tiny_store: Path, greys: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -681,9 +687,11 @@ def test_insert_needs_its_marks(tmp_path: Path) -> None:
 
 def test_unfinished_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rd.json"
-    path.write_text(json.dumps({"command": "ugicm-train rd", "codecs": {}}))
-    with pytest.raises(ValueError, match="not finished"):
-        report.run(_parse(report.add_arguments, path))
+    begun = dict.fromkeys(rate_distortion.ALWAYS, "") | {"command": "ugicm-train rd x"}
+    for more in ({}, {"curves": []}):
+        path.write_text(json.dumps(begun | more))
+        with pytest.raises(ValueError, match="is not finished; run its command again: ugicm-train rd x"):
+            report.run(_parse(report.add_arguments, path))
 
 
 @pytest.mark.parametrize("name", ["rd.json", "rd.tmp", "rd"])

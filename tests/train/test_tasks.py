@@ -1179,6 +1179,8 @@ def test_what_cannot_be_evaluated(
     ):
         assert main([*command, *options]) == 1
         assert message in capsys.readouterr().err
+    assert main(["evaluate", "x", "--out", str(colours), "--agree", "classes", "x.onnx", str(colours)]) == 1
+    assert {path.suffix for path in colours.iterdir()} <= {".png", ".csv"}  # nothing was left there
 
 
 def test_a_model_for_people_alone_is_a_peer(

@@ -449,6 +449,18 @@ def test_a_full_disk_leaves_no_part_of_a_checkpoint(
     ]
 
 
+def test_a_state_that_is_lost_does_not_replace_the_last_checkpoint(photos: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, steps=2, batch=1, decay=0)
+    train(TINY, options, [photos], tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    wild = dataclasses.replace(options, steps=1, matrix_lr=1e39, warmup_steps=0)
+    with pytest.raises(
+        DivergedError, match=r"at step 3: .* of the model has values that are not finite; .*1e\+39"
+    ):
+        train(TINY, wild, [photos], tmp_path, resume="checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_optimisers_share_out_all_parameters() -> None:
     model = tiny_trainable()
     optimizer = Optimizer(model, tiny_trainable(), Processes(), clip=1.0)
@@ -849,7 +861,8 @@ def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:
     fine = {"bpp": 0.7, "loss": 0.8, "psnr_human": 30.0, "psnr_machine": 29.0, "skipped": 0}
 
     def check(step: int, **change: float) -> None:
-        trainer._check({"step": step} | fine | change, 50)
+        trainer.step = step
+        trainer._check(fine | change, 50)
 
     trainer = Trainer(tiny_trainable(), OPTIONS, tmp_path)
     check(50)
@@ -954,6 +967,9 @@ def test_options_are_checked() -> None:
             with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got {value}"):
                 dataclasses.replace(OPTIONS, **{name: value})
         dataclasses.replace(OPTIONS, **{name: 0})
+    for name, value in (("seed", 1 << 64), ("threads", 10**11)):
+        with pytest.raises(ValueError, match=rf"{name} must be at most \d+, got {value}"):
+            dataclasses.replace(OPTIONS, **{name: value})
     for name, value in (("clip", -1.0), ("clip", math.nan), ("threads", -3)):
         with pytest.raises(ValueError, match=f"{name} must be above 0, got {value}"):
             dataclasses.replace(OPTIONS, **{name: value})

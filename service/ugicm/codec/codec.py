@@ -54,6 +54,8 @@ BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
 SMALL_BYTES = 500
 """Below, bitstreams of one picture come in few sizes, and many qualities share one."""
+LARGEST_RATE = 1e9
+"""Bits per pixel, of any bitstream; floating point tells bytes apart up to there."""
 TILT_STEPS = 16
 """Shares of the weight differences between rates are rounded to 1/16, so that qualities share transforms."""
 REACH_STEPS = 32
@@ -275,9 +277,11 @@ class Codec:
             if not target_bpp > 0:
                 raise CodecError(f"target_bpp must be positive, got {target_bpp}")
             pixels = image.shape[0] * image.shape[1]
-            max_bytes = int(min(target_bpp, sys.maxsize) * pixels / 8)
-            # Of a bitstream's own rate, rounding may have left a byte too few.
-            max_bytes += 8 * (max_bytes + 1) / pixels <= target_bpp
+            target_bpp = min(target_bpp, LARGEST_RATE)
+            max_bytes = int(target_bpp * pixels / 8) + 1
+            # Rounding must not leave a byte too few for a bitstream's own rate, nor one too many.
+            while 8 * max_bytes / pixels > target_bpp:
+                max_bytes -= 1
         elif not isinstance(max_bytes, int | np.integer):
             raise CodecError(f"max_bytes must be a whole number, got {max_bytes!r}")
         max_bytes = min(int(max_bytes), sys.maxsize)
@@ -340,8 +344,8 @@ class Codec:
             # A drawn picture may need the fewest where it is kept exactly.
             least = len(best) if exact is None else min(len(best), len(exact))
             raise CodecError(
-                f"the picture needs {least} bytes at quality {QUALITY_MIN:g}, over the budget of "
-                f"{max_bytes}; raise max_bytes or target_bpp, or shrink the picture"
+                f"the picture needs {least} bytes at quality {QUALITY_MIN:g}, over the budget of {max_bytes} "
+                "bytes; raise max_bytes or target_bpp (--max-bytes, --bpp), or shrink the picture"
             )
         return best
 

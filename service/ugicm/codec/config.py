@@ -82,6 +82,10 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.latent_channels % 4:
             raise ValueError(f"latent_channels must be a multiple of 4, got {self.latent_channels}")
+        if not self.lambda_min < self.lambda_max < math.inf:
+            raise ValueError(
+                f"lambda_max must be finite and above lambda_min, got {self.lambda_min} and {self.lambda_max}"
+            )
         if self.levels < 2:
             raise ValueError(f"levels must be at least 2, got {self.levels}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,6 +29,8 @@ _log = structlog.get_logger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, but for what arrives at once."""
+SECOND_SIGINT_S = 1.0
+"""Within this a SIGINT is the same once more, from a parent process; later it means at once."""
 HANGING_S = 2.0
 """How long the exit waits for threads in a file system that may hang."""
 UNSENT_BYTES = 16 << 10
@@ -143,12 +146,16 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._app, self._drain_delay_s = app, drain_delay_s
         self._exit_at: float | None = None
+        self._interrupted_at = -math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._app.state.lifecycle.draining = True
         if sig == signal.SIGTERM and self._exit_at is None:
             self._exit_at = time.monotonic() + self._drain_delay_s
-        else:
+        elif sig != signal.SIGINT:
+            super().handle_exit(sig, frame)
+        elif time.monotonic() - self._interrupted_at > SECOND_SIGINT_S:
+            self._interrupted_at = time.monotonic()
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ugicm_train.evaluation.bdrate import Curve, decibels
+from ugicm_train.files import read_rows
 
 LABELS = {
     "jpeg": "JPEG",
@@ -40,20 +40,17 @@ def read_anchors(path: Path) -> dict[str, list[Point]]:
         ValueError: a row that is no point of a curve; the message has it.
     """
     codecs: dict[str, list[Point]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            try:
-                ms_ssim = float(row["ms_ssim"]) if row.get("ms_ssim") else None
-                point = Point(float(row["bpp"]), float(row["psnr_db"]), ms_ssim)
-                if not (point.bpp > 0 and all(math.isfinite(value or 0.0) for value in point)):
-                    raise ValueError("a rate above 0 and finite values are needed")
-                if not 0 <= (ms_ssim or 0.0) <= 1:
-                    raise ValueError("an MS-SSIM is in 0..1, not in dB")
-                codecs.setdefault(row["codec"], []).append(point)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}: not a row of codec, bpp, psnr_db, ms_ssim: {row} ({error})"
-                ) from error
+    for row in read_rows(path):
+        try:
+            ms_ssim = float(row["ms_ssim"]) if row.get("ms_ssim") else None
+            point = Point(float(row["bpp"]), float(row["psnr_db"]), ms_ssim)
+            if not (point.bpp > 0 and all(math.isfinite(value or 0.0) for value in point)):
+                raise ValueError("a rate above 0 and finite values are needed")
+            if not 0 <= (ms_ssim or 0.0) <= 1:
+                raise ValueError("an MS-SSIM is in 0..1, not in dB")
+            codecs.setdefault(row["codec"], []).append(point)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a row of codec, bpp, psnr_db, ms_ssim: {row} ({error})") from error
     return {codec: sorted(points) for codec, points in codecs.items()}
 
 

@@ -370,7 +370,6 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
         tasks.append(MeanIou(name, judge, Path(folder), Path(masks), classes, identity))
     for kind, network, folder in arguments.agree:
         images = Path(folder)
-        check_apart(arguments.out, images)
         task: type[Agreement]
         match kind:
             case "classes":
@@ -478,6 +477,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the results and print the tables."""
+    for *_, folder in arguments.agree:
+        check_apart(arguments.out, Path(folder))
     with kept_alone(arguments.out, arguments.part):
         return _run(arguments)
 

@@ -179,6 +179,12 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+ALWAYS = ("format", "model", "ours", "command", "machine", "data", "codecs", "images", "rows", "rate_targets")
+"""What a report has from the beginning."""
+FINALLY = ("checks", "bd_rates", "curves", "anchors")
+"""What it has when it is finished."""
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """What `write_report` wrote, finished or not.
 
@@ -189,8 +195,10 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{path} is no rd.json: {error}") from error
-    if not isinstance(report, dict) or "codecs" not in report:
+    if not isinstance(report, dict):
         raise ValueError(f"{path} is no rd.json")
+    if missing := [name for name in ALWAYS if name not in report]:
+        raise ValueError(f"{path} is no rd.json: it lacks {', '.join(missing)}")
     return report
 
 

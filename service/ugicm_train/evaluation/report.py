@@ -10,7 +10,7 @@ from typing import Any
 from ugicm_train.evaluation.anchors import LABELS, METRICS, Point, curve, points_of
 from ugicm_train.evaluation.bdrate import Curve
 from ugicm_train.evaluation.metrics import MS_SSIM_MIN_SIDE
-from ugicm_train.evaluation.rate_distortion import BPP_RANGES, read_report
+from ugicm_train.evaluation.rate_distortion import BPP_RANGES, FINALLY, read_report
 from ugicm_train.files import written_whole
 
 BEGIN, END = "<!-- rate-distortion: begin -->", "<!-- rate-distortion: end -->"
@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the tables into the given files, or print them, and draw the plot."""
     reports = [read_report(path) for path in arguments.reports]
     for path, report in zip(arguments.reports, reports, strict=True):
-        if "curves" not in report:
+        if not set(FINALLY) <= set(report):
             raise ValueError(f"{path} is not finished; run its command again: {report['command']}")
     text = "\n".join(map(table, reports))
     for path in arguments.insert:

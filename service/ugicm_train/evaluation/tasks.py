@@ -8,7 +8,6 @@ callables from ONNX, LiteRT and torchvision models, and any function with the ri
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from ugicm_train.data import is_picture
 from ugicm_train.evaluation.metrics import Image
+from ugicm_train.files import read_rows
 
 Judgement = Any
 """What a task keeps of one picture: a JSON value."""
@@ -179,11 +179,10 @@ class Top1(MeanScored):
 
 def read_labels(path: Path) -> dict[str, int]:
     """Columns ``file`` and ``class_index`` of a CSV file; ``ValueError`` where it lacks them."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
-            return {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not rows of file, class_index: {error}") from error
+    try:
+        return {row["file"]: int(row["class_index"]) for row in read_rows(path)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not rows of file, class_index: {error}") from error
 
 
 @dataclass(frozen=True)
