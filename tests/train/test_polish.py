@@ -73,6 +73,21 @@ def test_bitstreams_stay_the_same_and_decode_better(
     assert {name.partition(".")[0] for name in changed} == set(VIEWS[view])
 
 
+def test_grain_is_set_by_the_views_that_were_learned(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(
+        "ugicm_train.polish.set_grain", lambda tensors, model, *_: seen.append(model_tensors(model))
+    )
+    before, after = write_tiny_model(tmp_path / "before"), tmp_path / "after"
+    polish(before, after, dataclasses.replace(OPTIONS, steps=2), [data], tmp_path / "run", view="both")
+    old, new = (read_model(path).tensors for path in (before, after))
+    for part in VIEWS["both"]:
+        name = next(name for name in new if name.startswith(f"{part}.") and (new[name] != old[name]).any())
+        torch.testing.assert_close(seen[0][name].half(), new[name].half())
+
+
 def test_forgotten_machine_view_is_the_human_view() -> None:
     model = tiny_trainable()
     y, level = torch.rand(1, TINY.latent_channels, 4, 4), torch.tensor([1.5])

@@ -1290,6 +1290,12 @@ class TestAgreement:
         same = {name: json.loads(json.dumps(task.judge(name, p))) for name, p in pictures.items()}
         assert task.score(same) == pytest.approx(1)
         moved = task.judge("red.png", np.zeros_like(pictures["red.png"]))
+
+        def doubt(score: float) -> SameBoxes:
+            found = Detections(np.array([sure]), np.array([score]), np.array([3]))
+            return SameBoxes("boxes", lambda image: found, colours)
+
+        assert [len(doubt(s).judge("red.png", pictures["red.png"])[0]) for s in (0.29, 0.3)] == [0, 1]
         # The box of score .9 alone is the truth; of two pictures one has it at no threshold.
         assert [row[1] for row in moved[0]] == [0.9]
         assert 0 < task.score({"red.png": moved, "blue.png": same["blue.png"]}) < 0.6
