@@ -266,12 +266,16 @@ def serve(
 @app.command()
 def check() -> None:
     """Try what the service needs: variables, model, cache, a round trip. Exits with 1 if one fails."""
+    from ugicm.server.backends import threads_hang
     from ugicm.server.check import check as run
 
     ok = True
     for finding in run(_settings()):
         typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
         ok = ok and finding.ok
+    if threads_hang():  # and has been reported
+        sys.stdout.flush()
+        os._exit(1)
     if not ok:
         raise typer.Exit(1)
 

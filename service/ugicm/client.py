@@ -128,12 +128,17 @@ def _understood(response: httpx2.Response) -> Iterator[None]:
     """A success that does not read as one of this service's is a problem, too: of a wrong address."""
     try:
         yield
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _unknown(response) from None
 
 
+def _text(response: httpx2.Response) -> str:
+    """Whatever charset an answer names, which may be none of texts."""
+    return response.content.decode("utf-8", "replace")
+
+
 def _unknown(response: httpx2.Response) -> ProblemError:
-    return ProblemError(response.status_code, "unknown", response.text[:200], {})
+    return ProblemError(response.status_code, "unknown", _text(response)[:200], {})
 
 
 def _result(response: httpx2.Response) -> Encoded:
@@ -177,7 +182,7 @@ def _problem(status: int, body: Mapping[str, Any]) -> ProblemError:
 
 
 def _is_temporary(response: httpx2.Response) -> bool:
-    return response.status_code == 503 and _NOT_RETRIED not in response.text
+    return response.status_code == 503 and _NOT_RETRIED not in _text(response)
 
 
 def _wait_s(response: httpx2.Response, attempt: int) -> float:
@@ -194,13 +199,16 @@ def _checked(response: httpx2.Response) -> httpx2.Response:
         return response
     try:
         raise _problem(response.status_code, response.json())
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _unknown(response) from None
 
 
 def _options(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    if not (api_key or "").isascii():
+        raise ValueError("the API key has characters that are not ASCII, which no header holds")
     headers = {"X-API-Key": api_key} if api_key else {}
-    return {"base_url": url, "headers": headers, "timeout": timeout_s}
+    # However many calls are made at once, those that wait for a connection have sent nothing yet.
+    return {"base_url": url, "headers": headers, "timeout": httpx2.Timeout(timeout_s, pool=None)}
 
 
 class Client:

@@ -83,6 +83,9 @@ def rate_distortion_loss(
     balance = (lambdas / (config.lambda_min * config.lambda_max) ** 0.5) ** -RATE_BALANCE
     balanced = balance * loss.detach()
     weight = balance * balanced.rsqrt() * (OUTLIER / balanced).clamp(max=1.0)
+    weighted = weight * loss
+    # An outlier's gradient no longer grows with its loss; the value that is reported does.
+    reported = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
     judged = x.new_zeros(())
     if judge is not None and count:
         distance = judge(output.machine, x[:count])
@@ -94,10 +97,8 @@ def rate_distortion_loss(
         # In proportion to the other losses: at low rates these are small, and all bits would go where the
         # judge looks.
         pull = teacher_weight * strength * distance * loss[:count].detach()
-        loss = torch.cat([loss[:count] + pull, loss[count:]])
-    weighted = weight * loss
-    # An outlier's gradient no longer grows with its loss; the value that is reported does.
-    reported = torch.where(balanced > OUTLIER, 2 * OUTLIER**0.5 - weighted, weighted).detach()
+        pulled = torch.cat([weight[:count] * pull, weight.new_zeros(len(loss) - count)])
+        weighted, reported = weighted + pulled, reported + pulled.detach()
     # Decoders clip pixels, so no error is larger than 1: one sample that explodes must not hide the others.
     shown_human, shown_machine = human.detach().clamp(max=1.0), machine.detach().clamp(max=1.0)
     return LossTerms(

@@ -18,8 +18,8 @@ Picture = NDArray[np.uint8]
 
 _LETTERS = string.ascii_letters + string.digits + string.punctuation + "     "
 FONT_SIZE_MIN, FONT_SIZE_MAX = 9, 28
-PERIOD_MAX = 16
-"""Longest period of stripes and side of a checkerboard's squares, in pixels."""
+WIDTH_MAX = 16
+"""Widest stripes, longest side of a checkerboard's squares and longest wave, in pixels."""
 GREY_SHARE = 0.4
 
 
@@ -55,9 +55,9 @@ def gradient(random: Generator, size: int) -> Picture:
     return (first + (second - first) * ramp[..., None] + random.random()).clip(0, 255).astype(np.uint8)
 
 
-def _period(random: Generator) -> int:
-    """Short periods are the hard ones: every second is one or two pixels."""
-    return int(random.integers(1, 3)) if random.random() < 0.5 else int(random.integers(3, PERIOD_MAX + 1))
+def _width(random: Generator) -> int:
+    """Narrow stripes are the hard ones: every second pattern has one or two pixels."""
+    return int(random.integers(1, 3)) if random.random() < 0.5 else int(random.integers(3, WIDTH_MAX + 1))
 
 
 def _pattern(random: Generator, on: NDArray[np.bool_]) -> Picture:
@@ -68,12 +68,12 @@ def _pattern(random: Generator, on: NDArray[np.bool_]) -> Picture:
 
 
 def stripes(random: Generator, size: int) -> Picture:
-    on = np.broadcast_to((np.arange(size) // _period(random)) % 2 == 1, (size, size))
+    on = np.broadcast_to((np.arange(size) // _width(random)) % 2 == 1, (size, size))
     return _pattern(random, on if random.random() < 0.5 else on.T)
 
 
 def checkerboard(random: Generator, size: int) -> Picture:
-    on = np.arange(size) // _period(random)
+    on = np.arange(size) // _width(random)
     return _pattern(random, (on[:, None] + on) % 2 == 1)
 
 
@@ -83,7 +83,7 @@ def grating(random: Generator, size: int) -> Picture:
     angle, bend = random.uniform(0, 2 * np.pi), random.uniform(-0.3, 0.3, 3)
     along = x * np.cos(angle) + y * np.sin(angle)
     # Frequencies, not periods, evenly: half of the periods are below four pixels.
-    frequency = random.uniform(1 / PERIOD_MAX, 1 / 2)
+    frequency = random.uniform(1 / WIDTH_MAX, 1 / 2)
     phase = 2 * np.pi * size * frequency * (along + bend[0] * x * y + bend[1] * x**2 + bend[2] * y**2)
     wave = np.tanh(np.exp(random.uniform(-2, 2)) * np.sin(phase))
     share = 0.5 + 0.5 * wave / np.abs(wave).max()

@@ -668,6 +668,24 @@ def test_check_fails_whatever_comes_after(monkeypatch: pytest.MonkeyPatch) -> No
     ]  # fmt: skip
 
 
+def test_check_ends_where_the_cache_hangs(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from ugicm.cli import main; from ugicm.server.backends import FileCache\n"
+        "FileCache._check = lambda self: time.sleep(1000)\n"
+        "sys.argv = ['ugicm', 'check']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(UGICM_CACHE_URL=f"file://{tmp_path}", UGICM_CACHE_TIMEOUT_S="0.2"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "FAIL  cache: file: " in done.stdout
+    assert "ok    round trip" in done.stdout
+
+
 def test_health(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ready(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

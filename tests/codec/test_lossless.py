@@ -71,6 +71,17 @@ def test_the_smaller_of_the_two_is_kept(tiny_codec: Codec, monkeypatch: pytest.M
     assert len(data) < len(lossless.compress(noise))
 
 
+def test_large_pictures_are_compressed_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:90, :110]
+    image = np.stack([x * 2, (x // 9 + y // 7) % 5 * 50, np.sin(x * y / 50) * 100 + 120], -1).astype(np.uint8)
+    thorough = lossless.compress(image)
+    monkeypatch.setattr(lossless, "THOROUGH_PIXELS", 90 * 110)
+    assert lossless.compress(image) == thorough
+    monkeypatch.setattr(lossless, "THOROUGH_PIXELS", 90 * 110 - 1)
+    assert len(lossless.compress(image)) > len(thorough)
+    np.testing.assert_array_equal(lossless.decompress(lossless.compress(image), 110, 90), image)
+
+
 def test_large_pictures_are_kept_whole(tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec_module, "TILE_SIDE", 64)
     image = stripes(150, 131)

@@ -574,6 +574,15 @@ async def test_a_missing_bucket_fails_the_check(s3_url: str) -> None:
         await S3Cache("s3://other").check()
 
 
+async def test_the_check_writes_to_the_bucket(s3_url: str) -> None:
+    """One that may be listed only keeps nothing."""
+    cache = S3Cache(s3_url)
+    await cache.check()
+    await cache.check()
+    found = [entry["path"] async for part in cache._store.list() for entry in part]
+    assert found == ["check"]
+
+
 def test_the_service_outlives_its_redis(make_client: Any, image_file: Any, redis_server: RedisServer) -> None:
     client = make_client(cache_url=redis_server.url)
     id = client.post("/encode", content=image_file()).json()["id"]

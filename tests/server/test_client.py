@@ -202,6 +202,31 @@ def test_another_server_is_a_problem() -> None:
         client.info()
 
 
+@pytest.mark.parametrize("status", [200, 404, 503])
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("text/html; charset=hex", b"zz"), ("text/plain; charset=idna", b"\xff"), ("", b"[" * 200_000)],
+)
+def test_answers_that_are_no_text(status: int, kind: str, content: bytes) -> None:
+    answer = httpx2.Response(status, content=content, headers={"Content-Type": kind})
+    transport = httpx2.MockTransport(lambda _: answer)
+    with Client(transport=transport, retries=0) as client, pytest.raises(ProblemError, match="unknown"):
+        client.info()
+
+
+def test_a_key_that_no_header_holds() -> None:
+    with pytest.raises(ValueError, match="the API key has characters that are not ASCII"):
+        Client(api_key="schlüssel")
+
+
+@pytest.mark.anyio
+async def test_calls_wait_for_a_connection_as_long_as_it_takes() -> None:
+    with Client(timeout_s=3) as client:
+        async with AsyncClient(timeout_s=3) as other:
+            for http in (client._http, other._http):
+                assert http.timeout.as_dict() == {"connect": 3, "read": 3, "write": 3, "pool": None}
+
+
 @pytest.mark.parametrize("lines", [[], [1], [1, 0], [0, 1, 2]])
 def test_a_batch_has_an_answer_for_each_image(lines: list[int]) -> None:
     problem = {"status": 503, "code": "overloaded", "detail": "busy"}

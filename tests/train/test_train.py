@@ -855,6 +855,20 @@ def test_a_sample_that_explodes_pulls_no_more_than_others() -> None:
         for i, j in ((0, 1), (1, 2), (2, 3), (3, 4))
     ]
     assert told == sorted(told)
+    judged = [
+        float(
+            rate_distortion_loss(
+                TINY,
+                CodecOutput(view[3:], view[3:], bpp[3:]),
+                x[3:],
+                level[3:],
+                judge=lambda picture, _: picture.new_ones(len(picture)),
+                teacher_weight=weight,
+            ).loss
+        )
+        for weight in (0.0, 0.5, 2.0)
+    ]
+    assert judged == sorted(judged)
 
 
 def test_a_run_that_diverges_is_stopped(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ugicm.codec.codec import Codec
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "weights.safetensors", "README.md"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
 STORE_VARIABLE = "UGICM_MODEL_STORE"
 FORMAT = 7
 """Version of the layout of the model folder."""

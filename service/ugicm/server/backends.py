@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 _log = structlog.get_logger(__name__)
 
 
+HANGING_S = 2.0
+"""How long threads in a file system that may hang are waited for at the end."""
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 """Errors that say something of one entry, not of the whole folder."""
 
@@ -329,9 +331,8 @@ class S3Cache:
         return found
 
     async def check(self) -> None:
-        """List the first objects: fails without the bucket or the right to see it."""
-        async for _ in self._store.list(chunk_size=1):
-            break
+        """Write an object, always the same: fails without the bucket or the right to write."""
+        await self._store.put_async("check", b"")
 
     async def close(self) -> None:
         """Connections close with the process."""
@@ -342,6 +343,15 @@ class S3Cache:
             return (await self._store.head_async(id))["size"]
         except FileNotFoundError:
             return None
+
+
+def threads_hang() -> bool:
+    """Whether threads of a closed `FileCache` go on: Python would wait for them before it exits."""
+    hanging = [thread for thread in threading.enumerate() if thread.name.startswith(FileCache.THREAD_NAME)]
+    until = time.monotonic() + HANGING_S
+    for thread in hanging:
+        thread.join(max(0, until - time.monotonic()))
+    return any(thread.is_alive() for thread in hanging)
 
 
 def open_cache(settings: Settings) -> BitstreamCache:

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from types import FrameType
 from typing import Any
@@ -22,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ugicm.server import logs
 from ugicm.server.app import create_app, load_model
-from ugicm.server.backends import FileCache, open_cache
+from ugicm.server.backends import open_cache, threads_hang
 from ugicm.server.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -31,8 +30,6 @@ MAX_HEAD_BYTES = 64 << 10
 """Of a request's line and headers, but for what arrives at once."""
 SECOND_SIGINT_S = 1.0
 """Within this a SIGINT is the same once more, from a parent process; later it means at once."""
-HANGING_S = 2.0
-"""How long the exit waits for threads in a file system that may hang."""
 UNSENT_BYTES = 16 << 10
 """Of an answer, in the system's buffer of a connection before it takes more."""
 
@@ -191,16 +188,7 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
     _DrainingServer(config, app, settings.drain_delay_s).run()
-    _leave_behind(FileCache.THREAD_NAME)
-
-
-def _leave_behind(name: str) -> None:
-    """End the process if threads of that name hang: Python would wait for them, however long it takes."""
-    hanging = [thread for thread in threading.enumerate() if thread.name.startswith(name)]
-    until = time.monotonic() + HANGING_S
-    for thread in hanging:
-        thread.join(max(0, until - time.monotonic()))
-    if any(thread.is_alive() for thread in hanging):
+    if threads_hang():
         _log.warning("the file system of the bitstream cache hangs; the process ends without it")
         logging.shutdown()
         sys.stdout.flush()
