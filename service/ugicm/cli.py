@@ -438,7 +438,7 @@ def _run(jobs: Sequence[_Job], work: Callable[[bytes], tuple[bytes, str]], verb:
                 failures += 1
             else:
                 # Into a pipe, or into standard output itself, go the data alone.
-                typer.echo(f"{source} -> {target}  {note}", err=_is_stream(target))
+                typer.echo(f"{_shown(source)} -> {_shown(target)}  {note}", err=_is_stream(target))
     if failures:
         raise typer.Exit(1)
 
@@ -520,8 +520,13 @@ def _failed(what: object, error: Exception) -> typer.Exit:
         what, message = error.filename or what, error.strerror or str(error)
     else:
         message = str(error)
-    typer.echo(f"ugicm: {what}: {message}", err=True)
+    typer.echo(f"ugicm: {_shown(what)}: {message}", err=True)
     return typer.Exit(1)
+
+
+def _shown(what: object) -> str:
+    """On one line, whatever a file's name has in it; what is no text in it is written as it is."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in str(what))
 
 
 def _bpp(data: bytes, width: int, height: int) -> float:

@@ -1,8 +1,9 @@
 """RGB arrays of pictures that Pillow has opened, the same for the service, for training and for measuring.
 
 - EXIF orientation is applied.
-- Colours are converted to sRGB by the embedded ICC profile; a profile that is damaged or does not fit the
-  pixels is ignored, and so are other colour hints (PNG gamma).
+- Colours are converted to sRGB by the embedded ICC profile; a profile that is damaged, does not fit the
+  pixels, or has elements of its own to compute with (``D2B0``: they may take any time) is ignored, and so
+  are other colour hints (PNG gamma).
 - 8 bits per channel: 16-bit grey is rounded from 0..65535, 12-bit grey (TIFF) from 0..4095, 16-bit colour
   keeps its upper byte, floating point is clipped to 0..1.
 - Grey, palette and CMYK become RGB; transparent pixels are blended with white.
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,10 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what undoes it."""
 _ICC_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
+
+
+EXIF_BYTES = 1 << 20
+"""Longer metadata are not looked at: a single number of theirs may be millions."""
 
 
 def to_rgb(image: Image.Image) -> Pixels:
@@ -81,6 +87,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8; after loading, as TIFF files are turned by Pillow then."""
+    if len(image.info.get("exif") or b"") > EXIF_BYTES:
+        return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata must not cost the picture
@@ -88,14 +96,18 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _tags(profile: bytes) -> Iterator[bytes]:
+    """Name, place and length of each of an ICC profile's tags, those that lcms looks at."""
+    count = min(100, int.from_bytes(profile[128:132]))
+    return (profile[at : at + 12] for at in range(132, 132 + 12 * count, 12))
+
+
 def _says_srgb(profile: bytes) -> bool:
     """Whether an ICC profile's description begins so.
 
     Not asked of lcms, which believes how many translations it is told there are, and makes room for them.
     """
-    tags = min(100, int.from_bytes(profile[128:132]))
-    for at in range(132, 132 + 12 * tags, 12):
-        tag = profile[at : at + 12]
+    for tag in _tags(profile):
         if tag[:4] == b"desc":
             start = int.from_bytes(tag[4:8])
             description = profile[start : start + int.from_bytes(tag[8:12])]
@@ -108,7 +120,8 @@ def _says_srgb(profile: bytes) -> bool:
 
 def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
     """RGB from a picture of mode L, RGB or CMYK."""
-    if isinstance(profile, bytes):  # a TIFF's may be anything
+    # A TIFF's may be anything.
+    if isinstance(profile, bytes) and not any(tag.startswith(b"D2B") for tag in _tags(profile)):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]

@@ -202,6 +202,16 @@ def test_impossible_budget(photos: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "out.ugic").exists()
 
 
+def test_names_cannot_forge_lines(photos: list[Path], tmp_path: Path) -> None:
+    good, bad = (tmp_path / name for name in ("a\nugicm: b\x1b[2J.png", "c\nd -> e.png"))
+    photos[0].rename(good)
+    bad.write_bytes(b"no picture")
+    result = ugicm_("encode", good, bad, "-o", tmp_path / "out")
+    (said,), (failed,) = result.stdout.splitlines(), result.stderr.splitlines()
+    assert "a\\nugicm: b\\x1b[2J.png -> " in said
+    assert failed.startswith(f"ugicm: {tmp_path}/c\\nd -> e.png: ")
+
+
 def test_whether_files_may_be_read_is_found_out_one_by_one(
     photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -279,6 +279,12 @@ def test_a_config_that_asks_for_too_much(folder: Path) -> None:
             load_codec(folder, device="cpu")
 
 
+def test_a_config_that_goes_deep(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelStoreError, match="cannot read the model in"):
+        load_codec(folder, device="cpu")
+
+
 @pytest.mark.parametrize(("least", "most"), [(0.2, 0.1), (0.1, 0.1), (0.1, math.inf)])
 def test_rates_from_the_lowest_to_the_highest(least: float, most: float) -> None:
     with pytest.raises(ValueError, match=f"must be finite and above lambda_min, got {least} and {most}"):

@@ -22,7 +22,7 @@ from redis.asyncio import SSLConnection
 from redis.exceptions import NoPermissionError, OutOfMemoryError
 
 from tests.live import free_port
-from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache
+from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache, threads_hang
 from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings
 
@@ -500,6 +500,18 @@ async def test_a_folder_that_cannot_be_written_fails_the_check(tmp_path: Path) -
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file"):
         await FileCache(tmp_path / "file", 1000).check()
+
+
+def test_threads_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ugicm.server.backends.HANGING_S", 0.01)
+    free = threading.Event()
+    thread = threading.Thread(target=free.wait, name="ugicm-pool_0")
+    thread.start()
+    assert threads_hang("ugicm-pool")
+    assert not threads_hang()
+    free.set()
+    thread.join()
+    assert not threads_hang("ugicm-pool")
 
 
 # Redis and S3

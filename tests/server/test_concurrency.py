@@ -460,6 +460,17 @@ async def test_work_in_the_pool_is_stopped_when_nobody_waits_for_it(
     await until(stopped.is_set)
 
 
+async def test_the_end_does_not_wait_for_a_file(make_async_client: MakeAsyncClient, codec: Any) -> None:
+    client = await make_async_client(warm_up=False)
+    engine = client.app.state.services.engine
+    begun, free = threading.Event(), threading.Event()
+    engine._pool.submit(lambda: (begun.set(), free.wait()))
+    await until(begun.is_set)
+    await engine.close()
+    assert not free.is_set()
+    free.set()
+
+
 async def test_searches_do_not_wait_for_each_other(
     make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:

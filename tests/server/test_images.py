@@ -18,11 +18,13 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from ugicm.choices import ImageFormat
 from ugicm.codec.errors import CodecError, LimitExceededError
+from ugicm.server import isolated
 from ugicm.server.images import (
     ACCEPTED_MEDIA_TYPES,
     FORMATS,
     MAX_SIDE,
     MEDIA_TYPES,
+    RLE_PIXELS,
     MalformedImageError,
     UnsupportedImageError,
     read_image,
@@ -266,6 +268,16 @@ def test_icc_profile_is_applied(format: str) -> None:
     assert np.abs(read(data).astype(int) - [0, 255, 0]).max() <= 4
 
 
+def test_icc_profile_with_elements_of_its_own_is_ignored() -> None:
+    """They may be as many as one likes, and all the same; lcms would prefer them."""
+    swapped = profile(**SWAPPED_PRIMARIES)
+    assert swapped[128:].count(b"cprt") == 1
+    stored = Image.new("RGB", (16, 16), (255, 0, 0))
+    for tag, seen in ((b"cprt", [0, 255, 0]), (b"D2B0", [255, 0, 0])):
+        data = file(stored, "PNG", icc_profile=swapped.replace(b"cprt", tag))
+        assert np.abs(read(data).astype(int) - seen).max() <= 4
+
+
 def test_icc_profile_with_alpha_and_palette() -> None:
     swapped = profile(**SWAPPED_PRIMARIES)
     rgba = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
@@ -480,6 +492,92 @@ def test_compressed_bmp() -> None:
     info = struct.pack("<IiiHHIIiiII", 40, 200, 200, 1, 8, 1, len(runs), 0, 0, 256, 0)
     expected = (np.arange(200 * 200) % 256).reshape(200, 200)[::-1]
     assert np.array_equal(read(head + info + palette + runs)[..., 0], expected)
+
+
+def test_compressed_bmp_of_many_pixels() -> None:
+    """Pillow fills what is left out byte by byte."""
+    palette, runs = bytes(4 * 256), bytes((1, 5, 0, 0))
+    head = b"BM" + struct.pack("<IHHI", 14 + 40 + len(palette) + len(runs), 0, 0, 14 + 40 + len(palette))
+    info = struct.pack("<IiiHHIIiiII", 40, RLE_PIXELS + 1, 1, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    with pytest.raises(
+        MalformedImageError, match=f"at most {RLE_PIXELS} pixels here, this one {RLE_PIXELS + 1}"
+    ):
+        read_image(head + info + palette + runs, max_pixels=10**9)
+
+
+def test_a_jpeg_of_many_scans() -> None:
+    data = file(Image.fromarray(RAMP), "JPEG", progressive=True)
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x01\x05\x10"  # one more bit of coefficients that are all zero
+    end = data.rindex(b"\xff\xd9")
+    assert read(data[:end] + 100 * scan + data[end:]).shape == RAMP.shape
+    many = data[:end] + 300 * scan + data[end:]
+    with pytest.raises(MalformedImageError, match=r"the JPEG file has 3\d\d scans; 256 are taken"):
+        read(many)
+    assert size_of_image(many) == (0, 0)
+
+
+def test_a_jpeg_of_many_exif_segments() -> None:
+    data, segment = file(Image.fromarray(RAMP), "JPEG"), b"\xff\xe1\x00\x08Exif\0\0"
+    assert read(data[:2] + 64 * segment + data[2:]).shape == RAMP.shape
+    with pytest.raises(MalformedImageError, match="the JPEG file has 65 EXIF segments, 64 are taken"):
+        read(data[:2] + 65 * segment + data[2:])
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("tag", "kind", "most"), [(282, 5, 1 << 18), (273, 3, 1 << 22)])
+def test_a_tiff_tag_of_many_values(order: str, large: bool, tag: int, kind: int, most: int) -> None:
+    def tiff(values: int) -> bytes:
+        mark = b"II" if order == "<" else b"MM"
+        if large:
+            head = mark + struct.pack(order + "HHHQ", 43, 8, 0, 16)
+            return head + struct.pack(order + "QHHQQHHQQQ", 2, 256, 4, 1, 8, tag, kind, values, 0, 0)
+        return mark + struct.pack(order + "HIHHHIIHHIII", 42, 8, 2, 256, 4, 1, 8, tag, kind, values, 0, 0)
+
+    with pytest.raises(MalformedImageError, match=f"tag {tag} of the TIFF file has {most + 1} values"):
+        read(tiff(most + 1))
+    with pytest.raises(MalformedImageError, match="the header of the image is damaged"):
+        read(tiff(most))  # there are no pixels
+
+
+def test_avif_of_another_size_than_its_header_says() -> None:
+    data = file(Image.new("RGB", (640, 480), "red"), "AVIF")
+    patched = data.replace(struct.pack(">II", 640, 480), struct.pack(">II", 64, 48))
+    assert patched != data
+    assert size_of_image(patched) == (64, 48)
+    with pytest.raises(LimitExceededError, match="640x480 image: 307200 is over the limit of 300000"):
+        read_image(data, max_pixels=300_000)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("while True: pass", "reading it takes too long"),
+        ("x = bytearray(1 << 30)", "reading it takes too much memory"),
+        ("raise ValueError('why')", "ValueError: why"),
+        ("sys.exit(3)", "exit status 3"),
+    ],
+)
+def test_avif_that_takes_too_much(code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file(Image.fromarray(RAMP), "AVIF")
+    assert read(data).shape == RAMP.shape
+    changed = (
+        f"def load(self):\n  {code}\n"
+        "isolated.AvifImagePlugin.AvifImageFile.load, isolated.SECONDS = load, 1\nisolated.main()"
+    )
+    start, _ = isolated._CODE.split("; from ")
+    monkeypatch.setattr(isolated, "_CODE", f"{start}; from ugicm.server import isolated\n{changed}")
+    with pytest.raises(MalformedImageError, match=f"the image is damaged or truncated .{message}"):
+        read(data)
+
+
+def test_long_exif_is_not_looked_at() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned, long = exif.tobytes(), exif.tobytes() + bytes(1 << 20)
+    image = Image.fromarray(RAMP)
+    assert read(file(image, "PNG", exif=turned)).shape == (30, 20, 3)
+    assert read(file(image, "PNG", exif=long)).shape == RAMP.shape
 
 
 def tiled_tiff(tile: int) -> bytes:

@@ -49,6 +49,18 @@ def test_console_lines_show_no_locals() -> None:
     assert "99999" not in text
 
 
+def test_console_lines_speak_to_no_terminal() -> None:
+    code = (
+        "import structlog; from ugicm.server import logs; from ugicm.server.settings import Settings\n"
+        "logs.configure(Settings(log_format='console'))\n"
+        "structlog.get_logger('x').info('request', path='/x\\x1b[2J\\x07', method='GET')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert b"\x1b[2J" not in done.stderr
+    assert b"\x07" not in done.stderr
+    assert rb"\x1b[2J" in done.stderr
+
+
 def test_requests_make_spans_but_health_checks_do_not(make_client: Any) -> None:
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider

@@ -91,7 +91,7 @@ def read_model(folder: Path) -> StoredModel:
     try:
         description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         data = (folder / WEIGHTS_FILE).read_bytes()
-    except (OSError, ValueError) as error:  # not JSON, or not even text
+    except (OSError, ValueError, RecursionError) as error:  # not JSON, or not even text
         raise ModelStoreError(f"cannot read the model in {folder}: {error}") from error
     if not isinstance(description, dict):
         raise ModelStoreError(f"{folder / CONFIG_FILE} is not a JSON object")

@@ -26,7 +26,7 @@ _log = structlog.get_logger(__name__)
 
 
 HANGING_S = 2.0
-"""How long threads in a file system that may hang are waited for at the end."""
+"""How long threads that may hang are waited for at the end."""
 UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError)
 """Errors that say something of one entry, not of the whole folder."""
 
@@ -345,9 +345,13 @@ class S3Cache:
             return None
 
 
-def threads_hang() -> bool:
-    """Whether threads of a closed `FileCache` go on: Python would wait for them before it exits."""
-    hanging = [thread for thread in threading.enumerate() if thread.name.startswith(FileCache.THREAD_NAME)]
+def threads_hang(*names: str) -> bool:
+    """Whether threads go on that were told to end: of a `FileCache`, or whose names begin so.
+
+    Python would wait for them before it exits.
+    """
+    names = (FileCache.THREAD_NAME, *names)
+    hanging = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
     until = time.monotonic() + HANGING_S
     for thread in hanging:
         thread.join(max(0, until - time.monotonic()))

@@ -29,6 +29,8 @@ from ugicm.server.timings import Timings
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+POOL_NAME = "ugicm-pool"
+"""Of threads."""
 CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS = 1_000_000, 16_000_000
 _MIN_WEIGHT = 1 << 14
 """A picture counts as at least 128x128 pixels: small ones cost more than their pixels."""
@@ -116,8 +118,8 @@ class Engine:
             on_batch=self._on_batch,
         )
         threads = settings.pool_threads or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ugicm-pool")
-        self._headers = ThreadPoolExecutor(threads, thread_name_prefix="ugicm-header")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=POOL_NAME)
+        self._headers = ThreadPoolExecutor(threads, thread_name_prefix=f"{POOL_NAME}-header")
         self._failed = False
         metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
         metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)
@@ -222,10 +224,13 @@ class Engine:
         return True
 
     async def close(self) -> None:
-        """Finish what runs, then stop the threads."""
+        """Finish what runs on the device, then stop the threads.
+
+        Nobody waits any more for what the others do; a file may keep its decoder busy for long.
+        """
         await self.batcher.close()
-        self._pool.shutdown(cancel_futures=True)
-        self._headers.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._headers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:

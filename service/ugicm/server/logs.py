@@ -6,7 +6,7 @@ import logging
 import sys
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 from ugicm.server.settings import Settings
 
@@ -16,6 +16,18 @@ class _SaidAlready(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.getMessage() != "ASGI callable returned without completing response."
+
+
+_LINES = ("exception", "stack")
+"""What has lines of its own."""
+
+
+def _printable(_: object, __: str, event: EventDict) -> EventDict:
+    """Values of clients, such as paths, must not speak to the operator's terminal."""
+    return {
+        name: value if not isinstance(value, str) or value.isprintable() or name in _LINES else repr(value)
+        for name, value in event.items()
+    }
 
 
 def configure(settings: Settings) -> None:
@@ -31,7 +43,7 @@ def configure(settings: Settings) -> None:
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if as_json
         # A rich traceback would print the locals: pictures, for seconds.
-        else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        else [_printable, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

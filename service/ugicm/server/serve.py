@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from ugicm.server import logs
 from ugicm.server.app import create_app, load_model
 from ugicm.server.backends import open_cache, threads_hang
+from ugicm.server.engine import POOL_NAME
 from ugicm.server.settings import Settings
 
 _log = structlog.get_logger(__name__)
@@ -188,8 +189,8 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
     _DrainingServer(config, app, settings.drain_delay_s).run()
-    if threads_hang():
-        _log.warning("the file system of the bitstream cache hangs; the process ends without it")
+    if threads_hang(POOL_NAME):
+        _log.warning("a file, or the file system of the cache, keeps a thread; the process ends without it")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
