@@ -592,7 +592,7 @@ async def test_the_check_writes_to_the_bucket(s3_url: str) -> None:
     await cache.check()
     await cache.check()
     found = [entry["path"] async for part in cache._store.list() for entry in part]
-    assert found == ["check"]
+    assert found.count("check") == 1  # the server keeps what other tests put there
 
 
 def test_the_service_outlives_its_redis(make_client: Any, image_file: Any, redis_server: RedisServer) -> None:
