@@ -549,6 +549,14 @@ def test_avif_of_another_size_than_its_header_says() -> None:
         read_image(data, max_pixels=300_000)
 
 
+def test_avif_within_limits_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = file(Image.fromarray(RAMP), "AVIF")
+    assert read_image(data, max_pixels=10**30).shape == RAMP.shape
+    start = "import resource; resource.setrlimit(resource.RLIMIT_CPU, (4, 4)); "
+    monkeypatch.setattr(isolated, "_CODE", start + isolated._CODE)
+    assert read(data).shape == RAMP.shape
+
+
 @pytest.mark.parametrize(
     ("code", "message"),
     [

@@ -70,13 +70,23 @@ def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
     return lines[-1] if lines else f"exit status {done.returncode}"
 
 
+def _limit(pixels: int, most: int) -> None:
+    """Time and memory for a picture of so many pixels, to be raised later to those for `most`."""
+    for kind, base, each in (
+        (resource.RLIMIT_CPU, SECONDS, SECONDS_PER_PIXEL),
+        (resource.RLIMIT_DATA, MEMORY, MEMORY_PER_PIXEL),
+    ):
+        limits = (int(base + each * pixels), int(base + each * min(most, 1 << 40)) + 1)
+        if (highest := resource.getrlimit(kind)[1]) != resource.RLIM_INFINITY:  # set from outside
+            limits = (min(limits[0], highest), min(limits[1], highest))
+        resource.setrlimit(kind, limits)
+
+
 def main() -> None:
     """What the other process does: the file from standard input, size and pixels to standard output."""
     max_pixels = int(sys.argv[1])
-    most = SECONDS + int(SECONDS_PER_PIXEL * max_pixels) + 1
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, most))
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY + MEMORY_PER_PIXEL * max_pixels))
+    _limit(0, max_pixels)
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     Image.MAX_IMAGE_PIXELS = None
     with Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("AVIF",)) as image:
@@ -85,11 +95,7 @@ def main() -> None:
         sys.stdout.buffer.flush()
         if pixels > max_pixels:
             return
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + int(SECONDS_PER_PIXEL * pixels), most))
-        resource.setrlimit(
-            resource.RLIMIT_DATA,
-            (MEMORY + MEMORY_PER_PIXEL * pixels, MEMORY + MEMORY_PER_PIXEL * max_pixels),
-        )
+        _limit(pixels, max_pixels)
         image.load()
         rgb = to_rgb(image)
     sys.stdout.buffer.write(_SIZE.pack(*rgb.shape[:2]))
