@@ -242,6 +242,7 @@ class Trainer:
 
     def alone(self) -> AbstractContextManager[None]:
         """The run's folder for this run alone (`locked`); the first process holds it for the others."""
+        self.out.mkdir(parents=True, exist_ok=True)  # by each of them: all open the log
         return locked(self.out) if self.processes.first else nullcontext()
 
     def state(self) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import write_tiny_model
+from tests.conftest import tiny_trainable, write_tiny_model
 from tests.live import free_port
 from ugicm.codec.store import read_model
 from ugicm_train.model import PREFERENCE
 from ugicm_train.parallel import Processes
-from ugicm_train.train import load_checkpoint
+from ugicm_train.train import Trainer, TrainOptions, load_checkpoint
 
 PROGRAM = """
 import sys, torch
@@ -120,6 +120,15 @@ def test_polishing_writes_one_model(tmp_path: Path, photo: NDArray[np.uint8]) ->
     assert changed
     assert all(name.partition(".")[0] in PREFERENCE for name in changed)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_no_process_waits_for_another_to_make_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_trainable(), TrainOptions(steps=1, device="cpu"), tmp_path / "run")
+    monkeypatch.setattr(Processes, "first", False)
+    with trainer.alone():
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_processes_see_other_crops_and_make_the_same_steps(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
