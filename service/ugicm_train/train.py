@@ -575,7 +575,6 @@ def train(
         start_from_dct(model)
     if options.learn == "scales":
         model.learn_scales(SCALED)
-    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, options, out)
     trainer.record = record | {"learned": options.learn}
     if state is not None:

@@ -233,9 +233,9 @@ def read_measurement(path: Path, head: Mapping[str, Any]) -> tuple[Measurement, 
 def _settings(report: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for rows to stand in one report, by the name that errors give it."""
     return (
-        {name: report.get(name) for name in ("format", "data")}
+        {name: report[name] for name in ("format", "data")}
         # Threads change times alone, which `--jobs` does as well.
-        | {name: value for name, value in report.get("machine", {}).items() if name != "torch_threads"}
+        | {name: value for name, value in report["machine"].items() if name != "torch_threads"}
         | {f"codec {name}": identity for name, identity in report["codecs"].items()}
     )
 
