@@ -32,7 +32,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def served(app: FastAPI) -> Iterator[int]:
     """Port of a live server of the application, in a thread."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()

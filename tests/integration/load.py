@@ -68,7 +68,7 @@ def clients(photos: list[bytes], count: int, seconds: float, *, seed: int) -> li
                 answer = http.post(f"/decode?preference={preference}", json={"id": answer.json()["id"]})
                 samples.append(Sample("decode", answer.status_code, time.monotonic() - started, pixels))
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(count)]
+    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -140,7 +140,7 @@ def main() -> None:
             while not done.wait(arguments.seconds / 60):
                 memory.append(memory_mb())
 
-        watcher = threading.Thread(target=watch)
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         started = time.monotonic()
         samples = clients(photos, arguments.clients, arguments.seconds, seed=1)

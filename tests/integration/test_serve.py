@@ -55,7 +55,7 @@ def test_a_stop_under_load_loses_nothing(start: Any, photos: list[bytes]) -> Non
                     failures.append(error)
                     return
 
-    clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    clients = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(8)]
     for thread in clients:
         thread.start()
     while len(statuses) < 40:
@@ -86,7 +86,7 @@ def test_requests_in_flight_finish_after_the_socket_closed(start: Any, photo: An
     def send() -> None:
         answers.append(httpx2.post(f"{service.url}/encode", content=out.getvalue(), timeout=60).status_code)
 
-    threads = [threading.Thread(target=send) for _ in range(3)]
+    threads = [threading.Thread(target=send, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     while "ugicm_queue_pixels 0.0" in httpx2.get(f"{service.url}/metrics").text:
@@ -188,7 +188,7 @@ def test_requests_that_never_end_are_told_so(start: Any, photo: Any) -> None:
         url = f"{service.url}/encode?target_bpp=0.5"
         answers.append(httpx2.post(url, content=out.getvalue(), timeout=60))
 
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(target=send, daemon=True)
     thread.start()
     while "ugicm_queue_pixels 0.0" in httpx2.get(f"{service.url}/metrics").text:
         time.sleep(0.01)

@@ -504,8 +504,10 @@ async def test_a_folder_that_cannot_be_written_fails_the_check(tmp_path: Path) -
 
 def test_threads_that_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ugicm.server.backends.HANGING_S", 0.01)
+    # Caches of other tests may not be collected yet.
+    monkeypatch.setattr(FileCache, "THREAD_NAME", "file-cache-that-no-other-test-has")
     free = threading.Event()
-    thread = threading.Thread(target=free.wait, name="ugicm-pool_0")
+    thread = threading.Thread(target=free.wait, name="ugicm-pool_0", daemon=True)
     thread.start()
     assert threads_hang("ugicm-pool")
     assert not threads_hang()

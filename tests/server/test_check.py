@@ -135,7 +135,7 @@ def test_health_of_what_does_not_speak_http() -> None:
                 connection.recv(1000)
                 connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         finding = health("127.0.0.1", listener.getsockname()[1])
         thread.join()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -596,8 +597,9 @@ def test_no_more_parts_than_pictures(pictures: int, started: int, monkeypatch: p
 
     monkeypatch.setattr(parts, "subprocess", argparse.Namespace(Popen=start))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(parts.signal, "signal", lambda number, handler: None)
+    before = signal.getsignal(signal.SIGTERM)
     parts.measure_parts(["rd"], 3, lambda: pictures)
+    assert signal.getsignal(signal.SIGTERM) == before
     assert [command[5] for command in commands] == [f"{index}/{started}" for index in range(started)]
 
 

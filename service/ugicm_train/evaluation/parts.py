@@ -92,7 +92,7 @@ def measure_parts(command: Sequence[str], jobs: int, pictures: Callable[[], int]
         return
     parts = [Part(index, count) for index in range(count)]
     # So that it stops its parts when it is stopped: they would go on beside those of the next one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     running: list[subprocess.Popen[bytes]] = []
     # Nothing is ever written: when this process is gone, however it ended, the parts read the pipe's end.
     reading, writing = os.pipe()
@@ -112,6 +112,7 @@ def measure_parts(command: Sequence[str], jobs: int, pictures: Callable[[], int]
         for process in running:
             process.terminate()
             process.wait()
+        signal.signal(signal.SIGTERM, before)
         os.close(reading)
         os.close(writing)
     if any(failed):
