@@ -57,7 +57,7 @@ class Encoded:
     model: str
     """Digest of the model that wrote it."""
     cached: bool
-    """The bitstream was kept already."""
+    """The bitstream was kept already; not looked up if `store` was false."""
     stored: bool
     """The bitstream is kept now: `Client.decode` takes its id."""
     lossless: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import io
 import subprocess
 import sys
@@ -110,6 +111,13 @@ def test_the_other_operations(client: Any, photo_file: bytes) -> None:
     assert part("api.service.get_info").sync(client=client).model.name == "tiny"
     assert part("api.service.get_ready").sync(client=client).status == "ready"
     assert part("api.bitstreams.delete_bitstream").sync_detailed(id=id, client=client).status_code == 204
+
+
+def test_files_of_a_form_need_a_name(client: Any, photo_file: bytes) -> None:
+    file, models = part("types").File, part("models")
+    form = models.EncodeForm(image=file(io.BytesIO(photo_file)))
+    assert "file name" in part("api.codec.encode").sync(client=client, body=form).detail
+    assert "file name" in inspect.getsource(part("models.encode_form"))
 
 
 def test_problems_are_typed(client: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.codec.bitstream import VERSION, Header, serialise
 from ugicm.codec.errors import LimitExceededError
 from ugicm.server.cache import MemoryCache, bitstream_id
@@ -413,15 +414,33 @@ def test_unsupported_content_type_lists_what_is(client: TestClient) -> None:
         assert accepted in response.headers["accept"]
 
 
+@pytest.mark.parametrize("path", ["/encode", "/decode", "/encode/batch"])
+@pytest.mark.parametrize("coding", ["gzip", "BR", "identity, deflate"])
+def test_a_compressed_body(client: TestClient, image_file: Any, path: str, coding: str) -> None:
+    response = client.post(path, content=image_file(), headers={"Content-Encoding": coding})
+    assert_problem(response, 415, "unsupported-media-type")
+    assert f"Content-Encoding '{coding.lower()}'" in response.json()["detail"]
+    assert response.headers["accept-encoding"] == "identity"
+
+
+def test_a_body_that_says_it_is_not_compressed(client: TestClient, image_file: Any) -> None:
+    response = client.post("/encode", content=image_file(), headers={"Content-Encoding": "identity"})
+    assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
-    ("files", "status", "code"),
+    "files",
     [
-        ({"photo": ("a.png", b"x")}, 422, "invalid-parameter"),
-        ({"image": (None, "text")}, 422, "invalid-parameter"),
+        {"photo": ("a.png", b"x")},
+        {"image": (None, "text")},
+        {"image": (None, b"\xff" * (2 << 20))},  # more than a text may have
     ],
 )
-def test_form_without_the_part(client: TestClient, files: Any, status: int, code: str) -> None:
-    assert_problem(client.post("/encode", files=files), status, code)
+@pytest.mark.parametrize("path", ["/encode", "/encode/batch"])
+def test_form_without_the_part(client: TestClient, files: Any, path: str) -> None:
+    response = client.post(path, files=files)
+    assert_problem(response, 422, "invalid-parameter")
+    assert "file name" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("path", ["/encode", "/encode/batch", "/decode"])
@@ -716,11 +735,68 @@ def test_server_timing_names_the_stages(client: TestClient, image_file: Any) -> 
     assert response.headers["x-content-type-options"] == "nosniff"
 
 
+DECLARED_ELSEWHERE = {"content-length", "content-type", "x-content-type-options"}
+"""Besides what the document says of an answer: its ``content``, and what is no business of clients."""
+
+
+def test_headers_are_those_of_the_document(make_client: Any, image_file: Any) -> None:
+    client = make_client(api_keys="a-key-of-some-length")
+    client.headers["X-API-Key"] = "a-key-of-some-length"
+    paths = client.get("/openapi.json").json()["paths"]
+    id = client.post("/encode", content=image_file()).json()["id"]
+    path, none = f"/bitstreams/{id}", f"/bitstreams/{'0' * 64}"
+    etag = client.get(f"{path}/image").headers["etag"]
+    octets = {"Content-Type": "application/octet-stream"}
+    requests: list[tuple[str, str, dict[str, Any], int]] = [
+        ("post", "/encode", {"content": image_file()}, 200),
+        ("post", "/encode", {"content": image_file(), "headers": {"Accept": BITSTREAM_MEDIA_TYPE}}, 200),
+        ("post", "/encode", {"content": b"", "headers": octets}, 400),
+        ("post", "/encode", {"content": b"", "headers": {"X-API-Key": ""}}, 401),
+        ("post", "/encode", {"content": b"", "headers": {"Content-Length": "999999999"}}, 413),
+        ("post", "/encode", {"content": b"no image", "headers": octets}, 415),
+        ("post", "/encode", {"content": image_file(), "params": {"quality": 0}}, 422),
+        ("post", "/encode/batch", {"files": {"images": ("a.png", image_file())}}, 200),
+        ("post", "/decode", {"json": {"id": id}}, 200),
+        ("post", "/decode", {"json": {"id": "0" * 64}}, 404),
+        ("post", "/decode", {"json": {"id": id}, "headers": {"Accept": "text/plain"}}, 406),
+        ("get", path, {}, 200),
+        ("get", path, {"headers": {"Range": "bytes=0-3"}}, 206),
+        ("get", path, {"headers": {"If-None-Match": "*"}}, 304),
+        ("get", path, {"headers": {"Range": "bytes=9999999-"}}, 416),
+        ("get", none, {}, 404),
+        ("get", none, {"headers": {"Content-Length": "999999999"}}, 413),
+        ("get", f"{path}/info", {}, 200),
+        ("get", f"{path}/image", {}, 200),
+        ("get", f"{path}/image", {"headers": {"Range": "bytes=0-3"}}, 206),
+        ("get", f"{path}/image", {"headers": {"If-None-Match": etag}}, 304),
+        ("get", "/info", {}, 200),
+        ("get", "/livez", {}, 200),
+        ("get", "/readyz", {}, 200),
+        ("delete", path, {}, 204),
+    ]
+    undeclared: dict[tuple[str, str, int], set[str]] = {}
+    for method, where, options, status in requests:
+        answer = client.request(method, where, **options)
+        assert answer.status_code == status, (where, answer.text)
+        template = where.replace(id, "{id}").replace("0" * 64, "{id}")
+        said = paths[template][method]["responses"][str(status)]
+        kind = answer.headers.get("content-type")
+        assert (kind in said["content"]) if answer.content else (kind is None), (where, kind)
+        undeclared[method, template, status] = (
+            set(answer.headers) - DECLARED_ELSEWHERE - {name.lower() for name in said["headers"]}
+        )
+    assert {what: names for what, names in undeclared.items() if names} == {}
+
+
+def test_a_path_of_any_characters_in_a_problem(client: TestClient) -> None:
+    assert client.get("/a%20b%22%ff").json()["instance"] == "/a%20b%22%EF%BF%BD"
+
+
 ORIGIN = "https://app.example.com"
 
 
 def test_pages_of_other_origins(make_client: Any, image_file: Any) -> None:
-    client = make_client(cors_origins=ORIGIN, api_keys="a-key-of-some-length")
+    client = make_client(cors_origins="HTTPS://app.Example.com:443", api_keys="a-key-of-some-length")
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
     preflight = client.options("/encode", headers={"Origin": ORIGIN, **asked})
     assert preflight.status_code == 200

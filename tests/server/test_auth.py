@@ -161,7 +161,12 @@ def test_without_keys_everything_is_open(make_client: Any, image_file: Any) -> N
 
 def test_the_document_says_whether_a_key_is_needed(client: Any, make_client: Any) -> None:
     keyed, free = client.get("/openapi.json").json(), make_client().get("/openapi.json").json()
-    assert keyed["paths"]["/encode"]["post"]["security"] == [{"apiKey": []}]
+    assert keyed["paths"]["/encode"]["post"]["security"] == [{"apiKey": []}, {"bearer": []}]
+    link = {"link": []}
+    assert link in keyed["paths"]["/bitstreams/{id}/image"]["get"]["security"]
+    assert link not in keyed["paths"]["/bitstreams/{id}"]["delete"]["security"]
+    unsigned = make_client(api_keys=KEYS).get("/openapi.json").json()
+    assert link not in unsigned["paths"]["/bitstreams/{id}/image"]["get"]["security"]
     assert "security" not in keyed["paths"]["/readyz"]["get"]
     assert "security" not in free["paths"]["/encode"]["post"]
     assert "securitySchemes" not in free["components"]

@@ -38,19 +38,23 @@ from ugicm.server.routes import codec as codec_routes
 from ugicm.server.settings import Settings, setting
 
 _FORMS: dict[str, dict[str, Any]] = {
-    "EncodeForm": {"image": openapi.BINARY},
-    "DecodeForm": {"bitstream": openapi.BINARY},
-    "BatchForm": {"images": {"type": "array", "items": openapi.BINARY}},
+    "EncodeForm": {"image": openapi.FILE_PART},
+    "DecodeForm": {"bitstream": openapi.FILE_PART},
+    "BatchForm": {"images": {"type": "array", "items": openapi.FILE_PART}},
 }
 EXPOSED_HEADERS = (
+    "Accept",
+    "Allow",
     "Bitstream-Id",
     "Cache-Status",
+    "Content-Disposition",
     "Content-Location",
     "Content-Range",
     "ETag",
     "Location",
     "Retry-After",
     "Server-Timing",
+    "WWW-Authenticate",
     "X-Request-Id",
 )
 """Of answers, besides what browsers always let pages of other origins read."""
@@ -135,7 +139,8 @@ def create_app(
     app.include_router(status.health_router)
     app.include_router(pages.router)
     app.mount("/static", pages.WholeFiles(directory=pages.STATIC), name="static")
-    openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keyed=bool(settings.api_keys))
+    keys = openapi.Keys(bool(settings.api_keys), bool(settings.url_keys))
+    openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keys)
     return app
 
 

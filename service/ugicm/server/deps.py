@@ -177,7 +177,18 @@ BitstreamBody = Annotated[bytes | BitstreamRef, Depends(read_bitstream_body)]
 
 
 def media_type_of(request: Request) -> str:
-    """Of the body, without parameters."""
+    """Of the body, without parameters.
+
+    Raises:
+        ServiceError: 415, the body is compressed.
+    """
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise ServiceError(
+            Code.UNSUPPORTED_MEDIA_TYPE,
+            f"Content-Encoding {shown(coding)} is not supported; send the body as it is",
+            headers={"Accept-Encoding": "identity"},
+        )
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -237,6 +248,7 @@ NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EROFS, errno.EAC
 """Of a folder: it is full, gone, or not ours."""
 
 
+FILE_PARTS = "file parts have a file name (filename=...)"
 PARAMETERS = {"quality", "target_bpp", "max_bytes", "store", "preference", "strength", "format"}
 """Of the query; a form with such a field would be taken without it."""
 
@@ -258,6 +270,10 @@ async def open_form(request: Request, *, max_files: int) -> AsyncIterator[FormDa
                 )
             yield form
     except HTTPException as error:
+        if str(error.detail).startswith("Part exceeded maximum size"):  # it holds for texts alone
+            raise ServiceError(
+                Code.INVALID_PARAMETER, f"a part without a file name is too large for a text; {FILE_PARTS}"
+            ) from None
         raise ServiceError(Code.MALFORMED_BODY, str(error.detail)) from None
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
@@ -281,7 +297,7 @@ async def _file_part(request: Request, name: str) -> bytes:
             if data := await part.read():
                 return data
             raise ServiceError(Code.MALFORMED_BODY, f"the file part {name!r} is empty")
-    raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}")
+    raise ServiceError(Code.INVALID_PARAMETER, f"the form needs a file part named {name!r}; {FILE_PARTS}")
 
 
 def unsupported(kind: str, accepted: str) -> ServiceError:

@@ -64,7 +64,9 @@ class BitstreamInfo(BaseModel):
 class EncodeResult(BitstreamInfo):
     """An encoded image."""
 
-    cached: bool = Field(description="The bitstream was kept already.", examples=[False])
+    cached: bool = Field(
+        description="The bitstream was kept already; not looked up if `store` is false.", examples=[False]
+    )
     stored: bool = Field(
         description="The bitstream is kept now, so that its id can be decoded.", examples=[True]
     )

@@ -7,7 +7,7 @@ answer with only a vendor media type is dropped by some. So bodies and binary an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -20,6 +20,7 @@ from ugicm.server.problems import Code
 
 OCTETS = "application/octet-stream"
 BINARY = {"type": "string", "format": "binary"}
+FILE_PART = {**BINARY, "description": "A part with a file name (`filename=...`), whatever it is."}
 
 _DESCRIPTION = """
 A neural image codec as a service: one bitstream per image, two views.
@@ -36,16 +37,32 @@ _TAGS = [
 ]
 
 
+_HEADERS = {401: "WWW-Authenticate", 415: "Accept", 416: "Content-Range", 503: "Retry-After"}
+"""Of problems, by status."""
+
+
+class Keys(NamedTuple):
+    """What lets a request in."""
+
+    api: bool
+    """Operations ask for an API key."""
+    links: bool
+    """Signed links need none."""
+
+
 def problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     """``responses=`` of these problems and of those that any request can meet, but health checks."""
-    return _problems(*dict.fromkeys((*kinds, Code.OVERLOADED, Code.STOPPING, Code.INTERNAL)))
+    common = (Code.TOO_MANY_BYTES, Code.OVERLOADED, Code.STOPPING, Code.INTERNAL)
+    return _problems(*dict.fromkeys((*kinds, *common)))
 
 
 def _problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     by_status: dict[int | str, dict[str, Any]] = {}
     for kind in sorted(kinds, key=lambda kind: kind.status):
         content = {PROBLEM_MEDIA_TYPE: {"schema": _reference("Problem")}}
-        entry = by_status.setdefault(kind.status, {"description": "", "content": content})
+        headers = _headers(*filter(None, [_HEADERS.get(kind.status)]))
+        new = {"description": "", "headers": headers, "content": content}
+        entry = by_status.setdefault(kind.status, new)
         line = f"{kind.title} (`{kind.code}`)"
         entry["description"] = "; ".join(filter(None, [entry["description"], line]))
     return by_status
@@ -86,22 +103,38 @@ def _headers(*names: str) -> dict[str, Any]:
 
 
 IMAGE_TYPES = tuple(MEDIA_TYPES.values())
-IMAGE = binary_answer(
-    "The decoded image.", IMAGE_TYPES, "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"
-)
-DECODED = binary_answer(
-    "The decoded image.", IMAGE_TYPES, "Content-Location", "Bitstream-Id", "Cache-Status", "Server-Timing"
-)
-BITSTREAM = binary_answer("The bitstream.", (BITSTREAM_MEDIA_TYPE,), "ETag", "Accept-Ranges")
+_ANY = ("Cache-Control", "Server-Timing", "X-Request-Id")
+"""Headers of answers to anything."""
+_CODED = ("Bitstream-Id", "Cache-Status", "Content-Disposition")
+DECODED = binary_answer("The decoded image.", IMAGE_TYPES, *_CODED, "Content-Location", "Vary")
 ENCODED = {
     "description": "The encoded image.",
-    "headers": _headers("Location", "ETag", "Bitstream-Id", "Cache-Status", "Server-Timing"),
+    "headers": _headers(*_CODED, "ETag", "Location", "Vary"),
     "content": {BITSTREAM_MEDIA_TYPE: {"schema": BINARY}},
 }
 
 
+def _kept(what: str, media_types: tuple[str, ...], *headers: str) -> dict[int | str, dict[str, Any]]:
+    """``responses=`` of conditional requests and of ranges."""
+    whole = binary_answer(f"The {what}.", media_types, *_CODED, "Accept-Ranges", "ETag", *headers)
+    part_headers = {**whole["headers"], **_headers("Content-Range")}
+    return {
+        200: whole,
+        206: {
+            **whole,
+            "description": f"The range of the {what} that was asked for.",
+            "headers": part_headers,
+        },
+        304: {"description": "Not modified.", "headers": whole["headers"]},
+    }
+
+
+BITSTREAM = _kept("bitstream", (BITSTREAM_MEDIA_TYPE,))
+IMAGE = _kept("image", IMAGE_TYPES, "Vary")
+
+
 def install(
-    app: FastAPI, models: tuple[type[BaseModel], ...], forms: dict[str, dict[str, Any]], *, keyed: bool
+    app: FastAPI, models: tuple[type[BaseModel], ...], forms: dict[str, dict[str, Any]], keys: Keys
 ) -> None:
     """Replace ``app.openapi``.
 
@@ -109,7 +142,7 @@ def install(
         app: whose document it is.
         models: schemas that the hand-written parts refer to.
         forms: multipart schemas, by name.
-        keyed: whether operations ask for an API key.
+        keys: what the operations ask for.
     """
 
     def document() -> dict[str, Any]:
@@ -124,7 +157,7 @@ def install(
                 contact={"name": "ugicm"},
                 servers=[{"url": "/"}],
             )
-            _complete(schema, models, forms, keyed=keyed)
+            _complete(schema, models, forms, keys)
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -135,8 +168,7 @@ def _complete(
     schema: dict[str, Any],
     models: tuple[type[BaseModel], ...],
     forms: dict[str, dict[str, Any]],
-    *,
-    keyed: bool,
+    keys: Keys,
 ) -> None:
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
     for model in models:
@@ -158,16 +190,33 @@ def _complete(
         invalid = operation["responses"].get("422", {})
         if "application/json" in invalid.get("content", {}):
             operation["responses"]["422"] = _problems(Code.INVALID_PARAMETER)[422]
-    if keyed:
-        schema["components"]["securitySchemes"] = {
-            "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
-        }
-        for method, operation in _operations(schema):
-            if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
-                operation["security"] = [{"apiKey": []}]
-                signed = [Code.BAD_SIGNATURE] if method in ("get", "head") else []
-                refusals = _problems(Code.MISSING_API_KEY, Code.BAD_API_KEY, *signed)
-                operation["responses"].update({str(status): one for status, one in refusals.items()})
+    if keys.api:
+        _ask_for_keys(schema, links=keys.links)
+    for _, operation in _operations(schema):
+        for answer in operation["responses"].values():
+            answer["headers"] = {**answer.get("headers", {}), **_headers(*_ANY)}
+
+
+def _ask_for_keys(schema: dict[str, Any], *, links: bool) -> None:
+    schemes = {
+        "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        "bearer": {"type": "http", "scheme": "bearer", "description": "The same keys."},
+    }
+    link = {
+        "type": "apiKey",
+        "in": "query",
+        "name": "sig",
+        "description": "In the `links` of an encoded image, which are used as they are; no key is needed.",
+    }
+    schema["components"]["securitySchemes"] = {**schemes, **({"link": link} if links else {})}
+    for method, operation in _operations(schema):
+        if operation["tags"] != ["service"] or operation["operationId"] == "getInfo":
+            signed = links and method == "get" and operation["tags"] == ["bitstreams"]
+            operation["security"] = [{name: []} for name in (*schemes, *(["link"] if signed else []))]
+            refusals = _problems(
+                Code.MISSING_API_KEY, Code.BAD_API_KEY, *([Code.BAD_SIGNATURE] if method == "get" else [])
+            )
+            operation["responses"].update({str(status): one for status, one in refusals.items()})
 
 
 def _drop_null(schema: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from enum import Enum
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -98,7 +99,7 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
-    instance: str = Field(description="Path of the request.")
+    instance: str = Field(description="Path of the request, quoted as in a URI.")
     code: str = Field(description="Stable, machine-readable.")
     request_id: str
     limit: int | float | None = Field(default=None, description="The limit that was exceeded.")
@@ -132,13 +133,13 @@ class ServiceError(Exception):
             self.headers["Retry-After"] = str(members["retry_after_s"])
 
     def problem(self, *, instance: str, request_id: str) -> Problem:
-        """The body of the answer."""
+        """The body of the answer to a request of this path, which may hold any character."""
         return Problem(
             type=f"urn:ugicm:problem:{self.kind.code}",
             title=self.kind.title,
             status=self.kind.status,
             detail=self.detail,
-            instance=instance,
+            instance=quote(instance),
             code=self.kind.code,
             request_id=request_id,
             **self.members,

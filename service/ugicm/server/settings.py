@@ -29,8 +29,17 @@ def _split_secrets(value: object) -> object:
     return secrets
 
 
+def _as_sent(origin: object) -> object:
+    """As browsers send it: in lower case, without the port that the scheme has anyway."""
+    if not isinstance(origin, str):
+        return origin
+    origin = origin.lower()
+    default = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "")
+    return origin.removesuffix(default)
+
+
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_secrets)]
-Origin = Annotated[str, Field(pattern=r"^(\*|https?://[^/*\s]+)$")]
+Origin = Annotated[str, BeforeValidator(_as_sent), Field(pattern=r"^(\*|https?://[^/*\s]+)$")]
 Origins = Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_split)]
 Bytes = Annotated[ByteSize, Field(gt=0)]
 

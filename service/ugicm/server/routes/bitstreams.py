@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
@@ -29,7 +29,6 @@ Id = Annotated[str, Path(pattern=ID_PATTERN, description="As `POST /encode` answ
 _COMMON = (Code.UNKNOWN_BITSTREAM, Code.INVALID_PARAMETER, Code.UNAVAILABLE)
 _READING = (Code.MALFORMED_BITSTREAM, *_COMMON)
 """Another release, of another version of the container, may have stored it in a shared cache."""
-_NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Not modified."}}
 
 
 @router.head("", include_in_schema=False)
@@ -39,9 +38,7 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {304: {"description": "Not modi
     summary="Get a bitstream",
     response_class=Response,
     responses={
-        200: BITSTREAM,
-        206: {**BITSTREAM, "description": "The range of the bitstream that was asked for."},
-        **_NOT_MODIFIED,
+        **BITSTREAM,
         **problems(Code.RANGE_NOT_SATISFIABLE, *_COMMON),
     },
 )
@@ -79,9 +76,7 @@ async def get_bitstream_info(
     summary="Decode a kept bitstream",
     response_class=Response,
     responses={
-        200: IMAGE,
-        206: {**IMAGE, "description": "The range of the image that was asked for."},
-        **_NOT_MODIFIED,
+        **IMAGE,
         **problems(
             Code.NOT_ACCEPTABLE,
             Code.MODEL_MISMATCH,
@@ -108,6 +103,7 @@ async def get_image(
     operation_id="deleteBitstream",
     summary="Forget a bitstream",
     status_code=204,
+    response_class=Response,
     responses=problems(*_COMMON),
 )
 async def delete_bitstream(id: Id, services: ServicesDep) -> None:
