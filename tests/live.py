@@ -21,6 +21,13 @@ def free_port() -> int:
         return port
 
 
+def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not accepts():
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.05)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for at most a minute, in the event loop that the condition depends on."""
     async with asyncio.timeout(60):

@@ -22,6 +22,9 @@ from PIL.TiffImagePlugin import TiffImageFile
 Pixels = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
+# Pillow's own reader takes 16 bits of separate planes for 8.
+TiffImagePlugin.READ_LIBTIFF = True
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,6 +40,23 @@ _ICC_SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 
 EXIF_BYTES = 1 << 20
 """Longer metadata are not looked at: a single number of theirs may be millions."""
+
+
+_NATIVE = {"I;16BS": "I;16NS", "I;32BS": "I;32NS", "F;32BF": "F;32NF"}
+"""Raw modes of Pillow for big-endian numbers -> those for numbers as the processor has them."""
+
+
+def load(image: Image.Image) -> None:
+    """Load the pixels of a picture that Pillow has opened."""
+    if isinstance(image, TiffImageFile):
+        # libtiff has brought compressed numbers into our order already, which Pillow forgets for these.
+        image.tile = [
+            tile._replace(args=(_NATIVE.get(tile.args[0], tile.args[0]), *tile.args[1:]))
+            if tile.codec_name == "libtiff" and isinstance(tile.args, tuple)
+            else tile
+            for tile in image.tile
+        ]
+    image.load()
 
 
 def to_rgb(image: Image.Image) -> Pixels:
@@ -102,20 +122,12 @@ def _tags(profile: bytes) -> Iterator[bytes]:
     return (profile[at : at + 12] for at in range(132, 132 + 12 * count, 12))
 
 
-def _says_srgb(profile: bytes) -> bool:
-    """Whether an ICC profile's description begins so.
-
-    Not asked of lcms, which believes how many translations it is told there are, and makes room for them.
-    """
-    for tag in _tags(profile):
-        if tag[:4] == b"desc":
-            start = int.from_bytes(tag[4:8])
-            description = profile[start : start + int.from_bytes(tag[8:12])]
-            if description[:4] == b"mluc":  # since version 4; the first translation
-                text = int.from_bytes(description[24:28])
-                return description[text : text + 8] == "sRGB".encode("utf-16-be")
-            return description[12:16] == b"sRGB"
-    return False
+def _changes(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a transform from RGB to sRGB moves any colour by more than rounding does."""
+    levels = np.linspace(0, 255, 18).astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(18, -1, 3)
+    moved = ImageCms.applyTransform(Image.fromarray(cube), transform)
+    return bool(np.abs(np.asarray(moved).astype(int) - cube).max() > 1)
 
 
 def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
@@ -124,11 +136,11 @@ def _to_srgb(image: Image.Image, profile: object) -> Image.Image:
     if isinstance(profile, bytes) and not any(tag.startswith(b"D2B") for tag in _tags(profile)):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            fits = source.profile.xcolor_space == _ICC_SPACES[image.mode]
-            if fits and not _says_srgb(profile):
-                return ImageCms.profileToProfile(
-                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                ) or image.convert("RGB")
+            if source.profile.xcolor_space == _ICC_SPACES[image.mode]:
+                target = ImageCms.createProfile("sRGB")
+                transform = ImageCms.buildTransform(source, target, image.mode, "RGB")
+                if image.mode != "RGB" or _changes(transform):
+                    return ImageCms.applyTransform(image, transform) or image.convert("RGB")
         except (ImageCms.PyCMSError, OSError, ValueError):
             pass
     return image.convert("RGB")

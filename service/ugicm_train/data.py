@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ugicm.pixels import Pixels, to_rgb
+from ugicm.pixels import Pixels, load, to_rgb
 from ugicm_train.files import written_whole
 from ugicm_train.synthetic import draw_synthetic
 
@@ -46,7 +46,7 @@ def read_image(file: Path | IO[bytes]) -> Pixels:
     """
     try:
         with Image.open(file) as image:
-            image.load()
+            load(image)
             return to_rgb(image)
     except Exception as error:  # Pillow's are of many kinds, and most do not name the file
         raise DataError(f"{file} cannot be read as a picture: {error}") from error
@@ -69,6 +69,20 @@ def _decoded(paths: Sequence[Path]) -> Iterator[Tensor]:
             yield ahead.popleft().result()
 
 
+def files_under(folder: Path) -> list[Path]:
+    """All files, sorted; those of linked folders as well, but none that is hidden."""
+    found, seen = [], set()
+    for inside, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(inside)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(inside, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def is_picture(path: Path) -> bool:
     """Whether it is a file that is called like a picture."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -79,11 +93,11 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise DataError(f"{source} is neither a folder nor a file")
-    return sorted(
+    return [
         path
-        for path in source.rglob("*")
+        for path in files_under(source)
         if is_picture(path) or (path.name.endswith(SHARD_SUFFIX) and path.is_file())
-    )
+    ]
 
 
 def read_photos(sources: Sequence[Path], *, min_side: int) -> Iterator[tuple[str, Tensor]]:

@@ -252,16 +252,28 @@ def test_a_taken_port(start: Any, free_port: int) -> None:
     assert os.strerror(98) in service.log.read_text() or "in use" in service.log.read_text()
 
 
-def test_a_cache_that_hangs_does_not_hold_the_exit(start: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        ([(signal.SIGTERM, 0)], 0),
+        ([(signal.SIGINT, 0)], 128 + signal.SIGINT),
+        ([(signal.SIGTERM, 0), (signal.SIGTERM, 0.3)], 128 + signal.SIGTERM),
+    ],
+)
+def test_a_cache_that_hangs_does_not_hold_the_exit(
+    start: Any, tmp_path: Any, ends: list[tuple[signal.Signals, float]], status: int
+) -> None:
     service = start(cache_url=f"file://{tmp_path}/cache", cache_timeout_s=0.2)
     service.wait_until_ready()
     id = "ab" * 32
     (tmp_path / "cache" / "ab").mkdir(parents=True)
     os.mkfifo(tmp_path / "cache" / "ab" / id)  # opening it waits for somebody who writes
     assert httpx2.get(f"{service.url}/bitstreams/{id}").status_code == 503
-    service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(30) == 0
-    assert "the file system of the cache, keeps a thread" in service.log.read_text()
+    for signal_, pause_s in ends:
+        time.sleep(pause_s)
+        service.process.send_signal(signal_)
+    assert service.process.wait(30) == status
+    assert "the file system of the cache keeps a thread" in service.log.read_text()
 
 
 def test_files_survive_a_kill(start: Any, photos: list[bytes], tmp_path: Any) -> None:

@@ -11,8 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,13 @@ import structlog
 from redis.asyncio import SSLConnection
 from redis.exceptions import NoPermissionError, OutOfMemoryError
 
-from tests.live import free_port
+from tests.live import free_port, wait_until
 from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache, threads_hang
 from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
 from ugicm.server.settings import Settings
 
 pytestmark = pytest.mark.anyio
 BLOCK = FileCache.BLOCK
-
-
-def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not accepts():
-        assert time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.05)
 
 
 def listening(port: int) -> bool:

@@ -170,7 +170,7 @@ async def test_a_header_that_takes_long_holds_up_nobody_else(
     client = await make_async_client()
     answered = threading.Event()
 
-    def slow(data: bytes) -> tuple[int, int]:
+    def slow(data: bytes, *, stop: Callable[[], bool]) -> tuple[int, int]:
         assert answered.wait(10)
         return 1, 1
 
@@ -220,7 +220,7 @@ async def test_images_that_are_refused_do_not_wait_for_each_other(
     await until(lambda: sample(client, "ugicm_queue_pixels") == 128 * 128)
     headers: list[bytes] = []
 
-    def slow(data: bytes) -> tuple[int, int]:
+    def slow(data: bytes, *, stop: Callable[[], bool]) -> tuple[int, int]:
         headers.append(data)
         time.sleep(0.02)
         return 48, 32

@@ -110,6 +110,25 @@ async def test_after_the_rest_of_a_refused_body_the_connection_is_kept_as_after_
         assert server.server_state.connections
 
 
+async def test_a_refused_body_is_taken_before_the_connection_is_closed() -> None:
+    """Else the system would take the answer back."""
+    size = 3 << 20
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size
+    async with serving(transfer_timeout_s=60, request=head) as (server, client):
+
+        def send_then_read() -> bytes:
+            for _ in range(size >> 16):
+                client.sendall(bytes(1 << 16))
+                time.sleep(0.002)
+            answer = b""
+            while received := client.recv(1 << 16):
+                answer += received
+            return answer
+
+        assert (await asyncio.to_thread(send_then_read)).startswith(b"HTTP/1.1 413 ")
+        await until(lambda: not server.server_state.connections)
+
+
 @pytest.mark.parametrize("paused", [False, True])
 async def test_a_client_that_leaves_while_it_reads_is_counted(paused: bool) -> None:
     metrics = Metrics()

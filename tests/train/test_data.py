@@ -150,6 +150,19 @@ def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
             list(read_photos([file.parent], min_side=64))
 
 
+def test_linked_folders_and_hidden_files(folder: Path, tmp_path: Path) -> None:
+    """What macOS leaves beside a picture is called like it and is none."""
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "a.png").rename(tmp_path / "elsewhere" / "c.png")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "._b.png").write_bytes(b"no picture")
+    names = [path.relative_to(folder).as_posix() for path in read_images(folder)]
+    assert "linked/c.png" in names
+    assert not [name for name in names if "._" in name or "back" in name]
+    assert {name for name, _ in read_photos([folder], min_side=1)} == set(names)
+
+
 def test_a_folder_may_be_called_like_a_picture(folder: Path) -> None:
     names = [name for name, _ in read_photos([folder], min_side=1)]
     (folder / "sub").rename(folder / "sub.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import os
@@ -20,6 +19,7 @@ import structlog
 
 from ugicm.server.cache import ID_PATTERN, BitstreamCache, MemoryCache, bitstream_id, hash_of
 from ugicm.server.settings import Settings, setting
+from ugicm.server.threads import run_in
 
 Result = TypeVar("Result")
 _log = structlog.get_logger(__name__)
@@ -92,7 +92,7 @@ class FileCache:
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[..., Result], *args: object) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        return await run_in(self._pool, lambda: work(*args))
 
     def _path(self, id: str) -> Path:
         return self._folder / id[:2] / id

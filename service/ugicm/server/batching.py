@@ -149,7 +149,7 @@ class MicroBatcher:
     async def close(self) -> None:
         """Finish what is queued, then stop the thread."""
         if self._worker is not None:
-            await self._worker
+            await asyncio.wait({self._worker})  # a forced exit has cancelled it
         self._executor.shutdown()
 
     async def _work(self) -> None:

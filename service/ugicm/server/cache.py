@@ -199,7 +199,9 @@ class GuardedCache:
     async def close(self) -> None:
         if self._probing is not None:
             self._probing.cancel()
-        await self._cache.close()
+        with contextlib.suppress(Exception):  # of a store that hangs or is gone
+            async with asyncio.timeout(self._timeout_s):
+                await self._cache.close()
 
     async def _probe(self) -> None:
         with contextlib.suppress(CacheDownError):

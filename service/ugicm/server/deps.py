@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import errno
 import os
 from collections.abc import AsyncIterator
@@ -199,16 +198,16 @@ async def _raw_body(request: Request) -> bytes:
     return body
 
 
-FORM_CHARSETS = {"utf-8", "ascii", "iso8859-1", "cp1252"}
-"""Codecs that texts of forms are decoded with; others of Python's take minutes for a megabyte (punycode)."""
+FORM_CHARSETS = {
+    *("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "iso8859-1", "latin-1", "latin1"),
+    *("windows-1252", "cp1252"),
+}
+"""Of texts in forms. Others of Python's take minutes for a megabyte (punycode), and it remembers all that it
+does not know."""
 
 
 def _check_charset(name: str) -> None:
-    try:
-        known = codecs.lookup(name).name in FORM_CHARSETS
-    except (LookupError, ValueError):
-        known = False
-    if not known:
+    if name.lower() not in FORM_CHARSETS:
         raise ServiceError(
             Code.MALFORMED_BODY,
             f"the charset of a form must be utf-8, us-ascii or iso-8859-1, got {shown(name)}",
@@ -244,8 +243,11 @@ class _Slices:
         return {"type": "http.request", "body": piece, "more_body": self._more_body or bool(self._pending)}
 
 
-NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM}
-"""Of a folder: it is full, gone, or not ours."""
+NOT_WRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EMFILE, errno.ENFILE),
+}
+"""Of a folder: it is full, gone, or not ours; or too many files are open."""
 
 
 FILE_PARTS = "file parts have a file name (filename=...)"

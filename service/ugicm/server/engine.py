@@ -21,9 +21,11 @@ from ugicm.codec.config import padded_size
 from ugicm.codec.errors import CodecError
 from ugicm.pixels import Pixels as Image
 from ugicm.server.batching import MicroBatcher
-from ugicm.server.images import check_side, read_image, size_of_image, write_image
+from ugicm.server.images import check_side, write_image
+from ugicm.server.isolated import read_image, size_of_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
+from ugicm.server.threads import run_in
 from ugicm.server.timings import Timings
 
 Item = TypeVar("Item")
@@ -146,13 +148,13 @@ class Engine:
             DeadlineExceededError: the deadline passed.
         """
         async with self.deadline():
-            # Not in the event loop, as a large file takes time to open; nor behind the pool's work, so that a
-            # refusal does not wait.
-            weight = self._weight(*await _run_in(self._headers, lambda: size_of_image(data)))
+            weight = self._weight(*await self._size_of(data))
             with self.batcher.admit(weight):
                 on_admitted()
                 image = await self._pooled(
-                    "image_decode", timings, lambda _: read_image(data, max_pixels=self.codec.max_pixels)
+                    "image_decode",
+                    timings,
+                    lambda stop: read_image(data, max_pixels=self.codec.max_pixels, stop=stop),
                 )
                 if target.by_size:
                     bitstream = await self._search(image, target, timings, weight)
@@ -206,9 +208,13 @@ class Engine:
         return bitstream
 
     async def probe(self) -> None:
-        """One round trip of a noisy picture through the codec; raises what the codec raises."""
-        image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-        timings, weight = Timings(), self._weight(64, 64)
+        """One round trip of a noisy picture, from file to file; raises what the codec raises."""
+        picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        data = write_image(picture, "png")
+        timings, weight = Timings(), self._weight(*await self._size_of(data))
+        image = await self._pooled(
+            "image_decode", timings, lambda stop: read_image(data, max_pixels=weight, stop=stop)
+        )
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))
         for strength in (0.0, 1.0):
@@ -226,11 +232,13 @@ class Engine:
     async def close(self) -> None:
         """Finish what runs on the device, then stop the threads.
 
-        Nobody waits any more for what the others do; a file may keep its decoder busy for long.
+        Nobody waits any more for what the others do.
         """
-        await self.batcher.close()
-        for pool in (self._pool, self._headers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            await self.batcher.close()
+        finally:
+            for pool in (self._pool, self._headers):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
     async def deadline(self) -> AsyncIterator[None]:
@@ -241,6 +249,14 @@ class Engine:
                 yield
         except TimeoutError:
             raise DeadlineExceededError(limit_s=limit_s, actual_s=time.monotonic() - started) from None
+
+    async def _size_of(self, data: bytes) -> tuple[int, int]:
+        """Width and height of an image file; with threads of its own, so that a refusal does not wait."""
+        gone = threading.Event()
+        try:
+            return await run_in(self._headers, lambda: size_of_image(data, stop=gone.is_set))
+        finally:
+            gone.set()
 
     def _weight(self, width: int, height: int) -> int:
         # Sizes over the limit are refused with their own error later; they must not read as overload.
@@ -261,7 +277,7 @@ class Engine:
             return work(gone.is_set), time.perf_counter() - started
 
         try:
-            result, seconds = await _run_in(self._pool, timed)
+            result, seconds = await run_in(self._pool, timed)
         finally:
             gone.set()
         self._record(stage, seconds, timings)
@@ -314,16 +330,3 @@ class Engine:
 def _all_gone(works: Sequence[_Work[Any]]) -> Callable[[], bool]:
     """Asks whether nobody waits any more for any of them."""
     return lambda: all(work.gone.is_set() for work in works)
-
-
-async def _run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
-    """Result of `work` in a thread of the pool.
-
-    A pool keeps cancelled work until its turn comes; what is kept of it here has let go of its picture.
-    """
-    waiting = [work]
-    del work
-    try:
-        return await asyncio.get_running_loop().run_in_executor(pool, lambda: waiting.pop()())
-    finally:
-        waiting.clear()

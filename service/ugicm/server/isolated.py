@@ -1,102 +1,231 @@
-"""AVIF files, read in a process of their own with limits of time and memory.
+"""Image files, read in processes of their own with limits of processor time and memory.
 
-Their decoders do not keep to what the header says: pictures of any size are scaled to the header's, and all
-frames are decoded for the first. No check of the file could tell what that takes.
+Pillow and the libraries below it believe what a file says: a small one can keep them busy for minutes, take
+gigabytes or crash them. Here that ends one process, and the next file gets a new one; the service goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
+import math
 import os
 import resource
+import select
 import signal
 import struct
 import subprocess
 import sys
-from typing import NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin
 
-from ugicm.pixels import Pixels, to_rgb
+from ugicm.codec.errors import CodecError, check_pixels
+from ugicm.pixels import Pixels
+from ugicm.server import images
+from ugicm.server.images import MalformedImageError, UnsupportedImageError
 
 SECONDS, SECONDS_PER_PIXEL = 5, 1e-6
 """Of a processor that reading may take; a megapixel takes hundredths."""
 MEMORY, MEMORY_PER_PIXEL = 768 << 20, 64
-"""Bytes that reading may take, the interpreter included."""
-_SIZE = struct.Struct("<QQ")
+"""Bytes that reading may take besides twice the file, the interpreter included."""
+PIPE_BYTES = 1 << 20
+"""Room between the processes; the system's 64 KiB would cost a switch each time."""
+POLL_S = 0.05
+"""Between two looks at whether anybody still waits for a file."""
+
+_REQUEST = struct.Struct("<QQ")
+"""Bytes of the file that follows; most pixels, or 0 for the size alone."""
 _CODE = "import sys; sys.path[:] = {path!r}; from ugicm.server.isolated import main; main()"
+_KINDS: dict[str, type[CodecError]] = {
+    kind.__name__: kind for kind in (CodecError, MalformedImageError, UnsupportedImageError)
+}
 
 
-class Answer(NamedTuple):
-    """What the other process found."""
+class _Answer(NamedTuple):
+    """What another process found in a file."""
 
     size: tuple[int, int] | None
     """Width and height by the header; None if there is none that can be read."""
     pixels: Pixels | None
     """uint8 RGB (H, W, 3); None if only the size was asked for, it was too large, or something failed."""
-    error: str
+    error: CodecError | None
     """Why there are no pixels."""
 
 
-def read_isolated(data: bytes, max_pixels: int) -> Answer:
-    """Read a file; of one with more than `max_pixels`, and with 0 of any, the size alone."""
-    done = subprocess.run(  # noqa: S603  this program, and no word of a caller's
-        [sys.executable, "-c", _CODE.format(path=sys.path), str(max_pixels)],
-        input=data,
-        capture_output=True,
-        check=False,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it would make room for all processors' threads
-    )
-    output = memoryview(done.stdout)
-    if len(output) < _SIZE.size:
-        return Answer(None, None, _reason(done))
-    size = _SIZE.unpack_from(output)
-    if len(output) < 2 * _SIZE.size:
-        return Answer(size, None, _reason(done))
-    height, width = _SIZE.unpack_from(output, _SIZE.size)
-    pixels = np.frombuffer(output[2 * _SIZE.size :], np.uint8)
-    if done.returncode or pixels.size != 3 * height * width:
-        return Answer(size, None, _reason(done))
-    return Answer(size, pixels.reshape(height, width, 3), "")
+def size_of_image(data: bytes, *, stop: Callable[[], bool] = lambda: False) -> tuple[int, int]:
+    """Width and height by the image's header; 0 if unreadable, `read_image` then says what is wrong.
+
+    Raises:
+        CodecError: `stop` said true.
+        MemoryError: the system ended the process.
+    """
+    try:
+        return _ask(data, 0, stop).size or (0, 0)
+    except MalformedImageError:
+        return 0, 0
 
 
-def _reason(done: subprocess.CompletedProcess[bytes]) -> str:
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return "reading it takes too long"
-    if lines and "MemoryError" in lines[-1]:
-        return "reading it takes too much memory"
-    return lines[-1] if lines else f"exit status {done.returncode}"
+def read_image(data: bytes, *, max_pixels: int, stop: Callable[[], bool] = lambda: False) -> Pixels:
+    """As `images.read_image`.
+
+    Args:
+        data: the file.
+        max_pixels: most that are read.
+        stop: asked again and again; once true, the work ends.
+
+    Raises:
+        UnsupportedImageError: none of the formats in `images.FORMATS`.
+        MalformedImageError: damaged, truncated, or reading it takes too much time or memory.
+        LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
+        CodecError: `stop` said true.
+        MemoryError: the system ended the process.
+    """
+    answer = _ask(data, max_pixels, stop)
+    if answer.error is not None:
+        raise answer.error
+    if answer.pixels is None:
+        assert answer.size is not None
+        check_pixels(*answer.size, max_pixels)
+        raise MalformedImageError("the image has no pixels")
+    return answer.pixels
 
 
-def _limit(pixels: int, most: int) -> None:
-    """Time and memory for a picture of so many pixels, to be raised later to those for `most`."""
-    for kind, base, each in (
-        (resource.RLIMIT_CPU, SECONDS, SECONDS_PER_PIXEL),
-        (resource.RLIMIT_DATA, MEMORY, MEMORY_PER_PIXEL),
+class _Reader:
+    """Another process that reads one file after the other; it ends when its standard input does."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(  # noqa: S603  this program, and no word of a caller's
+            [sys.executable, "-c", _CODE.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # libtiff's
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it would make room for all processors' threads
+            process_group=0,  # Ctrl-C is for the service, which finishes what it has begun
+            pipesize=PIPE_BYTES,
+        )
+
+    def ask(self, data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
+        """What is in a file; ``OSError`` or ``EOFError`` if the process has ended."""
+        source, sink = self.process.stdout, self.process.stdin
+        assert isinstance(source, io.BufferedReader)
+        assert sink is not None
+        sink.write(_REQUEST.pack(len(data), min(max_pixels, 1 << 62)))
+        sink.write(data)
+        sink.flush()
+        ready = select.poll()
+        ready.register(source, select.POLLIN)
+        while not ready.poll(1000 * POLL_S):
+            if stop():
+                raise CodecError("the work was stopped")
+        if not (line := source.readline()):
+            raise EOFError
+        said: dict[str, Any] = json.loads(line)
+        pixels = None
+        if shape := said["shape"]:
+            pixels = np.empty(shape, np.uint8)
+            if source.readinto(pixels.reshape(-1).data) != pixels.size:
+                raise EOFError
+        error = said["error"] and _KINDS[said["error"][0]](said["error"][1])
+        return _Answer(said["size"] and tuple(said["size"]), pixels, error)
+
+    def end(self) -> int:
+        """Its exit status, after it has been ended if it goes on."""
+        self.process.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what was not taken is not wanted any more
+                pipe and pipe.close()
+        return self.process.wait()
+
+
+_idle: list[_Reader] = []
+_lock = threading.Lock()
+
+
+def _take() -> _Reader:
+    with _lock:
+        while _idle:
+            if (reader := _idle.pop()).process.poll() is None:
+                return reader
+            reader.end()
+    return _Reader()
+
+
+def _ask(data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
+    reader = _take()
+    try:
+        answer = reader.ask(data, max_pixels, stop)
+    except (OSError, EOFError):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reader.process.wait(1)  # closing its pipes is the last it does
+        raise _failure(reader.end()) from None
+    except BaseException:
+        reader.end()
+        raise
+    with _lock:
+        _idle.append(reader)
+    return answer
+
+
+def _failure(status: int) -> Exception:
+    if status == -signal.SIGKILL:
+        return MemoryError("the process that read an image was killed, perhaps for want of memory")
+    if status == -signal.SIGXCPU:
+        return MalformedImageError("the image is damaged, or reading it takes too long")
+    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    return MalformedImageError(f"the image is damaged: its decoder ended ({how})")
+
+
+def _limit(length: int, pixels: int) -> None:
+    """Time and memory from here on, for a file of so many bytes with so many pixels."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    for kind, most in (
+        (resource.RLIMIT_CPU, used.ru_utime + used.ru_stime + SECONDS + SECONDS_PER_PIXEL * pixels),
+        (resource.RLIMIT_DATA, MEMORY + 2 * length + MEMORY_PER_PIXEL * pixels),
     ):
-        limits = (int(base + each * pixels), int(base + each * min(most, 1 << 40)) + 1)
-        if (highest := resource.getrlimit(kind)[1]) != resource.RLIM_INFINITY:  # set from outside
-            limits = (min(limits[0], highest), min(limits[1], highest))
-        resource.setrlimit(kind, limits)
+        highest = resource.getrlimit(kind)[1]  # set from outside
+        outside = math.inf if highest == resource.RLIM_INFINITY else highest
+        resource.setrlimit(kind, (math.ceil(min(most, outside, 1 << 62)), highest))
+
+
+def _answer(data: bytes, max_pixels: int) -> _Answer:
+    size = None
+    try:
+        image = images.open_image(data)
+        size = image.size
+        if math.prod(size) > max_pixels:
+            return _Answer(size, None, None)
+        _limit(len(data), math.prod(size))
+        return _Answer(size, images.load_pixels(image), None)
+    except MemoryError:
+        error = MalformedImageError("the image is damaged, or reading it takes too much memory")
+        return _Answer(size, None, error)
+    except CodecError as problem:
+        return _Answer(size, None, problem)
 
 
 def main() -> None:
-    """What the other process does: the file from standard input, size and pixels to standard output."""
-    max_pixels = int(sys.argv[1])
+    """What the other process does: files from standard input, what is in them to standard output."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit(0, max_pixels)
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    Image.MAX_IMAGE_PIXELS = None
-    with Image.open(io.BytesIO(sys.stdin.buffer.read()), formats=("AVIF",)) as image:
-        pixels = image.width * image.height
-        sys.stdout.buffer.write(_SIZE.pack(*image.size))
-        sys.stdout.buffer.flush()
-        if pixels > max_pixels:
-            return
-        _limit(pixels, max_pixels)
-        image.load()
-        rgb = to_rgb(image)
-    sys.stdout.buffer.write(_SIZE.pack(*rgb.shape[:2]))
-    sys.stdout.buffer.write(rgb.tobytes())
+    source = sys.stdin.buffer
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print
+    while head := source.read(_REQUEST.size):
+        length, max_pixels = _REQUEST.unpack(head)
+        _limit(length, 0)
+        size, pixels, error = _answer(source.read(length), max_pixels)
+        said = {
+            "size": size,
+            "error": error and (type(error).__name__, str(error)),
+            "shape": None if pixels is None else pixels.shape,
+        }
+        sink.write(json.dumps(said).encode() + b"\n")
+        if pixels is not None:
+            sink.write(np.ascontiguousarray(pixels).data)
+        sink.flush()
+        del pixels

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import structlog
 import uvicorn
@@ -33,6 +33,26 @@ SECOND_SIGINT_S = 1.0
 """Within this a SIGINT is the same once more, from a parent process; later it means at once."""
 UNSENT_BYTES = 16 << 10
 """Of an answer, in the system's buffer of a connection before it takes more."""
+
+
+class _Lingering:
+    """Transport of a request that stays open while a refused body arrives.
+
+    A socket that is closed with bytes unread takes back what it has sent: the client would not learn why.
+    """
+
+    def __init__(self, cycle: Any) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+        self.is_to_close = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._cycle.response_complete and self._cycle.more_body:
+            self.is_to_close = True
+        else:
+            self._transport.close()
 
 
 def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Protocol]:
@@ -89,12 +109,16 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
             _cancel(self._idle)
             if not self._declines():
                 super().on_headers_complete()
+                self.cycle.transport = cast(asyncio.Transport, _Lingering(self.cycle))
 
         def on_message_complete(self) -> None:
             if not self._declines():
                 super().on_message_complete()
                 if self.cycle.response_complete:  # refused already; what was left of the body is here now
-                    self._limit_idle(keep_alive_s)
+                    if cast(_Lingering, self.cycle.transport).is_to_close:
+                        self.transport.close()
+                    else:
+                        self._limit_idle(keep_alive_s)
 
         def _declines(self) -> bool:
             """Whether the request offers another protocol, as Java's client does (HTTP/2) each time.
@@ -188,9 +212,18 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout_s,
     )
-    _DrainingServer(config, app, settings.drain_delay_s).run()
-    if threads_hang(POOL_NAME):
-        _log.warning("a file, or the file system of the cache, keeps a thread; the process ends without it")
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+    status = 0
+    try:
+        _DrainingServer(config, app, settings.drain_delay_s).run()
+    except KeyboardInterrupt:  # uvicorn raises the signals that ended it once more
+        status = 128 + signal.SIGINT
+        raise
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+        raise
+    finally:
+        if threads_hang(POOL_NAME):
+            _log.warning("the file system of the cache keeps a thread; the process ends without it")
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(status)
