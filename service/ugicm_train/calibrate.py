@@ -28,7 +28,7 @@ from ugicm.codec.hyper_prior import CONTEXTS, by_phase
 from ugicm.codec.soften import rms
 from ugicm.codec.store import model_path
 from ugicm_train.data import CropSampler, medians, read_photos
-from ugicm_train.export import narrow_table, read_training, write_model
+from ugicm_train.export import named, narrow_table, read_training, write_model
 from ugicm_train.model import TrainableCodec
 from ugicm_train.restore import read_stored, restore
 
@@ -186,7 +186,7 @@ def calibrate(
         for table in (alone / alone.sum(-1, keepdims=True), centres[choice].reshape(counts.shape))
     ]
     print(f"bits of a hyper symbol: {bits[1]:.4f}, with one table for each channel {bits[0]:.4f}")
-    write_model(folder, stored.config, tensors, read_training(source) | record)
+    write_model(folder, named(stored.config, folder, source), tensors, read_training(source) | record)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

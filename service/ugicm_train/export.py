@@ -195,6 +195,12 @@ def check_is_no_run(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds a run, which a model would write over: give another folder")
 
 
+def named(config: ModelConfig, folder: Path, source: Path) -> ModelConfig:
+    """With the name of the folder, if that is not where the model comes from."""
+    here = folder.resolve()
+    return config if here == source.resolve() else dataclasses.replace(config, name=here.name)
+
+
 def write_model(
     folder: Path, config: ModelConfig, tensors: dict[str, Tensor], training: dict[str, Any]
 ) -> None:

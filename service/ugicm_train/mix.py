@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ugicm.codec.store import model_path
-from ugicm_train.export import read_training, write_model
+from ugicm_train.export import named, read_training, write_model
 from ugicm_train.model import PREFERENCE
 from ugicm_train.restore import read_stored
 
@@ -90,7 +90,8 @@ def mix(folder: Path, base: Path, views: Sequence[View], reach: Sequence[float] 
     }
     training = {name: value for name, value in read_training(base).items() if name not in MACHINE_RECORD}
     record = {"mixed": records, "reach": [round(value, 4) for value in table.tolist()]}
-    write_model(folder, stored.config, kept | mixed, training | record)
+    config = named(stored.config, folder, base)
+    write_model(folder, config, kept | mixed, training | record)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

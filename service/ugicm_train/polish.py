@@ -33,6 +33,7 @@ from ugicm_train.export import (
     check_is_no_run,
     load_average,
     model_tensors,
+    named,
     read_training,
     run_record,
     write_model,
@@ -189,7 +190,8 @@ def polish(
         FileExistsError: `folder` or `run` holds a run.
     """
     check_grain(grain)
-    config, tensors, training, model = _read(source)
+    path = Path(source) if (Path(source) / CHECKPOINT).exists() else model_path(source)
+    config, tensors, training, model = _read(path)
     # Of a run, too, which has no hash of its own.
     identity = hashlib.sha256(save(tensors)).hexdigest()[:16]
     if restart:
@@ -216,6 +218,9 @@ def polish(
     with polisher.alone():
         if resume:
             polisher.load(load_checkpoint(run, needs=RESUMED))
+        said = {"teacher": teacher_name, "weight": options.teacher_weight}
+        teachers = [one for one in polisher.record.get("teachers", []) if one != said] + [said]
+        polisher.record["teachers"] = teachers
         sampler = polisher.read(data)
         status = polisher.run(sampler, teacher)
         if status or not polisher.processes.first:
@@ -230,24 +235,25 @@ def polish(
             "restarted": restart,
             "teacher": teacher_name,
             "teacher_weight": options.teacher_weight,
+            **({"teachers": teachers} if len(teachers) > 1 else {}),
             "grain": grain,
             "steps": polisher.step,
             "minutes": round(polisher.minutes, 1),
         }
         training.pop("grain", None)  # what calibrating had set
+        config = named(config, folder, path)
         write_model(folder, config, tensors, training | {"polish": [*training.get("polish", []), record]})
         for name in (CHECKPOINT, STABLE_CHECKPOINT):
             (run / name).unlink(missing_ok=True)
     return 0
 
 
-def _read(source: Path | str) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any], TrainableCodec]:
     """Config, stored tensors, training record and trainable model of a model or a run."""
-    if (Path(source) / CHECKPOINT).exists():
-        state = load_checkpoint(Path(source))
+    if (path / CHECKPOINT).exists():
+        state = load_checkpoint(path)
         model = load_average(state)
         return model.config, model_tensors(model), run_record(state), model
-    path = model_path(source)
     stored = read_stored(path)
     return stored.config, stored.tensors, read_training(path), restore(stored.config, stored.tensors)
 

@@ -11,8 +11,9 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -368,6 +369,16 @@ class Trainer:
             "crops_per_s": round(count * self.options.batch * self.processes.count / seconds, 1),
         }
 
+    def _check_lost(self, sums: dict[str, Any], count: int) -> None:
+        """Stop a run whose last `count` steps tell nothing; those that remain in their means may look fine.
+
+        Raises:
+            DivergedError: more than half of them are no numbers, and more than one.
+        """
+        lost = round(float(sums["lost"]))
+        if count > 1 and 2 * lost > count:
+            self._diverged(f"{lost} of {count} steps are no numbers")
+
     def _check(self, row: dict[str, Any], count: int) -> None:
         """Stop a run that is lost, by a row of `count` steps; its last checkpoint stays.
 
@@ -441,6 +452,19 @@ class Trainer:
         sums: dict[str, Any] = {}
         row_sums: dict[str, Any] = {}
         row_count = 0
+
+        def check_unlogged() -> None:
+            """By the steps after the last row, before they are saved."""
+            nonlocal sums
+            if not count:
+                return
+            if self.graph_step is not None:
+                sums = _added(sums, self.graph_step.take_sums())
+            # With those of the last row: a single picture that explodes tells nothing of few steps.
+            both, steps = _added(sums, row_sums), count + row_count
+            self._check(self._row(both, steps, factor, time.monotonic() - start), steps)
+            self._check_lost(sums, count)
+
         writes = self.processes.first
         stable_saved = False
         with (
@@ -463,6 +487,8 @@ class Trainer:
                     stable = self.out / STABLE_CHECKPOINT
                     # A run that decays from its beginning has no better state than one that is there.
                     if self.step > first or not stable.exists():
+                        if row_count:
+                            check_unlogged()
                         self._save(stable)
                     stable_saved = True
                 factor = learning_rate_factor(self.step - self.warm_from, done, options)
@@ -476,33 +502,34 @@ class Trainer:
                     continue
                 if self.step % STEPS_PER_ROW == 0:
                     if self.graph_step is not None:
-                        sums = self.graph_step.take_sums()
+                        sums = _added(sums, self.graph_step.take_sums())
                     row = self._row(sums, count, factor, now - logged)
                     log.writerow(row)
                     log_file.flush()
                     self._check(row, count)
+                    self._check_lost(sums, count)
                     # Nothing is known yet where the first step of a resumed run is logged.
                     remaining_s = elapsed * 60 * (1 / done - 1) if done else math.inf
                     progress.update(row, done=done, remaining_s=remaining_s)
                     row_sums, row_count = sums, count
                     logged, sums, count = now, {}, 0
                 if now - saved > options.checkpoint_minutes * 60:
+                    if row_count:  # else the steps may be too few
+                        check_unlogged()
                     self._save(self.out / CHECKPOINT)
                     saved = now
         if writes:
-            if count:
-                if self.graph_step is not None:
-                    sums = self.graph_step.take_sums()
-                # With those of the last row: a single picture that explodes tells nothing of few steps.
-                sums = {name: value + row_sums.get(name, 0.0) for name, value in sums.items()}
-                count += row_count
-                self._check(self._row(sums, count, factor, time.monotonic() - start), count)
+            check_unlogged()
             self._save(self.out / CHECKPOINT)
         stopped_by = int(self.processes.agree(self.asked_to_stop))
         if not stopped_by:
             return 0
         progress.say(f"stopped at step {self.step}: go on with --resume")
         return 128 + stopped_by
+
+
+def _added(sums: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: sums.get(name, 0.0) + others.get(name, 0.0) for name in {**sums, **others}}
 
 
 def _psnr(mse: float) -> float:
@@ -574,21 +601,44 @@ def train(
         model = TrainableCodec(config or PRESETS["ugicm-s"])
         start_from_dct(model)
     if options.learn == "scales":
+        if start is not None:
+            _check_scales(model, trained.config, machine=bool(options.machine_share))
         model.learn_scales(SCALED)
     trainer = Trainer(model, options, out)
     trainer.record = record | {"learned": options.learn}
     if state is not None:
         trainer.load(state)
+    before: list[dict[str, Any]] = trainer.record.get("teachers", [])
     if teacher is not None:
         said = {"teacher": teacher_name, "weight": options.teacher_weight}
-        trainer.record["teachers"] = [*trainer.record.get("teachers", []), said]
+        trainer.record["teachers"] = [*before, said]
+    elif before and options.machine_share and trainer.processes.first:
+        sys.stderr.write(f"no --teacher from here on; before, it was {before[-1]['teacher']}\n")
     with trainer.alone():
         sampler = trainer.read(data)
         if trainer.processes.first:
-            described = {"model": model.config.to_dict(), "options": dataclasses.asdict(options)}
+            described = {
+                "model": model.config.to_dict(),
+                "options": dataclasses.asdict(options),
+                "start": start,
+                "data": [str(source) for source in data],
+                "teacher": teacher_name,
+            }
             with written_whole(out / CONFIG) as beside:
                 beside.write_text(json.dumps(described, indent=2), encoding="utf-8")
         return trainer.run(sampler, teacher)
+
+
+def _check_scales(model: TrainableCodec, trained: ModelConfig, *, machine: bool) -> None:
+    """``ValueError`` where scales of the model's weights would be scales of zeros."""
+    weights = (weight for part in PREFERENCE for weight in getattr(model, part).parameters())
+    if machine and not any(weight.any() for weight in weights):
+        raise ValueError(
+            "--learn scales: the model has no machine view yet, and scales of nothing stay nothing; learn "
+            "weights, or give --machine-share 0"
+        )
+    if dataclasses.replace(model.config, name=trained.name) != trained:
+        raise ValueError("--learn scales: what a larger --config adds begins with zeros; learn weights")
 
 
 def _has_rows(log: Path) -> bool:

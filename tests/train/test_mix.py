@@ -25,6 +25,7 @@ def test_views_add_up_and_bitstreams_stay(tmp_path: Path, photo: NDArray[np.uint
     assert main(["mix", str(tmp_path / "mixed"), str(base), f"{base}*0.5", f"{other}*0.25"]) == 0
     first, second, mixed = (read_model(tmp_path / name) for name in ("base", "other", "mixed"))
     assert mixed.digest == first.digest
+    assert (first.config.name, mixed.config.name) == ("tiny", "mixed")
     for name, value in mixed.tensors.items():
         if name.partition(".")[0] in PREFERENCE:
             expected = 0.5 * first.tensors[name] + 0.25 * second.tensors[name]

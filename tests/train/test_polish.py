@@ -294,8 +294,9 @@ def test_a_resumed_polish_is_the_same(
     with pytest.raises(ValueError, match="does not say its restart, source, view"):
         polish(source, out, options, [data], work, resume=True, **asked)
     torch.save(state, work / "checkpoint.pt")
-    assert polish(source, out, options, [data], work, resume=True, **asked) == 0
+    assert polish(source, out, options, [data], work, resume=True, teacher_name="another", **asked) == 0
     (record,) = read_training(out)["polish"]
+    assert [one["teacher"] for one in record["teachers"]] == [None, "another"]
     assert (record["steps"], record["view"], record["restarted"]) == (3, "both", again)
 
 

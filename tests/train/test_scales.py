@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from tests.conftest import TINY, tiny_trainable, write_tiny_model
 from ugicm.codec.store import read_model
-from ugicm_train.export import load_average
+from ugicm_train.export import load_average, model_tensors, write_model
 from ugicm_train.losses import rate_distortion_loss
-from ugicm_train.model import DIFFERENCE_PACE, SCALED, TrainableCodec
+from ugicm_train.model import DIFFERENCE_PACE, PREFERENCE, SCALED, TrainableCodec, make_zero
 from ugicm_train.restore import restore
 from ugicm_train.scales import Scales
 from ugicm_train.train import TrainOptions, load_checkpoint, train
@@ -104,5 +104,15 @@ def test_a_run_learns_scales(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
 def test_scales_of_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give --start"):
         train(TINY, OPTIONS, [tmp_path], tmp_path / "run")
+    model = tiny_trainable()
+    for part in PREFERENCE:
+        make_zero(getattr(model, part))
+    write_model(tmp_path / "plain", model.config, model_tensors(model), {})
+    with pytest.raises(ValueError, match="no machine view yet"):
+        train(None, OPTIONS, [tmp_path], tmp_path / "run", start=str(tmp_path / "plain"))
+    write_tiny_model(tmp_path / "model")
+    wider = dataclasses.replace(TINY, channels=2 * TINY.channels)
+    with pytest.raises(ValueError, match="what a larger --config adds begins with zeros"):
+        train(wider, OPTIONS, [tmp_path], tmp_path / "run", start=str(tmp_path / "model"))
     with pytest.raises(ValueError, match="learn must be one of weights, scales, got 'biases'"):
         dataclasses.replace(OPTIONS, learn="biases")

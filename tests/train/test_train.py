@@ -461,6 +461,60 @@ def test_a_state_that_is_lost_does_not_replace_the_last_checkpoint(photos: Path,
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_run_whose_steps_are_no_numbers_is_lost(photos: Path, tmp_path: Path) -> None:
+    """Such steps are left out of the means, which look fine then."""
+    options = dataclasses.replace(OPTIONS, steps=50, batch=1, batch_levels=1, decay=0)
+    train(TINY, options, [photos], tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    draws = 0
+
+    class OneIsGood:
+        def draw(self) -> Judge:
+            nonlocal draws
+            draws += 1
+            factor = 1.0 if draws == 1 else math.nan
+            return lambda machine, original: (machine - original).square().mean((1, 2, 3)) * factor
+
+    more = dataclasses.replace(options, steps=4)
+    with pytest.raises(DivergedError, match="at step 54: 3 of 4 steps are no numbers"):
+        train(TINY, more, [photos], tmp_path, resume="checkpoint.pt", teacher=OneIsGood())
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_lost_state_is_not_saved_between_rows(photos: Path, tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_trainable(), dataclasses.replace(OPTIONS, steps=60, checkpoint_minutes=0), tmp_path
+    )
+    told = {"loss": 0.8, "bpp": 0.5, "mse_human": 1e-3, "mse_machine": 1e-3, "teacher": 0.0}
+
+    def step(x: torch.Tensor, factor: float, teacher: object) -> dict[str, torch.Tensor]:
+        trainer.step += 1
+        lost = float(trainer.step > 52)
+        return {name: torch.tensor(value) for name, value in {**told, "skipped": lost, "lost": lost}.items()}
+
+    trainer.train_step = step  # type: ignore[method-assign, assignment]
+    with pytest.raises(DivergedError, match="at step 55: 3 of 5 steps are no numbers"):
+        trainer.run(trainer.read([photos]))
+    assert load_checkpoint(tmp_path)["step"] == 54
+
+
+def test_a_run_says_where_it_comes_from(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dataclasses.replace(OPTIONS, steps=1)
+
+    class Same:
+        def draw(self) -> Judge:
+            return lambda machine, original: (machine - original).square().mean((1, 2, 3))
+
+    train(TINY, options, [photos], tmp_path, teacher=Same(), teacher_name="the same")
+    said = json.loads((tmp_path / "config.json").read_text())
+    assert (said["teacher"], said["data"], said["start"]) == ("the same", [str(photos)], None)
+    capsys.readouterr()
+    train(TINY, options, [photos], tmp_path, resume="checkpoint.pt")
+    assert "no --teacher from here on; before, it was the same" in capsys.readouterr().err
+
+
 def test_optimisers_share_out_all_parameters() -> None:
     model = tiny_trainable()
     optimizer = Optimizer(model, tiny_trainable(), Processes(), clip=1.0)

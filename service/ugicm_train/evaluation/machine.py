@@ -477,7 +477,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write the results and print the tables."""
-    for *_, folder in arguments.agree:
+    labelled = (*arguments.top1, *arguments.map, *arguments.mask_map, *arguments.miou)
+    for folder in (*(task[1] for task in labelled), *(task[-1] for task in arguments.agree)):
         check_apart(arguments.out, Path(folder))
     with kept_alone(arguments.out, arguments.part):
         return _run(arguments)

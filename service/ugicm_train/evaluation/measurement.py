@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ugicm_train.data import is_picture, read_image
+from ugicm_train.data import files_under, is_picture, read_image
 from ugicm_train.evaluation import metrics
 from ugicm_train.evaluation.coders import Coder
 from ugicm_train.evaluation.metrics import Image
@@ -117,7 +117,7 @@ def measure_targets(coder: Coder, name: str, image: Image) -> Iterator[RateTarge
 
 def read_images(folder: Path) -> list[Path]:
     """Picture files under a folder, sorted; ``ValueError`` where there are none."""
-    paths = sorted(filter(is_picture, folder.rglob("*")))
+    paths = list(filter(is_picture, files_under(folder)))
     if not paths:
         raise ValueError(f"no pictures in {folder}")
     return paths
