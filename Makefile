@@ -35,4 +35,5 @@ test: install ## lint, type-check, check the import layers, run the tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	# A thread each: the tests' pictures and models are too small for more.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
