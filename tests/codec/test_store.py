@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from safetensors.torch import load, load_file, save
 from ugicm.codec.codec import Codec
 from ugicm.codec.config import ModelConfig
 from ugicm.codec.errors import CodecError, ModelStoreError
-from ugicm.codec.store import available, bitstream_digest, find_store, load_codec, read_model
+from ugicm.codec.store import available, bitstream_digest, find_store, load_codec, model_path, read_model
 
 
 @pytest.fixture
@@ -37,6 +39,17 @@ def test_names_and_paths(tiny_store: Path) -> None:
     assert available(tiny_store) == ["tiny"]
     assert load_codec("tiny", store=tiny_store, device="cpu").name == "tiny"
     assert load_codec(tiny_store / "tiny", device="cpu").name == "tiny"
+
+
+def test_a_bare_name_is_one_of_the_store(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_store / "tiny", tmp_path / "tiny")
+    shutil.copytree(tiny_store / "tiny", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert model_path("tiny", tiny_store) == tiny_store / "tiny"
+    assert model_path("./tiny", tiny_store) == Path("tiny")
+    assert model_path("mine", tiny_store) == Path("mine")
 
 
 def test_transforms_are_stored_in_16_bits_and_computed_in_32(folder: Path) -> None:
@@ -125,6 +138,40 @@ def test_torch_of_another_default_type(tiny_store: Path, tiny_codec: Codec, phot
         assert data == tiny_codec.encode([image], 40)
         assert refined == tiny_codec.encode([image], 40, refine=2)
         np.testing.assert_array_equal(views, tiny_codec.decode(data * 2, [0.0, 1.0]))
+
+
+def test_torch_with_another_default_device(
+    tiny_store: Path, tiny_codec: Codec, photo: NDArray[np.uint8]
+) -> None:
+    image = photo[:100, :90]
+    with torch.device("meta"):
+        codec = load_codec("tiny", store=tiny_store, device="cpu", precision="float32")
+        data = codec.encode([image], 40)
+        refined = codec.encode([image], 40, refine=2)
+        views = codec.decode(data * 2, [0.0, 1.0])
+        assert len(codec.encode_to_size(image, max_bytes=len(data[0]))) <= len(data[0])
+    assert data == tiny_codec.encode([image], 40)
+    assert refined == tiny_codec.encode([image], 40, refine=2)
+    np.testing.assert_array_equal(views, tiny_codec.decode(data * 2, [0.0, 1.0]))
+
+
+def test_random_numbers_of_others_are_left_alone(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+    before = torch.get_rng_state()
+    load_codec("tiny", store=tiny_store, device="cpu").encode([photo[:64, :64]], refine=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_codec_is_freed_with_its_last_reference(tiny_store: Path, photo: NDArray[np.uint8]) -> None:
+    codec = load_codec("tiny", store=tiny_store, device="cpu")
+    codec.decode(codec.encode([photo[:64, :64]], refine=1))
+    gc.collect()
+    gc.disable()
+    try:
+        codec_lives = weakref.ref(codec)
+        del codec
+        assert codec_lives() is None
+    finally:
+        gc.enable()
 
 
 def test_newer_format(folder: Path) -> None:

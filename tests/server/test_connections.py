@@ -129,6 +129,14 @@ async def test_a_refused_body_is_taken_before_the_connection_is_closed() -> None
         await until(lambda: not server.server_state.connections)
 
 
+async def test_a_refused_body_that_waits_for_leave_is_not_waited_for() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    async with serving(transfer_timeout_s=60, request=head) as (server, client):
+        client.sendall(b"Content-Length: 11\r\n\r\n")
+        assert (await asyncio.to_thread(client.recv, 1000)).startswith(b"HTTP/1.1 413 ")
+        await until(lambda: not server.server_state.connections)
+
+
 @pytest.mark.parametrize("paused", [False, True])
 async def test_a_client_that_leaves_while_it_reads_is_counted(paused: bool) -> None:
     metrics = Metrics()

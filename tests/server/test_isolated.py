@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -12,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from tests.live import wait_until
 from ugicm.codec.errors import CodecError, LimitExceededError
 from ugicm.server import images, isolated
 from ugicm.server.images import FORMATS, MalformedImageError, UnsupportedImageError
-from ugicm.server.isolated import read_image, size_of_image
+from ugicm.server.isolated import ReaderLostError, read_image, size_of_image
 
 RAMP = np.linspace(0, 255, 20 * 30 * 3).astype(np.uint8).reshape(20, 30, 3)
 START = "; from ugicm.server.isolated import main; main()"
@@ -95,7 +98,6 @@ def test_a_process_that_ended_while_it_waited(idle: list[isolated._Reader]) -> N
         ("while True: pass", "reading it takes too long"),
         ("x = bytearray(1 << 30)", "reading it takes too much memory"),
         ("os.kill(os.getpid(), 11)", "its decoder ended .SIGSEGV"),
-        ("os._exit(3)", "its decoder ended .exit status 3"),
         ("raise ValueError('why')", "damaged or truncated .why"),
     ],
 )
@@ -110,8 +112,47 @@ def test_files_that_take_too_much(code: str, message: str, monkeypatch: pytest.M
 def test_a_process_that_the_system_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     """That is not the file's fault."""
     running(monkeypatch, "os.kill(os.getpid(), 9)")
-    with pytest.raises(MemoryError, match="was killed"):
+    with pytest.raises(ReaderLostError, match="was ended"):
         read_image(file(), max_pixels=600)
+
+
+def test_a_process_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "_CODE", "import sys; sys.exit(3)")
+    with pytest.raises(RuntimeError, match="ended with status 3"):
+        read_image(file(), max_pixels=600)
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(isolated.subprocess, "Popen", fail)
+    with pytest.raises(ReaderLostError, match="too many open files"):
+        size_of_image(file())
+
+
+def test_signals_to_all_processes_of_a_service_do_not_harm_files(
+    idle: list[isolated._Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as systemd's, when it stops a service."""
+    running(monkeypatch, "[os.kill(os.getpid(), number) for number in (1, 2, 15)]; image.seek(0)")
+    assert read_image(file(), max_pixels=600).shape == RAMP.shape
+
+
+def test_where_memory_is_short_the_service_stays(idle: list[isolated._Reader]) -> None:
+    size_of_image(file())
+    assert Path(f"/proc/{idle[0].process.pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_a_picture_that_failed_is_not_kept(idle: list[isolated._Reader]) -> None:
+    def data_kb() -> int:
+        status = Path(f"/proc/{idle[0].process.pid}/status").read_text()
+        return int(re.findall(r"VmData:\s+(\d+)", status)[0])
+
+    size_of_image(file())
+    before = data_kb()
+    large = file(image=Image.new("RGB", (4000, 4000)))
+    with pytest.raises(MalformedImageError, match="truncated"):
+        read_image(large[:-5000], max_pixels=1 << 24)
+    assert data_kb() < before + (8 << 10)  # KiB; the picture has 47 MiB
 
 
 def test_a_file_that_nobody_waits_for_any_more(
@@ -122,6 +163,13 @@ def test_a_file_that_nobody_waits_for_any_more(
     with pytest.raises(CodecError, match="stopped"):
         read_image(file(), max_pixels=600, stop=lambda: time.monotonic() > begun + 0.3)
     assert idle == []
+
+
+def test_a_process_that_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolated, "_CODE", "import time; time.sleep(600)")
+    begun = time.monotonic()
+    with pytest.raises(CodecError, match="stopped"):
+        read_image(bytes(1 << 22), max_pixels=1, stop=lambda: time.monotonic() > begun + 0.3)
 
 
 def test_time_and_memory_are_those_of_one_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar, cast
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ugicm.codec import lossless
 from ugicm.codec.bitstream import Header
 from ugicm.codec.conditioning import Gains, at_level, level_of_tilt, quality_to_level, rate_of, tilt_of
 from ugicm.codec.config import LATENT_STRIDE, QUALITY_MAX, QUALITY_MIN, padded_size
-from ugicm.codec.device import pick_device, pick_precision, without_autocast
+from ugicm.codec.device import making_modules, pick_device, pick_precision, without_autocast
 from ugicm.codec.entropy import EntropyModel, TileSymbols
 from ugicm.codec.errors import (
     CodecError,
@@ -45,6 +46,8 @@ from ugicm.memory import keep_freed_memory
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Part = TypeVar("Part")
+Key = ParamSpec("Key")
+Result = TypeVar("Result")
 Image = NDArray[np.uint8]
 """RGB picture (H, W, 3)."""
 
@@ -162,43 +165,46 @@ class Codec:
 
         def by_level(name: str) -> Tensor | None:
             table = model.tensors.get(name)
-            if table is not None and table.shape != (config.levels,):
+            if table is not None and (table.shape != (config.levels,) or not table.is_floating_point()):
                 raise ModelStoreError(
-                    f"{config.name} has {config.levels} levels, but {name} of shape {tuple(table.shape)}"
+                    f"{config.name} has {config.levels} levels, but {name} of shape {tuple(table.shape)} and "
+                    f"{table.dtype}"
                 )
             return table
 
-        self._analysis = load(Analysis(config), "analysis")
-        self._analysis_low = load(Analysis(config), "analysis_low")
-        self._analysis_high = load(Analysis(config), "analysis_high")
-        self._hyper_analysis = InferenceHyperAnalysis(
-            load(HyperAnalysis(config), "hyper_analysis"), self._dtype
-        )
-        self._synthesis = load(Synthesis(config), "synthesis")
-        self._synthesis_low = load(Synthesis(config), "synthesis_low")
-        self._synthesis_high = load(Synthesis(config), "synthesis_high")
-        self._preference = load(Synthesis(config), "preference")
-        self._preference_low = load(Synthesis(config), "preference_low")
-        self._preference_high = load(Synthesis(config), "preference_high")
+        with making_modules():
+            self._analysis = load(Analysis(config), "analysis")
+            self._analysis_low = load(Analysis(config), "analysis_low")
+            self._analysis_high = load(Analysis(config), "analysis_high")
+            self._hyper_analysis = InferenceHyperAnalysis(
+                load(HyperAnalysis(config), "hyper_analysis"), self._dtype
+            )
+            self._synthesis = load(Synthesis(config), "synthesis")
+            self._synthesis_low = load(Synthesis(config), "synthesis_low")
+            self._synthesis_high = load(Synthesis(config), "synthesis_high")
+            self._preference = load(Synthesis(config), "preference")
+            self._preference_low = load(Synthesis(config), "preference_low")
+            self._preference_high = load(Synthesis(config), "preference_high")
+            self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         grain = by_level("grain")
         self._grain = None if grain is None else grain.to(self._device)
         self._reach, self._largest = by_level("reach"), by_level("largest")
-        self._gains = load(Gains(config.levels, config.latent_channels, 1.0), "gains")
         try:
-            self._entropy = EntropyModel(config, model.tensors, self._device)
+            with making_modules():
+                self._entropy = EntropyModel(config, model.tensors, self._device)
+                # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
+                self._cpu_entropy = (
+                    self._entropy
+                    if self._device.type == "cpu"
+                    else EntropyModel(config, model.tensors, torch.device("cpu"))
+                )
         except ModelStoreError:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise ModelStoreError(f"the entropy model of {config.name} is not valid: {error!r}") from error
-        # Decoding follows the entropy coder step by step, on the CPU, wherever the transforms are.
-        self._cpu_entropy = (
-            self._entropy
-            if self._device.type == "cpu"
-            else EntropyModel(config, model.tensors, torch.device("cpu"))
-        )
         self._stored_entropy = {k: v for k, v in model.tensors.items() if k.startswith("entropy.")}
-        self._analysis_for = lru_cache(TRANSFORMS_KEPT)(self._make_analysis)
-        self._synthesis_for = lru_cache(TRANSFORMS_KEPT)(self._make_synthesis)
+        self._analysis_for = _kept(self._make_analysis)
+        self._synthesis_for = _kept(self._make_synthesis)
 
     # One call
 
@@ -255,7 +261,7 @@ class Codec:
         refine: int = 0,
         stop: Callable[[], bool] = lambda: False,
     ) -> bytes:
-        """The best quality whose whole bitstream fits a budget, by bisection.
+        """The best quality whose whole bitstream fits a budget, or one that leaves half a percent of it.
 
         Args:
             image: RGB picture, uint8 (H, W, 3).
@@ -484,7 +490,9 @@ class Codec:
         if self._reach is None or not strength:
             return strength
         level = quality_to_level(header.quality, self.config.levels)
-        share = strength * float(at_level(self._reach, torch.tensor([level], dtype=torch.float32)))
+        share = strength * float(
+            at_level(self._reach, torch.tensor([level], dtype=torch.float32, device="cpu"))
+        )
         # Rounded, so that qualities share transforms; never to the human view's.
         return max(1, round(REACH_STEPS * share)) / REACH_STEPS
 
@@ -534,7 +542,7 @@ class Codec:
     def _empty_latent(self, header: Header) -> Tensor:
         """Room for the latent of a whole picture, (h, w, M) float32."""
         size = latent_size(header.width, header.height)
-        return torch.empty(*size, self.config.latent_channels, dtype=torch.float32)
+        return torch.empty(*size, self.config.latent_channels, dtype=torch.float32, device="cpu")
 
     def _levels(self, qualities: Sequence[float]) -> Tensor:
         quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)
@@ -562,7 +570,9 @@ class Codec:
         y = self._analysis_for(tilt)(pixels, margin)
         if self._largest is None:
             return y
-        level = torch.tensor([level_of_tilt(tilt, self.config.levels)], dtype=torch.float32)
+        level = torch.tensor(
+            [level_of_tilt(tilt, self.config.levels)], dtype=torch.float32, device=self._largest.device
+        )
         limit = float(at_level(self._largest, level))
         if bool((rms(y) <= limit).all()):
             return y
@@ -690,6 +700,19 @@ class Codec:
         _check(stop)
         exact = self._serialise_lossless(header, image)
         return exact if len(exact) <= len(data) else data
+
+
+def _kept(make: Callable[Key, Result]) -> Callable[Key, Result]:
+    """A method that keeps its last results, but not its owner, which would then live on without a use."""
+    owner = WeakMethod(make)
+
+    @lru_cache(TRANSFORMS_KEPT)
+    def call(*key: Key.args, **keys: Key.kwargs) -> Result:
+        method = owner()
+        assert method is not None
+        return method(*key, **keys)
+
+    return cast(Callable[Key, Result], call)
 
 
 def _check(stop: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class ModelConfig:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.latent_channels % 4:
             raise ValueError(f"latent_channels must be a multiple of 4, got {self.latent_channels}")
-        if not self.lambda_min < self.lambda_max < math.inf:
+        if not (self.name and self.name.isprintable()):
+            raise ValueError(f"name must be of printable characters, got {self.name!r}")
+        if not self.lambda_min < self.lambda_max <= sys.float_info.max:
             raise ValueError(
                 f"lambda_max must be finite and above lambda_min, got {self.lambda_min} and {self.lambda_max}"
             )

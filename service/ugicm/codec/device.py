@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -40,6 +41,13 @@ def without_autocast(
             return method(self, *args, **kwargs)
 
     return call
+
+
+@contextmanager
+def making_modules() -> Iterator[None]:
+    """For modules whose weights are read afterwards: on the CPU, without use of torch's random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,7 +99,7 @@ def bfloat16_speedup() -> float:
     """
     best = {torch.bfloat16: math.inf, torch.float32: math.inf}
     shapes = ((2048, 128), (128, 128), (128,))
-    given = {dtype: [torch.ones(shape, dtype=dtype) for shape in shapes] for dtype in best}
+    given = {dtype: [torch.ones(shape, dtype=dtype, device="cpu") for shape in shapes] for dtype in best}
     for _ in range(PRODUCTS):
         for dtype, (x, weight, bias) in given.items():
             start = time.perf_counter()

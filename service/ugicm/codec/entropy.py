@@ -221,9 +221,11 @@ class EntropyModel:
     def _probe(self) -> bool:
         """Whether float32 products keep 24 bits here; environment variables can cost some."""
         width = self.config.entropy_channels
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         # Activations of 12 bits, one more than TF32 keeps.
-        x = torch.randint(min(TRUNK.end, HIDDEN.end), (PROBE_BATCH, 8, 8, width), generator=generator)
+        x = torch.randint(
+            min(TRUNK.end, HIDDEN.end), (PROBE_BATCH, 8, 8, width), generator=generator, device="cpu"
+        )
         x = x.to(self.device)
         results: list[tuple[Tensor, ...]] = []
         for dtype in (torch.float32, torch.float64):

@@ -70,7 +70,7 @@ def output_bits(layer: str, rows: int) -> Tensor:
     match layer.split("."):
         case ["heads", _]:
             # Rows of each channel group: means, then table indexes.
-            return torch.tensor([MEAN.bits, INDEX_BITS]).repeat(4).repeat_interleave(rows // 8)
+            return torch.tensor([MEAN.bits, INDEX_BITS], device="cpu").repeat(4).repeat_interleave(rows // 8)
         case ["hyper1"]:
             bits = HYPER1.bits
         case ["hyper2"] | ["hyper_block", "project"]:
@@ -83,7 +83,7 @@ def output_bits(layer: str, rows: int) -> Tensor:
             bits = SPATIAL.bits
         case _:
             bits = TRUNK.bits
-    return torch.full((rows,), bits)
+    return torch.full((rows,), bits, device="cpu")
 
 
 def sum_bits(layer: str, bits: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ import struct
 import zlib
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
-from PIL.WebPImagePlugin import WebPImageFile
+from PIL import _webp
 
 from ugicm.codec.errors import MalformedBitstreamError
-from ugicm.pixels import Pixels as Image
+
+Image = NDArray[np.uint8]
+"""RGB picture (H, W, 3)."""
 
 MAX_SIDE = 16383
 """Longest side in pixels of a WebP."""
@@ -68,13 +71,16 @@ def decompress(data: bytes, width: int, height: int) -> Image:
     body = data + bytes(len(data) % 2)
     file = _RIFF.pack(b"RIFF", _RIFF.size - 8 + len(body), b"WEBP", b"VP8L", len(data)) + body
     try:
-        # Not by `open`, which warns of many pixels: the codec has a limit of its own.
-        with WebPImageFile(io.BytesIO(file)) as picture:
-            pixels = np.array(picture.convert("RGB"))
+        # Not by Pillow's `open`, which has a limit of pixels for the whole program; the codec has its own.
+        decoder = _webp.WebPAnimDecoder(file)
+        size, frame = decoder.get_info()[:2], decoder.get_next()
     except MemoryError:
         raise
     except Exception as error:  # on damaged files, Pillow's parsers raise nearly anything
         raise MalformedBitstreamError(f"the lossless picture is damaged ({error})") from error
-    if pixels.shape != (height, width, 3):
-        raise MalformedBitstreamError(f"the lossless picture came out as {pixels.shape}")
-    return pixels
+    if frame is None:
+        raise MalformedBitstreamError("the lossless picture is damaged")
+    rgba = np.frombuffer(frame[0], np.uint8)
+    if rgba.size != 4 * height * width:
+        raise MalformedBitstreamError(f"the lossless picture came out as {size}")
+    return rgba.reshape(height, width, 4)[..., :3].copy()

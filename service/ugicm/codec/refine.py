@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ugicm.codec.conditioning import Gains, lambda_of
 from ugicm.codec.config import ModelConfig
-from ugicm.codec.device import without_autocast
+from ugicm.codec.device import making_modules, without_autocast
 from ugicm.codec.entropy_twin import EntropyNetwork, Paths, float_weights
 from ugicm.codec.errors import CodecError
 from ugicm.codec.networks import Synthesis
@@ -70,7 +70,8 @@ class Refiner:
         self._paths = Paths(trellis.first, trellis.step)
         self._config, self._gains = config, gains
         self._device, self._dtype = device, dtype
-        network = EntropyNetwork(config)
+        with making_modules():
+            network = EntropyNetwork(config)
         network.load_state_dict(float_weights(tensors), assign=True)
         self._entropy = network.requires_grad_(False).to(device, dtype)
 

@@ -61,18 +61,26 @@ def available(store: Path) -> list[str]:
 
 
 def model_path(name_or_path: str | Path, store: Path | None = None) -> Path:
-    """Folder of a model given by name, or by a path to its folder.
+    """Folder of a model given by name, or by a path to its folder; a bare name is one of the store first.
 
     Raises:
         ModelStoreError: there is no such model; the message lists those there are.
     """
     path = Path(name_or_path)
     try:
-        if (path / CONFIG_FILE).is_file():
+        here = (path / CONFIG_FILE).is_file()
+        if here and str(name_or_path) != path.name:
             return path
-        store = store or find_store()
+        try:
+            store = store or find_store()
+        except ModelStoreError:
+            if here:
+                return path
+            raise
         if (store / path / CONFIG_FILE).is_file():
             return store / path
+        if here:
+            return path
         names = ", ".join(available(store)) or "none"
     except OSError as error:
         raise ModelStoreError(f"cannot look for the model {str(name_or_path)!r}: {error}") from error

@@ -97,10 +97,10 @@ def create_app(
             metrics,
             lifecycle,
         )
-        if settings.warm_up:
-            await engine.probe()
-        _log.info("ready", model=loaded.name, digest=loaded.digest, device=loaded.device)
         try:
+            if settings.warm_up:
+                await engine.probe()
+            _log.info("ready", model=loaded.name, digest=loaded.digest, device=loaded.device)
             yield
         finally:
             lifecycle.draining = True

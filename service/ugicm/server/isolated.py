@@ -6,6 +6,7 @@ gigabytes or crash them. Here that ends one process, and the next file gets a ne
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -18,7 +19,9 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +36,6 @@ SECONDS, SECONDS_PER_PIXEL = 5, 1e-6
 """Of a processor that reading may take; a megapixel takes hundredths."""
 MEMORY, MEMORY_PER_PIXEL = 768 << 20, 64
 """Bytes that reading may take besides twice the file, the interpreter included."""
-PIPE_BYTES = 1 << 20
-"""Room between the processes; the system's 64 KiB would cost a switch each time."""
 POLL_S = 0.05
 """Between two looks at whether anybody still waits for a file."""
 
@@ -46,6 +47,14 @@ _KINDS: dict[str, type[CodecError]] = {
 }
 
 
+FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
+"""How a file can end the process that reads it; any other way is not the file's fault."""
+
+
+class ReaderLostError(RuntimeError):
+    """No process to read an image could be started, or somebody ended it: no fault of the image."""
+
+
 class _Answer(NamedTuple):
     """What another process found in a file."""
 
@@ -53,8 +62,9 @@ class _Answer(NamedTuple):
     """Width and height by the header; None if there is none that can be read."""
     pixels: Pixels | None
     """uint8 RGB (H, W, 3); None if only the size was asked for, it was too large, or something failed."""
-    error: CodecError | None
-    """Why there are no pixels."""
+    error: tuple[str, str] | None
+    """Why there are no pixels: the name of one of `_KINDS`, and its text. No exception, whose traceback would
+    keep the picture."""
 
 
 def size_of_image(data: bytes, *, stop: Callable[[], bool] = lambda: False) -> tuple[int, int]:
@@ -62,7 +72,7 @@ def size_of_image(data: bytes, *, stop: Callable[[], bool] = lambda: False) -> t
 
     Raises:
         CodecError: `stop` said true.
-        MemoryError: the system ended the process.
+        ReaderLostError: there is no other process, or it was ended.
     """
     try:
         return _ask(data, 0, stop).size or (0, 0)
@@ -83,11 +93,12 @@ def read_image(data: bytes, *, max_pixels: int, stop: Callable[[], bool] = lambd
         MalformedImageError: damaged, truncated, or reading it takes too much time or memory.
         LimitExceededError: more than `max_pixels`; noticed in the header, before anything is decoded.
         CodecError: `stop` said true.
-        MemoryError: the system ended the process.
+        ReaderLostError: there is no other process, or it was ended.
     """
     answer = _ask(data, max_pixels, stop)
     if answer.error is not None:
-        raise answer.error
+        kind, text = answer.error
+        raise _KINDS[kind](text)
     if answer.pixels is None:
         assert answer.size is not None
         check_pixels(*answer.size, max_pixels)
@@ -100,13 +111,11 @@ class _Reader:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(  # noqa: S603  this program, and no word of a caller's
-            [sys.executable, "-c", _CODE.format(path=sys.path)],
+            [sys.executable, "-c", _CODE.format(path=[str(path) for path in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # libtiff's
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it would make room for all processors' threads
             process_group=0,  # Ctrl-C is for the service, which finishes what it has begun
-            pipesize=PIPE_BYTES,
         )
 
     def ask(self, data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
@@ -114,15 +123,21 @@ class _Reader:
         source, sink = self.process.stdout, self.process.stdin
         assert isinstance(source, io.BufferedReader)
         assert sink is not None
-        sink.write(_REQUEST.pack(len(data), min(max_pixels, 1 << 62)))
-        sink.write(data)
-        sink.flush()
-        ready = select.poll()
-        ready.register(source, select.POLLIN)
-        while not ready.poll(1000 * POLL_S):
+        os.set_blocking(sink.fileno(), False)
+        unsent = [memoryview(_REQUEST.pack(len(data), min(max_pixels, 1 << 62))), memoryview(data)]
+        watched = select.poll()
+        watched.register(source, select.POLLIN)
+        watched.register(sink, select.POLLOUT)
+        while source.fileno() not in (ready := dict(watched.poll(1000 * POLL_S))):
             if stop():
                 raise CodecError("the work was stopped")
-        if not (line := source.readline()):
+            if ready:
+                unsent[0] = unsent[0][os.write(sink.fileno(), unsent[0]) :]
+                while unsent and not unsent[0]:
+                    del unsent[0]
+                if not unsent:
+                    watched.unregister(sink)
+        if unsent or not (line := source.readline()):
             raise EOFError
         said: dict[str, Any] = json.loads(line)
         pixels = None
@@ -130,8 +145,7 @@ class _Reader:
             pixels = np.empty(shape, np.uint8)
             if source.readinto(pixels.reshape(-1).data) != pixels.size:
                 raise EOFError
-        error = said["error"] and _KINDS[said["error"][0]](said["error"][1])
-        return _Answer(said["size"] and tuple(said["size"]), pixels, error)
+        return _Answer(said["size"] and tuple(said["size"]), pixels, said["error"])
 
     def end(self) -> int:
         """Its exit status, after it has been ended if it goes on."""
@@ -146,13 +160,25 @@ _idle: list[_Reader] = []
 _lock = threading.Lock()
 
 
+@atexit.register
+def _end_all() -> None:
+    """They would end by themselves, a moment later."""
+    with _lock:
+        while _idle:
+            _idle.pop().end()
+
+
 def _take() -> _Reader:
     with _lock:
         while _idle:
             if (reader := _idle.pop()).process.poll() is None:
                 return reader
             reader.end()
-    return _Reader()
+    try:
+        return _Reader()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise ReaderLostError(f"no process to read the image can be started ({why}); try again") from error
 
 
 def _ask(data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
@@ -172,12 +198,16 @@ def _ask(data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
 
 
 def _failure(status: int) -> Exception:
-    if status == -signal.SIGKILL:
-        return MemoryError("the process that read an image was killed, perhaps for want of memory")
-    if status == -signal.SIGXCPU:
+    if status >= 0:  # it could not start, and has said why
+        return RuntimeError(f"the process that reads images ended with status {status}")
+    ended = signal.Signals(-status)
+    if ended is signal.SIGXCPU:
         return MalformedImageError("the image is damaged, or reading it takes too long")
-    how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-    return MalformedImageError(f"the image is damaged: its decoder ended ({how})")
+    if ended in FAULTS:
+        return MalformedImageError(f"the image is damaged: its decoder ended ({ended.name})")
+    return ReaderLostError(
+        f"the process that read the image was ended ({ended.name}), perhaps for want of memory; try again"
+    )
 
 
 def _limit(length: int, pixels: int) -> None:
@@ -202,29 +232,39 @@ def _answer(data: bytes, max_pixels: int) -> _Answer:
         _limit(len(data), math.prod(size))
         return _Answer(size, images.load_pixels(image), None)
     except MemoryError:
-        error = MalformedImageError("the image is damaged, or reading it takes too much memory")
-        return _Answer(size, None, error)
-    except CodecError as problem:
-        return _Answer(size, None, problem)
+        text = "the image is damaged, or reading it takes too much memory"
+        return _Answer(size, None, (MalformedImageError.__name__, text))
+    except CodecError as error:
+        return _Answer(size, None, (type(error).__name__, str(error)))
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main() -> None:
     """What the other process does: files from standard input, what is in them to standard output."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # For the service, which finishes what it has begun; this process ends with it.
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(OSError):  # where memory is short, rather this process than the service
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     source = sys.stdin.buffer
     sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what libraries print, such as libtiff
+        os.dup2(nowhere, stream)
     while head := source.read(_REQUEST.size):
         length, max_pixels = _REQUEST.unpack(head)
         _limit(length, 0)
         size, pixels, error = _answer(source.read(length), max_pixels)
-        said = {
-            "size": size,
-            "error": error and (type(error).__name__, str(error)),
-            "shape": None if pixels is None else pixels.shape,
-        }
-        sink.write(json.dumps(said).encode() + b"\n")
+        shape = None if pixels is None else pixels.shape
+        sink.write(json.dumps({"size": size, "error": error, "shape": shape}).encode() + b"\n")
         if pixels is not None:
             sink.write(np.ascontiguousarray(pixels).data)
         sink.flush()

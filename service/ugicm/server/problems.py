@@ -25,6 +25,7 @@ from ugicm.server.batching import OverloadedError
 from ugicm.server.cache import CacheDownError
 from ugicm.server.engine import DeadlineExceededError
 from ugicm.server.images import ACCEPTED_MEDIA_TYPES, MalformedImageError, UnsupportedImageError
+from ugicm.server.isolated import ReaderLostError
 from ugicm.server.settings import PREFIX, setting
 
 MEDIA_TYPE = "application/problem+json"
@@ -227,6 +228,8 @@ def as_service_error(error: Exception) -> ServiceError:
             return ServiceError(Code.MALFORMED_BITSTREAM, str(error))
         case MalformedImageError():
             return ServiceError(Code.MALFORMED_IMAGE, str(error))
+        case ReaderLostError():
+            return ServiceError(Code.OVERLOADED, str(error), retry_after_s=1)
         case UnsupportedImageError():
             accepted = ", ".join(ACCEPTED_MEDIA_TYPES)
             return ServiceError(Code.UNSUPPORTED_MEDIA_TYPE, str(error), headers={"Accept": accepted})
@@ -286,6 +289,7 @@ def install(app: FastAPI) -> None:
         OverloadedError,
         CacheDownError,
         DeadlineExceededError,
+        ReaderLostError,
         HTTPException,
         RequestValidationError,
     ):

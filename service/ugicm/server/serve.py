@@ -43,13 +43,14 @@ class _Lingering:
 
     def __init__(self, cycle: Any) -> None:
         self._cycle, self._transport = cycle, cycle.transport
+        self.body_comes = not cycle.waiting_for_100_continue
         self.is_to_close = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def close(self) -> None:
-        if self._cycle.response_complete and self._cycle.more_body:
+        if self._cycle.response_complete and self._cycle.more_body and self.body_comes:
             self.is_to_close = True
         else:
             self._transport.close()
@@ -142,6 +143,7 @@ def _bounded_connection(idle_s: float, keep_alive_s: float) -> type[asyncio.Prot
 
         def on_body(self, body: bytes) -> None:
             self._head_bytes = 0
+            cast(_Lingering, self.cycle.transport).body_comes = True
             super().on_body(body)
 
         def on_response_complete(self) -> None:
