@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ugicm.codec.bitstream import VERSION, Header, serialise
 from ugicm.codec.errors import LimitExceededError
 from ugicm.server.cache import MemoryCache, bitstream_id
 from ugicm.server.deps import PARAMETERS
+from ugicm.server.isolated import ReaderLostError
 from ugicm.server.problems import as_service_error
 
 UNKNOWN = "0" * 64
@@ -299,7 +301,7 @@ def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_
 @pytest.mark.parametrize(
     ("path", "name"), [("/encode", "image"), ("/encode/batch", "images"), ("/decode", "bitstream")]
 )
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EROFS, errno.EMFILE])
 def test_no_room_for_the_files_of_a_form(
     client: TestClient,
     image_file: Any,
@@ -345,6 +347,20 @@ def test_files_of_a_form_that_cannot_be_kept(
 
     monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", broken)
     assert_problem(client.post("/encode", files={"image": ("photo.png", image_file())}), 500, "internal")
+
+
+@pytest.mark.parametrize("step", ["size_of_image", "read_image"])
+def test_no_process_that_reads_the_image(
+    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def lost(data: bytes, **options: object) -> None:
+        raise ReaderLostError("the process was ended; try again")
+
+    monkeypatch.setattr(f"ugicm.server.engine.{step}", lost)
+    body = assert_problem(client.post("/encode", content=image_file()), 503, "overloaded")
+    assert (body["detail"], body["retry_after_s"]) == ("the process was ended; try again", 1)
+    (line,) = client.post("/encode/batch", files={"images": ("a.png", image_file())}).text.splitlines()
+    assert json.loads(line)["problem"]["code"] == "overloaded"
 
 
 def test_unknown_path_and_method(client: TestClient) -> None:

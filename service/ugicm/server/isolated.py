@@ -68,16 +68,11 @@ class _Answer(NamedTuple):
 
 
 def size_of_image(data: bytes, *, stop: Callable[[], bool] = lambda: False) -> tuple[int, int]:
-    """Width and height by the image's header; 0 if unreadable, `read_image` then says what is wrong.
-
-    Raises:
-        CodecError: `stop` said true.
-        ReaderLostError: there is no other process, or it was ended.
-    """
-    try:
-        return _ask(data, 0, stop).size or (0, 0)
-    except MalformedImageError:
-        return 0, 0
+    """Width and height by the image's header; what it raises is as for `read_image`."""
+    answer = _ask(data, 0, stop)
+    if answer.size is None:
+        raise _problem(answer)
+    return answer.size
 
 
 def read_image(data: bytes, *, max_pixels: int, stop: Callable[[], bool] = lambda: False) -> Pixels:
@@ -96,14 +91,16 @@ def read_image(data: bytes, *, max_pixels: int, stop: Callable[[], bool] = lambd
         ReaderLostError: there is no other process, or it was ended.
     """
     answer = _ask(data, max_pixels, stop)
-    if answer.error is not None:
-        kind, text = answer.error
-        raise _KINDS[kind](text)
     if answer.pixels is None:
-        assert answer.size is not None
-        check_pixels(*answer.size, max_pixels)
-        raise MalformedImageError("the image has no pixels")
+        if answer.error is None and answer.size is not None:
+            check_pixels(*answer.size, max_pixels)
+        raise _problem(answer)
     return answer.pixels
+
+
+def _problem(answer: _Answer) -> CodecError:
+    kind, text = answer.error or (MalformedImageError.__name__, "the image has no pixels")
+    return _KINDS[kind](text)
 
 
 class _Reader:
