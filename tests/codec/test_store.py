@@ -48,7 +48,7 @@ def test_a_bare_name_is_one_of_the_store(
     shutil.copytree(tiny_store / "tiny", tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     assert model_path("tiny", tiny_store) == tiny_store / "tiny"
-    assert model_path("./tiny", tiny_store) == Path("tiny")
+    assert model_path("./tiny", tiny_store) == model_path(Path("tiny"), tiny_store) == Path("tiny")
     assert model_path("mine", tiny_store) == Path("mine")
 
 

@@ -139,6 +139,20 @@ def test_signals_to_all_processes_of_a_service_do_not_harm_files(
     assert read_image(file(), max_pixels=600).shape == RAMP.shape
 
 
+@pytest.mark.parametrize("number", isolated.OF_THE_SERVICE)
+def test_nor_do_they_before_a_process_has_begun(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    made = isolated._Reader.__init__
+
+    def signalled(reader: isolated._Reader) -> None:
+        made(reader)
+        reader.process.send_signal(number)
+
+    monkeypatch.setattr(isolated._Reader, "__init__", signalled)
+    assert read_image(file(), max_pixels=600).shape == RAMP.shape
+
+
 def test_where_memory_is_short_the_service_stays(idle: list[isolated._Reader]) -> None:
     size_of_image(file())
     assert Path(f"/proc/{idle[0].process.pid}/oom_score_adj").read_text() == "1000\n"

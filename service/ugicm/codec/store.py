@@ -69,7 +69,7 @@ def model_path(name_or_path: str | Path, store: Path | None = None) -> Path:
     path = Path(name_or_path)
     try:
         here = (path / CONFIG_FILE).is_file()
-        if here and str(name_or_path) != path.name:
+        if here and (isinstance(name_or_path, Path) or name_or_path != path.name):
             return path
         try:
             store = store or find_store()

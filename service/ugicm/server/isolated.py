@@ -47,6 +47,8 @@ _KINDS: dict[str, type[CodecError]] = {
 }
 
 
+OF_THE_SERVICE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that its processes do not take, as it finishes what it has begun; they end with it."""
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 """How a file can end the process that reads it; any other way is not the file's fault."""
 
@@ -171,11 +173,14 @@ def _take() -> _Reader:
             if (reader := _idle.pop()).process.poll() is None:
                 return reader
             reader.end()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_SERVICE)  # with which the process begins
     try:
         return _Reader()
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ReaderLostError(f"no process to read the image can be started ({why}); try again") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _ask(data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
@@ -202,9 +207,8 @@ def _failure(status: int) -> Exception:
         return MalformedImageError("the image is damaged, or reading it takes too long")
     if ended in FAULTS:
         return MalformedImageError(f"the image is damaged: its decoder ended ({ended.name})")
-    return ReaderLostError(
-        f"the process that read the image was ended ({ended.name}), perhaps for want of memory; try again"
-    )
+    why = ", perhaps for want of memory" if ended is signal.SIGKILL else ""
+    return ReaderLostError(f"the process that read the image was ended ({ended.name}){why}; try again")
 
 
 def _limit(length: int, pixels: int) -> None:
@@ -243,10 +247,10 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """What the other process does: files from standard input, what is in them to standard output."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        # For the service, which finishes what it has begun; this process ends with it.
+    for number in OF_THE_SERVICE:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no more threads; then it ends after the file
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(OSError):  # where memory is short, rather this process than the service
         Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
