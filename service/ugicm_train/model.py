@@ -69,6 +69,11 @@ def make_zero(change: nn.Module) -> None:
         parameter.zero_()
 
 
+def has_machine_view(model: TrainableCodec) -> bool:
+    """Whether the machine's synthesis transform differs from the human's at all."""
+    return any(weight.any() for part in PREFERENCE for weight in getattr(model, part).parameters())
+
+
 def scaled_parts(state: Mapping[str, Tensor]) -> set[str]:
     """Parts that learn `Scales`, of the state of a `TrainableCodec`."""
     return {name.split(".")[1] for name in state if name.startswith("scales.")}

@@ -39,7 +39,7 @@ from ugicm_train.export import (
     write_model,
 )
 from ugicm_train.losses import Teacher
-from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, make_zero
+from ugicm_train.model import PREFERENCE, CodecOutput, TrainableCodec, has_machine_view, make_zero
 from ugicm_train.restore import read_stored, restore
 from ugicm_train.train import (
     CHECKPOINT,
@@ -199,8 +199,7 @@ def polish(
             make_zero(getattr(model, part))
         for known in (tensors, training):
             known.pop("reach", None)
-    added = (weight for part in PREFERENCE for weight in getattr(model, part).parameters())
-    if options.learn == "scales" and not any(weight.any() for weight in added):
+    if options.learn == "scales" and not has_machine_view(model):
         raise ValueError(
             "--learn scales: there is no machine view yet, and scales of nothing stay nothing; learn "
             "weights, or leave out --restart"

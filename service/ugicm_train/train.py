@@ -30,7 +30,7 @@ from ugicm_train.cuda import GraphStep, compile_blocks
 from ugicm_train.data import CropSampler, read_photos
 from ugicm_train.files import locked, written_whole
 from ugicm_train.losses import Teacher, level_of, logged, rate_distortion_loss
-from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, scaled_parts
+from ugicm_train.model import PREFERENCE, SCALED, TrainableCodec, has_machine_view, scaled_parts
 from ugicm_train.optimizer import Optimizer
 from ugicm_train.parallel import Processes
 from ugicm_train.progress import Progress
@@ -631,8 +631,7 @@ def train(
 
 def _check_scales(model: TrainableCodec, trained: ModelConfig, *, machine: bool) -> None:
     """``ValueError`` where scales of the model's weights would be scales of zeros."""
-    weights = (weight for part in PREFERENCE for weight in getattr(model, part).parameters())
-    if machine and not any(weight.any() for weight in weights):
+    if machine and not has_machine_view(model):
         raise ValueError(
             "--learn scales: the model has no machine view yet, and scales of nothing stay nothing; learn "
             "weights, or give --machine-share 0"

@@ -9,16 +9,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import _webp
 
 from ugicm.codec.errors import MalformedBitstreamError
 
-Image = NDArray[np.uint8]
-"""RGB picture (H, W, 3)."""
+if TYPE_CHECKING:  # imported, it would change how the program's Pillow reads TIFF
+    from ugicm.pixels import Pixels as Image
 
 MAX_SIDE = 16383
 """Longest side in pixels of a WebP."""

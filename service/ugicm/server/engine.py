@@ -25,7 +25,7 @@ from ugicm.server.images import check_side, write_image
 from ugicm.server.isolated import read_image, size_of_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
-from ugicm.server.threads import run_in
+from ugicm.server.threads import run_while_awaited
 from ugicm.server.timings import Timings
 
 Item = TypeVar("Item")
@@ -213,7 +213,9 @@ class Engine:
         data = write_image(picture, "png")
         timings, weight = Timings(), self._weight(*await self._size_of(data))
         image = await self._pooled(
-            "image_decode", timings, lambda stop: read_image(data, max_pixels=weight, stop=stop)
+            "image_decode",
+            timings,
+            lambda stop: read_image(data, max_pixels=self.codec.max_pixels, stop=stop),
         )
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))
@@ -252,11 +254,7 @@ class Engine:
 
     async def _size_of(self, data: bytes) -> tuple[int, int]:
         """Width and height of an image file; with threads of its own, so that a refusal does not wait."""
-        gone = threading.Event()
-        try:
-            return await run_in(self._headers, lambda: size_of_image(data, stop=gone.is_set))
-        finally:
-            gone.set()
+        return await run_while_awaited(self._headers, lambda stop: size_of_image(data, stop=stop))
 
     def _weight(self, width: int, height: int) -> int:
         # Sizes over the limit are refused with their own error later; they must not read as overload.
@@ -270,16 +268,12 @@ class Engine:
         self, stage: str, timings: Timings, work: Callable[[Callable[[], bool]], Result]
     ) -> Result:
         """Result of `work` in the pool, timed; what it is given says whether nobody waits any more."""
-        gone = threading.Event()
 
-        def timed() -> tuple[Result, float]:
+        def timed(stop: Callable[[], bool]) -> tuple[Result, float]:
             started = time.perf_counter()
-            return work(gone.is_set), time.perf_counter() - started
+            return work(stop), time.perf_counter() - started
 
-        try:
-            result, seconds = await run_in(self._pool, timed)
-        finally:
-            gone.set()
+        result, seconds = await run_while_awaited(self._pool, timed)
         self._record(stage, seconds, timings)
         return result
 

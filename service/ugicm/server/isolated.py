@@ -109,13 +109,17 @@ class _Reader:
     """Another process that reads one file after the other; it ends when its standard input does."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(  # noqa: S603  this program, and no word of a caller's
-            [sys.executable, "-c", _CODE.format(path=[str(path) for path in sys.path])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # it would make room for all processors' threads
-            process_group=0,  # Ctrl-C is for the service, which finishes what it has begun
-        )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_SERVICE)  # which the process inherits
+        try:
+            self.process = subprocess.Popen(  # noqa: S603  this program, and no word of a caller's
+                [sys.executable, "-c", _CODE.format(path=[str(path) for path in sys.path])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # It would make room for all processors' threads.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def ask(self, data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
         """What is in a file; ``OSError`` or ``EOFError`` if the process has ended."""
@@ -173,14 +177,11 @@ def _take() -> _Reader:
             if (reader := _idle.pop()).process.poll() is None:
                 return reader
             reader.end()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_SERVICE)  # with which the process begins
     try:
         return _Reader()
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise ReaderLostError(f"no process to read the image can be started ({why}); try again") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _ask(data: bytes, max_pixels: int, stop: Callable[[], bool]) -> _Answer:
@@ -247,8 +248,6 @@ def _end_with(parent: int) -> None:
 
 def main() -> None:
     """What the other process does: files from standard input, what is in them to standard output."""
-    for number in OF_THE_SERVICE:
-        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(RuntimeError):  # no more threads; then it ends after the file
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(OSError):  # where memory is short, rather this process than the service

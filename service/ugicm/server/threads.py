@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -21,3 +22,12 @@ async def run_in(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result
         return await asyncio.get_running_loop().run_in_executor(pool, lambda: waiting.pop()())
     finally:
         waiting.clear()
+
+
+async def run_while_awaited(pool: ThreadPoolExecutor, work: Callable[[Callable[[], bool]], Result]) -> Result:
+    """As `run_in`; what `work` is given says whether nobody waits any more."""
+    gone = threading.Event()
+    try:
+        return await run_in(pool, lambda: work(gone.is_set))
+    finally:
+        gone.set()
