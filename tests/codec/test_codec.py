@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 import ugicm.codec.codec as codec_module
 from tests.conftest import batch_sizes
 from ugicm.codec.bitstream import MAX_SIDE, parse, peek, serialise
-from ugicm.codec.codec import Codec
+from ugicm.codec.codec import Codec, latent_size
 from ugicm.codec.errors import (
     CodecError,
     LimitExceededError,
@@ -123,6 +124,20 @@ def test_strength_changes_the_picture_not_the_bits(tiny_codec: Codec, photo: Pho
     assert np.abs(views[0] - views[2]).max() > 2
     assert np.abs(views[0] - views[1]).max() > 0
     np.testing.assert_array_equal(views[0], tiny_codec.decode([data], 0.0)[0])
+
+
+def test_a_latent_serves_several_views(
+    tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [data] = tiny_codec.encode([photo])
+    size = latent_size(photo.shape[1], photo.shape[0])
+    views = [tiny_codec.decode([data], strength)[0] for strength in (0.0, 1.0)]
+    for map_bytes in (1, 1 << 40):
+        monkeypatch.setattr("ugicm.codec.codec.MAP_BYTES", map_bytes)
+        latent = tiny_codec.unpack(data)
+        assert latent.nbytes == 4 * math.prod(size) * tiny_codec.config.latent_channels
+        both = tiny_codec.synthesise([latent, latent], [0.0, 1.0])
+        assert all(map(np.array_equal, both, views))
 
 
 def test_overhead_is_at_most_32_bytes(tiny_codec: Codec, photo: Photo) -> None:

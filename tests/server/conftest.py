@@ -30,12 +30,16 @@ class FakeLatent(NamedTuple):
     header: Header
     image: Image
 
+    @property
+    def nbytes(self) -> int:
+        return self.image.nbytes
+
 
 class FakeCodec:
     """Deterministic and obvious: bitstreams are zlib, the machine view is the negative.
 
-    The device works while `gate` is set; `fail` makes it raise; `calls`, `threads` and `stop` (of the last
-    search) say what it was asked.
+    The device works while `gate` is set; `fail` makes it raise; `calls`, `threads`, `unpacked` and `stop` (of
+    the last search) say what it was asked.
     """
 
     name, digest, device, precision = "fake", "00112233aabbccdd", "cpu", "float32"
@@ -47,6 +51,7 @@ class FakeCodec:
         self.fail: Exception | None = None
         self.calls: list[tuple[str, int]] = []
         self.threads: set[int] = set()
+        self.unpacked = 0
         self.stop: Callable[[], bool] | None = None
 
     def _on_device(self, name: str, items: int) -> None:
@@ -78,6 +83,7 @@ class FakeCodec:
         return serialise(latent.header, [zlib.compress(latent.image.tobytes())])
 
     def unpack(self, data: bytes, *, stop: Callable[[], bool] = lambda: False) -> FakeLatent:
+        self.unpacked += 1
         header, (segment,) = parse(data, max_pixels=self.max_pixels)
         if header.model_digest.hex() != self.digest:
             raise ModelMismatchError(header.model_digest.hex(), self.digest)

@@ -8,8 +8,19 @@ from typing import Any
 
 import pytest
 
-from ugicm.server.cache import ByteLru, CacheDownError, GuardedCache, MemoryCache, bitstream_id
+from ugicm.server.cache import (
+    MAP_BYTES,
+    MAX_MAPS,
+    CacheDownError,
+    Content,
+    GuardedCache,
+    Lru,
+    MemoryCache,
+    bitstream_id,
+    lasting,
+)
 from ugicm.server.metrics import Metrics
+from ugicm.server.pictures import Picture, PictureCache, PictureKey
 
 pytestmark = pytest.mark.anyio
 
@@ -45,60 +56,60 @@ def broken() -> BrokenCache:
 
 
 def test_large_entries_live_apart_from_the_heap() -> None:
-    lru: ByteLru[str] = ByteLru(1 << 20)
     large, small = bytes(range(256)) * 512, b"small"
-    lru.put("large", large, "tag")
-    lru.put("small", small)
-    assert lru.get("large") == (large, "tag")
-    found = lru.get("small")
-    assert found is not None
-    assert found[0] is small
-    assert lru.size == len(large) + len(small) + 2 * ByteLru.OVERHEAD
+    lasts = lasting(large, 1 << 20)
+    assert lasts == large
+    assert lasts is not large
+    assert memoryview(lasts).readonly
+    assert lasting(small, 1 << 20) is small
+    assert lasting(large, len(large) - 1) is large  # will not be kept
 
 
-def test_a_large_entry_is_not_copied_and_outlives_its_place() -> None:
-    lru: ByteLru[str] = ByteLru(1 << 20)
-    large = bytes(range(256)) * 512
-    lru.put("large", large)
-    (first, _), (second, _) = lru.get("large") or (b"", ""), lru.get("large") or (b"", "")
+async def test_a_large_entry_is_not_copied_and_outlives_its_place() -> None:
+    cache = PictureCache(1 << 20, Metrics())
+    large, key = bytes(range(256)) * 512, PictureKey("a", 0.0, "png")
+
+    async def make() -> Picture:
+        return await Picture.of(large)
+
+    async def get() -> Content:
+        return (await cache.get(key, make))[0].content
+
+    await get()
+    first, second = await get(), await get()
     assert first is second is not large
-    assert memoryview(first).readonly
-    lru.delete("large")
+    cache.forget(lambda _: True)
     del second
     assert first == large
 
 
 def test_a_large_cache_does_not_use_up_the_maps_of_the_process() -> None:
-    lru: ByteLru[str] = ByteLru(ByteLru.MAX_MAPS << 20)
-    value = bytes(ByteLru.MAP_BYTES)
-    lru.put("a", value)
-    found = lru.get("a")
-    assert found is not None
-    assert found[0] is value
+    content = bytes(MAP_BYTES)
+    assert lasting(content, MAX_MAPS << 20) is content
 
 
 def test_the_lru_is_bounded_by_bytes() -> None:
-    overhead = ByteLru.OVERHEAD
-    lru: ByteLru[str] = ByteLru(3 * (100 + overhead))
+    overhead = Lru.OVERHEAD
+    lru: Lru[str, str] = Lru(3 * (100 + overhead))
     for name in "abc":
-        lru.put(name, b"x" * 100)
-    assert lru.get("a") is not None  # now b is the oldest
-    lru.put("d", b"x" * 100)
+        lru.put(name, name, 100)
+    assert lru.get("a") == "a"  # now b is the oldest
+    lru.put("d", "d", 100)
     assert list(lru) == ["c", "a", "d"]
     assert lru.size == 3 * (100 + overhead)
-    lru.put("e", b"x" * 200)
+    lru.put("e", "e", 200)
     assert list(lru) == ["d", "e"]
-    assert lru.put("too large", b"x" * 10_000) is False
+    assert lru.put("too large", "", 10_000) is False
     assert lru.get("too large") is None
-    lru.put("d", b"")
+    lru.put("d", "", 0)
     assert lru.size == 200 + 2 * overhead
     assert (lru.delete("d"), lru.delete("d")) == (True, False)
 
 
 def test_many_tiny_entries_are_bounded_too() -> None:
-    lru: ByteLru[int] = ByteLru(10 * ByteLru.OVERHEAD)
+    lru: Lru[int, None] = Lru(10 * Lru.OVERHEAD)
     for key in range(1000):
-        lru.put(key, b"")
+        lru.put(key, None, 0)
     assert len(list(lru)) == 10
 
 

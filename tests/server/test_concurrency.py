@@ -24,7 +24,7 @@ from ugicm.codec.errors import CodecError
 from ugicm.server.deps import FORM_SLICE_BYTES, open_form
 from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
 from ugicm.server.metrics import Metrics
-from ugicm.server.pictures import PictureCache, PictureKey
+from ugicm.server.pictures import Picture, PictureCache, PictureKey
 from ugicm.server.timings import Timings
 
 pytestmark = pytest.mark.anyio
@@ -68,7 +68,7 @@ async def test_what_is_deleted_while_it_is_decoded_is_not_kept(
     path = (await client.post("/encode", content=image_file())).json()["links"]["bitstream"]
     codec.gate.clear()
     (asked,) = start([client.get(f"{path}/image")])
-    await until(lambda: sample(client, "ugicm_cache_requests_total", tier="picture", result="miss") == 1)
+    await until(lambda: looked_up(client, "picture", "miss") == 1)
     assert (await client.delete(path)).status_code == 204
     codec.gate.set()
     assert (await asked).status_code == 200
@@ -261,7 +261,11 @@ async def test_a_failed_request_leaves_the_queue(make_async_client: MakeAsyncCli
 
 
 def shared(client: Any) -> float:
-    return sample(client, "ugicm_cache_requests_total", tier="picture", result="shared")
+    return looked_up(client, "picture", "shared")
+
+
+def looked_up(client: Any, tier: str, result: str) -> float:
+    return sample(client, "ugicm_cache_requests_total", tier=tier, result=result)
 
 
 async def test_fifty_decodes_of_one_picture_run_the_network_once(
@@ -287,12 +291,12 @@ async def test_fifty_decodes_of_one_picture_run_the_network_once(
 async def test_what_is_deleted_before_its_making_begins_is_still_answered() -> None:
     pictures = PictureCache(1000, Metrics())
 
-    async def make() -> bytes:
-        return b"picture"
+    async def make() -> Picture:
+        return await Picture.of(b"picture")
 
     key = PictureKey("a", 0.0, "png")
     asked = asyncio.create_task(pictures.get(key, make))
-    asyncio.get_running_loop().call_soon(pictures.forget, "a")
+    asyncio.get_running_loop().call_soon(pictures.forget, lambda key: key.id == "a")
     picture, _ = await asked
     assert picture.content == b"picture"
     assert (await pictures.get(key, make))[1] is False
@@ -452,7 +456,7 @@ async def test_work_in_the_pool_is_stopped_when_nobody_waits_for_it(
     if stage == "pack":
         task = asyncio.create_task(engine.encode(image_file(), RateTarget(), Timings()))
     else:
-        task = asyncio.create_task(engine.decode(data, 0.0, "png", Timings()))
+        task = asyncio.create_task(engine.decode("id", data, 0.0, "png", Timings()))
     await until(begun.is_set)
     assert not stopped.is_set()
     task.cancel()
@@ -529,6 +533,55 @@ async def test_a_flight_that_fails_is_not_remembered(
     assert await statuses(tasks) == [500] * 3
     codec.fail = None
     assert (await client.post("/decode", json={"id": id})).status_code == 200
+
+
+async def test_views_of_a_bitstream_share_its_latent(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any, pixels: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    human = await client.post("/decode", json={"id": id})
+    assert "entropy" in human.headers["server-timing"]
+    machine = await client.post("/decode?preference=machine", json={"id": id})
+    assert "entropy" not in machine.headers["server-timing"]
+    assert np.array_equal(255 - pixels(human.content), pixels(machine.content))
+    assert codec.unpacked == 1
+    assert looked_up(client, "latent", "hit") == 1
+    assert sample(client, "ugicm_cache_bytes", tier="latent") > 0
+
+
+async def test_simultaneous_views_of_a_bitstream_share_the_work(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    tasks = start(client.post("/decode", json={"id": id}, params={"strength": n / 9}) for n in range(10))
+    assert await statuses(tasks) == [200] * 10
+    assert codec.unpacked == 1
+
+
+async def test_what_is_deleted_leaves_no_latent(
+    make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(warm_up=False)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    bitstream = (await client.get(f"/bitstreams/{id}")).content
+    await client.post("/decode", json={"id": id})
+    await client.delete(f"/bitstreams/{id}")
+    assert sample(client, "ugicm_cache_bytes", tier="latent") == 0
+    await client.post("/decode?preference=machine", content=bitstream)
+    assert codec.unpacked == 2
+
+
+@pytest.mark.parametrize("limit", [0, 1000])
+async def test_latents_beyond_their_limit_are_not_kept(
+    limit: int, make_async_client: MakeAsyncClient, codec: Any, image_file: Any
+) -> None:
+    client = await make_async_client(latent_cache_bytes=limit, warm_up=False)
+    id = (await client.post("/encode", content=image_file())).json()["id"]
+    for preference in ("human", "machine"):
+        assert (await client.post(f"/decode?preference={preference}", json={"id": id})).status_code == 200
+    assert codec.unpacked == 2
 
 
 async def test_without_a_picture_cache_every_decode_runs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -55,6 +56,8 @@ TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
 BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
+MAP_BYTES = 1 << 20
+"""Latents of so many bytes are memory maps of their own; a process may have 65,530 by default."""
 SMALL_BYTES = 500
 """Below, bitstreams of one picture come in few sizes, and many qualities share one."""
 LARGEST_RATE = 1e9
@@ -99,6 +102,11 @@ class Latent(NamedTuple):
     """Dequantised latent (h, w, M) float32 before the inverse gains; only after `Codec.unpack`."""
     picture: Image | None = None
     """The picture itself, for `Codec.pack` to try lossless coding, or where `Codec.unpack` found it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `y_hat`."""
+        return 0 if self.y_hat is None else self.y_hat.nbytes
 
 
 def latent_size(width: int, height: int) -> tuple[int, int]:
@@ -540,9 +548,16 @@ class Codec:
         )
 
     def _empty_latent(self, header: Header) -> Tensor:
-        """Room for the latent of a whole picture, (h, w, M) float32."""
-        size = latent_size(header.width, header.height)
-        return torch.empty(*size, self.config.latent_channels, dtype=torch.float32, device="cpu")
+        """Room for the latent of a whole picture, (h, w, M) float32.
+
+        A large one is a memory map of its own: callers may keep it for long, and the heap, which is never
+        trimmed (`ugicm.memory`), would grow around it.
+        """
+        shape = (*latent_size(header.width, header.height), self.config.latent_channels)
+        if (size := 4 * math.prod(shape)) < MAP_BYTES:
+            return torch.empty(shape, dtype=torch.float32, device="cpu")
+        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.from_numpy(np.frombuffer(room, np.float32).reshape(shape))
 
     def _levels(self, qualities: Sequence[float]) -> Tensor:
         quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)

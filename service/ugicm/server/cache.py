@@ -22,6 +22,10 @@ Content = bytes | memoryview
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 """What an id looks like; checked before an id comes near a path or a key."""
+MAP_BYTES = 128 << 10
+"""From this size on, what a cache keeps is mapped."""
+MAX_MAPS = 1 << 14
+"""A process may have 65,530 maps by default, so a larger cache maps larger entries only."""
 _LONG_BYTES = 1 << 20
 """Bytes that take about a millisecond to hash."""
 _log = structlog.get_logger(__name__)
@@ -32,12 +36,12 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(": ")
 
 
-def bitstream_id(bitstream: bytes) -> str:
+def bitstream_id(bitstream: Content) -> str:
     """SHA-256 of the bytes, 64 hex digits."""
     return hashlib.sha256(bitstream).hexdigest()
 
 
-async def hash_of(content: bytes) -> str:
+async def hash_of(content: Content) -> str:
     """`bitstream_id` of any bytes, outside of the event loop where it takes longer than going there."""
     if len(content) < _LONG_BYTES:
         return bitstream_id(content)
@@ -67,31 +71,23 @@ class BitstreamCache(Protocol):
         """Release connections."""
 
 
-class ByteLru(Generic[Key]):
-    """Least recently used bytes, bounded by their sum.
+class Lru(Generic[Key, Value]):
+    """Least recently used values, bounded by the sum of their bytes.
 
-    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too, and may have a tag, a
-    short text. Large entries live in memory maps of their own: in the heap, which is never trimmed
-    (`ugicm.memory`), long-lived ones would lie scattered among the buffers of the networks, and the process
-    would go on growing with a full cache.
+    An entry counts its bytes and `OVERHEAD`, so that many tiny entries are bounded too.
     """
 
     OVERHEAD = 256
-    MAP_BYTES = 128 << 10
-    """From this size on, an entry is mapped."""
-    MAX_MAPS = 1 << 14
-    """A process may have 65,530 maps by default, so a larger cache maps larger entries only."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.size = 0
         """Bytes held now."""
-        self._map_bytes = max(self.MAP_BYTES, max_bytes // self.MAX_MAPS)
-        self._entries: OrderedDict[Key, tuple[Content, str]] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
 
-    def get(self, key: Key) -> tuple[Content, str] | None:
-        """The value, not copied, and its tag; it becomes the most recent one. Or None."""
-        return self._entries[key] if self.touch(key) else None
+    def get(self, key: Key) -> Value | None:
+        """The value, which becomes the most recent one, or None."""
+        return self._entries[key][0] if self.touch(key) else None
 
     def touch(self, key: Key) -> bool:
         """Make the value the most recent one; True if it is there."""
@@ -100,13 +96,16 @@ class ByteLru(Generic[Key]):
         self._entries.move_to_end(key)
         return True
 
-    def put(self, key: Key, value: bytes, tag: str = "") -> bool:
-        """Keep the value and drop the oldest until the sum fits; False if it alone is over the bound."""
+    def put(self, key: Key, value: Value, size: int) -> bool:
+        """Keep a value of `size` bytes and drop the oldest until the sum fits; False if it alone is over the
+        bound.
+        """
         self.delete(key)
-        if len(value) + self.OVERHEAD > self.max_bytes:
+        size += self.OVERHEAD
+        if size > self.max_bytes:
             return False
-        self._entries[key] = value if len(value) < self._map_bytes else _mapped(value), tag
-        self.size += len(value) + self.OVERHEAD
+        self._entries[key] = value, size
+        self.size += size
         while self.size > self.max_bytes:
             self.delete(next(iter(self._entries)))
         return True
@@ -115,7 +114,7 @@ class ByteLru(Generic[Key]):
         """Drop the value; True if it was there."""
         if (entry := self._entries.pop(key, None)) is None:
             return False
-        self.size -= len(entry[0]) + self.OVERHEAD
+        self.size -= entry[1]
         return True
 
     def __iter__(self) -> Iterator[Key]:
@@ -123,9 +122,16 @@ class ByteLru(Generic[Key]):
         return iter(self._entries)
 
 
-def _mapped(value: bytes) -> memoryview:
-    copy = mmap.mmap(-1, len(value), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copy[:] = value
+def lasting(content: Content, cache_bytes: int) -> Content:
+    """What a cache of that size should keep of `content`: if it is large, a copy in a memory map of its own.
+
+    In the heap, which is never trimmed (`ugicm.memory`), long-lived ones would lie scattered among the
+    buffers of the networks, and the process would go on growing with a full cache.
+    """
+    if not max(MAP_BYTES, cache_bytes // MAX_MAPS) <= len(content) <= cache_bytes:
+        return content
+    copy = mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy[:] = content
     return memoryview(copy).toreadonly()
 
 
@@ -133,7 +139,7 @@ class MemoryCache:
     """A `BitstreamCache` in this process."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._entries: ByteLru[str] = ByteLru(max_bytes)
+        self._entries: Lru[str, Content] = Lru(max_bytes)
 
     @property
     def size(self) -> int:
@@ -142,12 +148,13 @@ class MemoryCache:
 
     async def get(self, id: str) -> bytes | None:
         found = self._entries.get(id)
-        return None if found is None else bytes(found[0])
+        return None if found is None else bytes(found)
 
     async def put(self, id: str, bitstream: bytes) -> bool | None:
         if self._entries.touch(id):
             return True
-        return False if self._entries.put(id, bitstream) else None
+        lasts = lasting(bitstream, self._entries.max_bytes)
+        return False if self._entries.put(id, lasts, len(bitstream)) else None
 
     async def delete(self, id: str) -> bool:
         return self._entries.delete(id)

@@ -23,6 +23,7 @@ from ugicm.pixels import Pixels as Image
 from ugicm.server.batching import MicroBatcher
 from ugicm.server.images import check_side, write_image
 from ugicm.server.isolated import read_image, size_of_image
+from ugicm.server.latents import LatentCache
 from ugicm.server.metrics import Metrics
 from ugicm.server.settings import Settings
 from ugicm.server.threads import run_while_awaited
@@ -123,6 +124,7 @@ class Engine:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=POOL_NAME)
         self._headers = ThreadPoolExecutor(threads, thread_name_prefix=f"{POOL_NAME}-header")
         self._failed = False
+        self.latents = LatentCache(settings.latent_cache_bytes, metrics)
         metrics.queue_pixels.set_function(lambda: self.batcher.admitted)
         metrics.model_info.labels(codec.name, codec.digest, codec.device, codec.precision).set(1)
 
@@ -170,9 +172,11 @@ class Engine:
         return bitstream
 
     async def decode(
-        self, bitstream: bytes, strength: float, image_format: ImageFormat, timings: Timings
+        self, id: str, bitstream: bytes, strength: float, image_format: ImageFormat, timings: Timings
     ) -> bytes:
         """Image file of a bitstream, at a preference of 0 (human) to 1 (machine); without a deadline.
+
+        ``id`` is that of the bitstream, under which its latent is kept for other preferences.
 
         Raises:
             CodecError: the bitstream is damaged, too large, or of another model, or the picture has a side
@@ -183,8 +187,11 @@ class Engine:
         check_side(header.width, header.height, image_format)
         weight = self._weight(header.width, header.height)
         with self.batcher.admit(weight):
-            latent = await self._pooled(
-                "entropy_decode", timings, lambda stop: self.codec.unpack(bitstream, stop=stop)
+            latent, _ = await self.latents.get(
+                id,
+                lambda: self._pooled(
+                    "entropy_decode", timings, lambda stop: self.codec.unpack(bitstream, stop=stop)
+                ),
             )
             image = await self._on_device("synthesis", timings, self._synthesise, (latent, strength), weight)
             return await self._pooled("image_encode", timings, lambda _: write_image(image, image_format))

@@ -110,7 +110,8 @@ async def delete_bitstream(id: Id, services: ServicesDep) -> None:
     try:
         deleted = await services.cache.delete(id)
     finally:
-        services.pictures.forget(id)
+        services.pictures.forget(lambda key: key.id == id)
+        services.engine.latents.forget(lambda key: key == id)
     if not deleted:
         raise ServiceError(Code.UNKNOWN_BITSTREAM, f"{id} is not in the cache")
 

@@ -235,11 +235,12 @@ async def decoded(
 ) -> tuple[Picture, bool]:
     """The picture, and whether it was at hand."""
     format: ImageFormat = view.format.value
+
+    async def make() -> Picture:
+        return await Picture.of(await services.engine.decode(id, bitstream, view.strength, format, timings))
+
     async with services.engine.deadline():  # of each who waits: the picture may be in the making already
-        return await services.pictures.get(
-            PictureKey(id, view.strength, format),
-            lambda: services.engine.decode(bitstream, view.strength, format, timings),
-        )
+        return await services.pictures.get(PictureKey(id, view.strength, format), make)
 
 
 def picture_headers(id: str, view: View, *, hit: bool) -> dict[str, str]:
