@@ -115,6 +115,18 @@ def test_accept_makes_encode_answer_with_the_bitstream(client: TestClient, image
     assert response.content == kept.content
 
 
+def test_what_no_browser_shows_is_a_file_to_save(client: TestClient, image_file: Any) -> None:
+    """Swagger UI would save it as text, its bytes re-encoded."""
+    id = encode(client, image_file())["id"]
+    name = f'attachment; filename="{id[:8]}'
+    asked = {"content": image_file(), "headers": {"Accept": "application/vnd.ugicm"}}
+    assert client.post("/encode", **asked).headers["content-disposition"] == f'{name}.ugic"'
+    assert client.get(f"/bitstreams/{id}").headers["content-disposition"] == f'{name}.ugic"'
+    for format, disposition in (("npy", name), ("png", name.replace("attachment", "inline"))):
+        response = client.get(f"/bitstreams/{id}/image", params={"format": format})
+        assert response.headers["content-disposition"] == f'{disposition}-human.{format}"'
+
+
 @pytest.mark.parametrize(
     ("accept", "media_type"),
     [
@@ -166,7 +178,7 @@ def test_answers_to_posts_are_not_for_caches(client: TestClient, image_file: Any
     encoded = client.post("/encode", content=image_file())
     assert (encoded.headers["cache-control"], encoded.headers["vary"]) == ("no-store", "Accept")
     assert client.post("/decode", json={"id": encoded.json()["id"]}).headers["cache-control"] == "no-store"
-    name = f'inline; filename="{encoded.json()["id"][:8]}.ugic"'
+    name = f'attachment; filename="{encoded.json()["id"][:8]}.ugic"'
     assert client.get(encoded.headers["location"]).headers["content-disposition"] == name
 
 
@@ -205,7 +217,8 @@ def test_formats(client: TestClient, image_file: Any, format: str, media_type: s
     explicit = client.get(f"/bitstreams/{id}/image", params={"format": format})
     assert explicit.headers["content-type"] == media_type
     assert "vary" not in explicit.headers
-    assert explicit.headers["content-disposition"] == f'inline; filename="{id[:8]}-human.{format}"'
+    shown = "attachment" if format == "npy" else "inline"  # no browser shows it
+    assert explicit.headers["content-disposition"] == f'{shown}; filename="{id[:8]}-human.{format}"'
     negotiated = client.get(f"/bitstreams/{id}/image", headers={"Accept": media_type})
     assert negotiated.content == explicit.content
     assert negotiated.headers["vary"] == "Accept"

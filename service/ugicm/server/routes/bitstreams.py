@@ -8,7 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
-from ugicm.codec.bitstream import SUFFIX
 from ugicm.server.auth import EXPIRY
 from ugicm.server.cache import ID_PATTERN
 from ugicm.server.conditional import respond
@@ -16,7 +15,7 @@ from ugicm.server.deps import Services, ServicesDep, TimingsDep, ViewDep
 from ugicm.server.models import BitstreamInfo
 from ugicm.server.openapi import BITSTREAM, IMAGE, problems
 from ugicm.server.problems import Code, ServiceError
-from ugicm.server.routes.codec import decoded, describe, fitting, kept, picture_headers
+from ugicm.server.routes.codec import bitstream_disposition, decoded, describe, fitting, kept, picture_headers
 
 router = APIRouter(prefix="/bitstreams/{id}", tags=["bitstreams"])
 
@@ -48,7 +47,7 @@ async def get_bitstream(request: Request, id: Id, services: ServicesDep, timings
         "Bitstream-Id": id,
         "Cache-Control": f"{_cache_control(request, services, BITSTREAM_AGE_S)}, immutable",
         "Cache-Status": "ugicm; hit",
-        "Content-Disposition": f'inline; filename="{id[:8]}{SUFFIX}"',
+        "Content-Disposition": bitstream_disposition(id),
     }
     return respond(request, bitstream, etag=f'"{id}"', media_type=BITSTREAM_MEDIA_TYPE, headers=headers)
 

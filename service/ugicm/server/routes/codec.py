@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from ugicm.choices import ImageFormat
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
-from ugicm.codec.bitstream import peek
+from ugicm.codec.bitstream import SUFFIX, peek
 from ugicm.codec.config import QUALITY_MAX, QUALITY_MIN
 from ugicm.server.auth import sign
 from ugicm.server.cache import CacheDownError, hash_of
@@ -46,7 +46,7 @@ _BODY_PROBLEMS = (
 )
 
 
-def get_target(
+async def get_target(
     quality: Annotated[
         float,
         Query(ge=QUALITY_MIN, le=QUALITY_MAX, description="1 (smallest) to 100 (best).", examples=[50]),
@@ -171,6 +171,7 @@ async def encode(
     if result.stored:
         headers["Location"] = f"/bitstreams/{result.id}"
     if accepts_bitstream(request):
+        headers["Content-Disposition"] = bitstream_disposition(result.id)
         return Response(bitstream, headers=headers, media_type=BITSTREAM_MEDIA_TYPE)
     return Response(result.model_dump_json(), headers=headers, media_type="application/json")
 
@@ -243,12 +244,18 @@ async def decoded(
         return await services.pictures.get(PictureKey(id, view.strength, format), make)
 
 
+def bitstream_disposition(id: str) -> str:
+    """Not inline: no browser shows it, and Swagger UI would save it re-encoded as text."""
+    return f'attachment; filename="{id[:8]}{SUFFIX}"'
+
+
 def picture_headers(id: str, view: View, *, hit: bool) -> dict[str, str]:
     """Response headers of a decoded picture."""
+    shown = "attachment" if view.format.value == "npy" else "inline"  # see `bitstream_disposition`
     headers = {
         "Bitstream-Id": id,
         "Cache-Status": "ugicm; hit" if hit else "ugicm; fwd=miss",
-        "Content-Disposition": f'inline; filename="{id[:8]}-{view.label}.{view.format.value}"',
+        "Content-Disposition": f'{shown}; filename="{id[:8]}-{view.label}.{view.format.value}"',
     }
     if view.negotiated:
         headers["Vary"] = "Accept"

@@ -20,9 +20,10 @@ async function request(path, options = {}) {
   });
   if (response.ok) return response;
   if (response.status === 401 || response.status === 403) $("key-label").hidden = false;
-  if (response.status === 401) throw new Error("This server asks for an API key.");
-  const problem = await response.json().catch(() => ({}));
-  const error = new Error(problem.detail || `the server answered ${response.status}`);
+  const problem = (await response.json().catch(() => null)) || {};
+  const wait = problem.retry_after_s ? ` (try again in ${problem.retry_after_s} s)` : "";
+  const detail = problem.detail ? problem.detail + wait : `the server answered ${response.status}`;
+  const error = new Error(response.status === 401 ? "This server asks for an API key." : detail);
   error.status = response.status;
   throw error;
 }
@@ -89,8 +90,10 @@ async function attempt(work) {
     await work(own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
+    const lasting = state.opening || (error.status < 500 && ![408, 429].includes(error.status));
     state.encoding = state.opening = false;
     say(error.message, true);
+    $("again").hidden = lasting;
   }
 }
 
@@ -164,22 +167,50 @@ function facts(human, machine, name) {
     [`PSNR ${name}`]: psnr(state.original, machine.image),
     "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.time}`,
     Id: id.slice(0, 12),
+    Save: [
+      saver("bitstream", `${id.slice(0, 8)}.ugic`, savedBitstream),
+      saver("human", `${id.slice(0, 8)}-human.png`, () => $("human").src),
+      saver(name, `${id.slice(0, 8)}-${name}.png`, () => $("machine").src),
+    ],
   };
   $("facts").replaceChildren(
     ...Object.entries(rows).map(([name, value]) => {
       const row = document.createElement("div");
       const dt = document.createElement("dt"), dd = document.createElement("dd");
       dt.textContent = name;
-      dd.textContent = value;
+      dd.append(...[value].flat());
       row.append(dt, dd);
       return row;
     }),
   );
 }
 
+function saver(text, download, find) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = text;
+  button.addEventListener("click", async () => {
+    try {
+      Object.assign(document.createElement("a"), { download, href: await find() }).click();
+    } catch (error) {
+      say(error.message, true);
+    }
+  });
+  return button;
+}
+
+async function savedBitstream() {
+  const { id } = state.result;
+  // Not a link: that would send no key.
+  const url = URL.createObjectURL(await (await request(`bitstreams/${id}`)).blob());
+  setTimeout(() => URL.revokeObjectURL(url), 60e3);
+  return url;
+}
+
 function say(text, isError = false) {
   $("message").textContent = text;
   $("message").className = isError ? "error" : "";
+  $("again").hidden = true;
 }
 
 // The two borders
@@ -198,7 +229,9 @@ function layout() {
     label.style.left = `${centres[label.dataset.view]}%`;
     label.hidden = widths[label.dataset.view] < 8;
   });
-  $("frame").style.width = $("actual").checked ? `${$("original").naturalWidth / devicePixelRatio}px` : "100%";
+  const { naturalWidth, naturalHeight } = $("original");
+  const whole = `min(100%, max(16rem, ${(85 * naturalWidth) / naturalHeight}vh))`; // of a tall one, too
+  $("frame").style.width = $("actual").checked ? `${naturalWidth / devicePixelRatio}px` : whole;
   $("frame").classList.toggle("actual", $("actual").checked);
 }
 
@@ -262,6 +295,11 @@ $("quality").addEventListener("change", encode);
 $("strength").addEventListener("input", nameStrength);
 $("strength").addEventListener("change", prefer);
 $("actual").addEventListener("change", layout);
+addEventListener("resize", layout); // the browser's zoom changes how many pixels one is
+$("again").addEventListener("click", () => {
+  $("message").focus(); // as the button goes
+  prefer();
+});
 $("key").addEventListener("change", () => {
   describe();
   encode();
@@ -270,19 +308,28 @@ $("controls").addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
-  const [file] = event.dataTransfer.files;
-  if (!file) return say("That is no file: save the picture, then drop it.", true);
-  $("file").files = event.dataTransfer.files; // its box shows the name, and choosing another is a change
-  open(file);
+  if (!take(event.dataTransfer.files)) say("That is no file: save the picture, then drop it.", true);
 });
+document.addEventListener("paste", (event) => take(event.clipboardData.files));
+
+function take([file]) {
+  if (!file) return false;
+  const one = new DataTransfer();
+  one.items.add(file);
+  $("file").files = one.files; // its box shows the name, and choosing another is a change
+  open(file);
+  return true;
+}
 
 async function describe() {
+  const said = $("message").textContent;
+  const tell = (...words) => $("message").textContent === said && say(...words); // else there is something newer
   try {
     const { version, model } = await (await request("info")).json();
     $("model").textContent = `${model.name} on ${model.device}, version ${version}`;
-    if (!state.file) say("Choose a photo, or drop one anywhere.");
+    if (!state.file) tell("Choose a photo, drop one anywhere, or paste it.");
   } catch (error) {
-    say(error.message, true);
+    tell(error.message, true);
   }
 }
 
