@@ -45,6 +45,11 @@ TINY = ModelConfig(
 )
 
 
+def no_thread(*_: object) -> None:
+    """In place of a function that starts one."""
+    raise RuntimeError("can't start new thread")
+
+
 def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     """From now on, how many pictures go through a codec's analysis, and how many through its synthesis."""
     coded: list[int] = []

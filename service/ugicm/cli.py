@@ -258,6 +258,8 @@ def serve(
     """Run the HTTP service until SIGTERM or Ctrl-C; UGICM_* variables set everything else."""
     # The first process of a container ignores signals without a handler; until the server has its own:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # Whoever starts us may ignore it; then nobody learns how the processes that read images end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     from ugicm.server.serve import serve as run
 
     run(_settings(host=host, port=port, model=model, model_store=model_store, device=device))

@@ -20,6 +20,7 @@ import structlog
 from redis.asyncio import SSLConnection
 from redis.exceptions import NoPermissionError, OutOfMemoryError
 
+from tests.conftest import no_thread
 from tests.live import free_port, wait_until
 from ugicm.server.backends import FileCache, RedisCache, S3Cache, open_cache, threads_hang
 from ugicm.server.cache import BitstreamCache, MemoryCache, bitstream_id
@@ -607,3 +608,19 @@ def test_two_services_share_one_redis(make_client: Any, image_file: Any, redis_s
     first, second = (make_client(cache_url=redis_server.url) for _ in range(2))
     id = first.post("/encode", content=image_file()).json()["id"]
     assert second.post("/decode", json={"id": id}).status_code == 200
+
+
+async def test_a_sweep_that_found_no_thread_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FileCache(tmp_path, 10 * FileCache.BLOCK)
+    monkeypatch.setattr(cache._sweeper, "submit", no_thread)
+    with pytest.raises(RuntimeError, match="new thread"):
+        await cache.put(bitstream_id(b"first"), b"first")
+    monkeypatch.undo()
+    kept = []
+    for number in range(60):
+        kept.append(await cache.put(bitstream_id(b"%d" % number), b"%d" % number))
+        await asyncio.sleep(0.01)
+    assert kept.count(False) > 40
+    await cache.close()

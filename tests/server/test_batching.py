@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.conftest import no_thread
 from ugicm.server.batching import MicroBatcher, OverloadedError, Rate
 
 pytestmark = pytest.mark.anyio
@@ -175,8 +176,6 @@ async def test_admission_is_bounded_by_weight(batcher: MicroBatcher) -> None:
     assert batcher.admitted == 0
     with batcher.admit(1000):
         assert batcher.admitted == 1000
-        with batcher.admit(0):  # refused with an error of its own, which is no overload
-            assert batcher.admitted == 1000
 
 
 async def test_retry_after_is_what_is_inside_over_the_measured_rate(
@@ -219,3 +218,15 @@ async def test_close_finishes_what_is_queued(device: Device) -> None:
     await batcher.close()
     assert [task.done() for task in tasks[:1]] == [True]
     assert await asyncio.gather(*tasks) == [0, 2, 4]
+
+
+async def test_callers_are_told_where_there_is_no_thread_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batcher = MicroBatcher(budget=9, limit=9)
+    monkeypatch.setattr(batcher._executor, "submit", no_thread)
+    async with asyncio.timeout(5):
+        with pytest.raises(RuntimeError, match="new thread"):
+            await batcher.run(lambda items: items, 1, weight=1)
+        monkeypatch.undo()
+        assert (await batcher.run(lambda items: items, 1, weight=1)).result == 1

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from tests import live
 from ugicm.codec.codec import Codec
+from ugicm.server import isolated
 from ugicm.server.check import check, health
 from ugicm.server.settings import Settings
 
@@ -156,3 +157,14 @@ def test_health_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'fastapi', 'pydantic', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_check_tries_the_process_that_reads_images(codec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ugicm.server.app.load_model", lambda settings: codec)
+    monkeypatch.setattr(isolated, "_idle", [])
+    assert [finding.ok for finding in check(Settings())][-1]
+    monkeypatch.setattr(isolated, "_idle", [])
+    monkeypatch.setattr(isolated, "_CODE", "import sys; sys.exit(3)")
+    last = list(check(Settings()))[-1]
+    assert not last.ok
+    assert "status 3" in last.detail

@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
+import anyio.to_thread
 import httpx2
 import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 from starlette.datastructures import UploadFile
 
+from tests.conftest import no_thread
 from tests.live import until
 from ugicm.codec.codec import Codec
 from ugicm.codec.errors import CodecError
@@ -592,3 +594,28 @@ async def test_without_a_picture_cache_every_decode_runs(
     for _ in range(2):
         await client.post("/decode", json={"id": id})
     assert codec.count("synthesise") == 2
+
+
+async def test_too_many_pixels_are_refused_without_the_pool(
+    make_async_client: MakeAsyncClient,
+    image_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = await make_async_client(max_pixels=1 << 14)
+    monkeypatch.setattr("ugicm.server.engine.read_image", no_thread)
+    answer = await client.post("/encode", content=image_file(1100, 1000))
+    assert answer.status_code == 413
+    assert answer.json()["limit"] == client.app.state.services.engine.codec.max_pixels
+
+
+async def test_parameters_need_no_thread(
+    make_async_client: MakeAsyncClient,
+    image_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = await make_async_client()
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", no_thread)
+    id = (await client.post("/encode?quality=40", content=image_file())).json()["id"]
+    assert (await client.get(f"/bitstreams/{id}/image?strength=0.5")).status_code == 200
+    assert (await client.get("/readyz")).status_code == 200

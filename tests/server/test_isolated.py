@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,3 +303,15 @@ def test_files_that_would_take_minutes(
     monkeypatch.setattr(isolated, "_CODE", isolated._CODE.replace(START, changed))
     with pytest.raises(MalformedImageError, match="takes too long"):
         read_image(data, max_pixels=1 << 23)
+
+
+def test_images_are_read_without_standard_error(image_file: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(image_file())
+    code = (
+        f"import os, sys, time; sys.path[:] = {sys.path!r}; os.close(2)\n"
+        "from ugicm.server.isolated import size_of_image\n"
+        "end = time.monotonic() + 20\n"
+        "print(size_of_image(open(sys.argv[1], 'rb').read(), stop=lambda: time.monotonic() > end))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], capture_output=True, check=False)
+    assert done.stdout == b"(48, 32)\n"

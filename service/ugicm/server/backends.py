@@ -152,8 +152,8 @@ class FileCache:
             or self._written > (1 - self.KEEP) * self._max_bytes
         )
         if due and not (self._sweeping or self._closed) and time.monotonic() >= self._rest_until:
+            self._sweeper.submit(self._sweep)  # first, as there may be no thread to be had
             self._sweeping, self._written = True, 0
-            self._sweeper.submit(self._sweep)
 
     def _room(self, size: int) -> int:
         """Bytes that a file of this size takes on the disk."""

@@ -102,8 +102,8 @@ class MicroBatcher:
 
     @contextmanager
     def admit(self, weight: int) -> Iterator[None]:
-        """Hold `weight` of the limit, or raise `OverloadedError`; what weighs nothing is always admitted."""
-        if self.admitted and weight and self.admitted + weight > self.limit:
+        """Hold `weight` of the limit, or raise `OverloadedError`."""
+        if self.admitted and self.admitted + weight > self.limit:
             raise OverloadedError(
                 held=self.admitted,
                 weight=weight,
@@ -157,7 +157,10 @@ class MicroBatcher:
         loop = asyncio.get_running_loop()
         while batch := self._take():
             started = time.monotonic()
-            outcomes = await loop.run_in_executor(self._executor, self._run, batch)
+            try:
+                outcomes = await loop.run_in_executor(self._executor, self._run, batch)
+            except Exception as error:  # there is no thread to be had
+                outcomes = [error] * len(batch)
             run_s = time.monotonic() - started
             for job, outcome in zip(batch, outcomes, strict=True):
                 if job.done.done():

@@ -55,13 +55,13 @@ class Services:
     lifecycle: Lifecycle
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
     """Parts made by the application's lifespan."""
     services: Services = request.app.state.services
     return services
 
 
-def get_timings(request: Request) -> Timings:
+async def get_timings(request: Request) -> Timings:
     """Of this request."""
     timings: Timings = request.state.timings
     return timings
@@ -103,7 +103,7 @@ class View:
         return MEDIA_TYPES[self.format.value]
 
 
-def get_view(
+async def get_view(
     request: Request,
     preference: Annotated[
         Preference, Query(description="Whom the picture is for.", examples=["machine"])

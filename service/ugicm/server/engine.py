@@ -18,7 +18,7 @@ import numpy as np
 from ugicm.choices import ImageFormat
 from ugicm.codec.bitstream import peek
 from ugicm.codec.config import padded_size
-from ugicm.codec.errors import CodecError
+from ugicm.codec.errors import CodecError, check_pixels
 from ugicm.pixels import Pixels as Image
 from ugicm.server.batching import MicroBatcher
 from ugicm.server.images import check_side, write_image
@@ -264,9 +264,7 @@ class Engine:
         return await run_while_awaited(self._headers, lambda stop: size_of_image(data, stop=stop))
 
     def _weight(self, width: int, height: int) -> int:
-        # Sizes over the limit are refused with their own error later; they must not read as overload.
-        if width * height > self.codec.max_pixels:
-            return 0
+        check_pixels(width, height, self.codec.max_pixels)
         # A strip a pixel wide is 64 wide to the networks.
         pixels = math.prod(padded_size(width, height))
         return max(_MIN_WEIGHT, min(pixels, self.codec.max_pixels))

@@ -255,8 +255,9 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     source = sys.stdin.buffer
-    sink = os.fdopen(os.dup(1), "wb")
+    # First, as it takes the place of standard error where there is none; then that is not free for the other.
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    sink = os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # what libraries print, such as libtiff
         os.dup2(nowhere, stream)
     while head := source.read(_REQUEST.size):
