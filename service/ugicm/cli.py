@@ -219,7 +219,7 @@ def decode(
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(metavar="FILE.ugic", readable=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE.ugic", help="A bitstream.", readable=False)],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check a bitstream and show what its header says; needs no model."""
@@ -311,7 +311,9 @@ def bench(
     batches: Annotated[
         str, typer.Option(help="Pictures at a time, comma-separated; several are of 1 megapixel at most.")
     ] = "1,8",
-    quality: Annotated[float, typer.Option(min=1, max=100, callback=_number)] = DEFAULT_QUALITY,
+    quality: Annotated[
+        float, typer.Option(help="1 (smallest) to 100 (best).", min=1, max=100, callback=_number)
+    ] = DEFAULT_QUALITY,
     threads: Annotated[int, typer.Option(min=0, max=1024, help="0: as torch chooses.")] = 0,
     peers: Annotated[bool, typer.Option(help="Time Pillow's formats too.")] = True,
     learned: Annotated[

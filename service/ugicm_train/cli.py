@@ -33,12 +33,24 @@ COMMANDS = {
 """
 
 
+class _WithDefaults(argparse.HelpFormatter):
+    """Says the default of every option that has one worth saying, unless its text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        if "default" in text or default is False or default in (None, [], argparse.SUPPRESS):
+            return text
+        if isinstance(default, (list, tuple)):
+            return f"{text} (default: {' '.join(map(str, default))})"
+        return f"{text} (default: %(default)s)"
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     """``chosen``: the command on the command line; the module of no other is imported."""
     parser = argparse.ArgumentParser(prog="ugicm-train", description="Train a ugicm codec.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
+        command = commands.add_parser(name, help=summary, formatter_class=_WithDefaults)
         if name == chosen:
             importlib.import_module(module).add_arguments(command)
     return parser

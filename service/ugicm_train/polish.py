@@ -280,9 +280,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grain",
         type=float,
         default=GRAIN,
-        help="noise in the machine view, as a share of the codec's error (default: %(default)s)",
+        help="noise in the machine view, as a share of the codec's error",
     )
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="crops of a step")
     parser.add_argument("--crop", type=int, default=256, help="pixels a side, a multiple of 64")
     parser.add_argument(
         "--min-scale", type=float, default=1.0, help="shrink photos to between this and 1 of their size"

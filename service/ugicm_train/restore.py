@@ -101,7 +101,6 @@ def fit_prior(prior: FactorizedPrior, frequencies: Tensor, lengths: Tensor) -> f
         prior.log_scale.copy_((spread / 2).log()[:, None].expand(-1, count))
     adam = torch.optim.Adam(prior.parameters(), lr=0.05)
     entropy = -torch.special.xlogy(target, target).sum(1).mean() / np.log(2)
-    excess = float("inf")
     with torch.enable_grad():
         for step in range(PRIOR_STEPS):
             adam.param_groups[0]["lr"] = 0.05 * (1 - step / PRIOR_STEPS)
@@ -110,9 +109,8 @@ def fit_prior(prior: FactorizedPrior, frequencies: Tensor, lengths: Tensor) -> f
             adam.zero_grad()
             loss.backward()
             adam.step()
-            excess = float(loss.detach() - entropy)
     prior.zero_grad()
-    return excess
+    return float(loss.detach() - entropy)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class TrainOptions:
     precision: str = _option(
         "auto", "of the transforms in the forward pass and of Muon's products: auto, float32, bfloat16"
     )
-    compile: bool = _option(True, "on CUDA, have the blocks compiled")
+    compile: bool = _option(True, "on a single GPU, have the blocks compiled")
 
     def __post_init__(self) -> None:
         if (self.minutes is None) == (self.steps is None):
@@ -448,7 +448,7 @@ class Trainer:
     def _run(self, sampler: CropSampler, teacher: Teacher | None) -> int:
         options = self.options
         start, minutes_before, first = time.monotonic(), self.minutes, self.step
-        saved, logged, count, factor = start, start, 0, 0.0
+        saved_at, logged_at, count, factor = start, start, 0, 0.0
         sums: dict[str, Any] = {}
         row_sums: dict[str, Any] = {}
         row_count = 0
@@ -503,7 +503,7 @@ class Trainer:
                 if self.step % STEPS_PER_ROW == 0:
                     if self.graph_step is not None:
                         sums = _added(sums, self.graph_step.take_sums())
-                    row = self._row(sums, count, factor, now - logged)
+                    row = self._row(sums, count, factor, now - logged_at)
                     log.writerow(row)
                     log_file.flush()
                     self._check(row, count)
@@ -512,12 +512,12 @@ class Trainer:
                     remaining_s = elapsed * 60 * (1 / done - 1) if done else math.inf
                     progress.update(row, done=done, remaining_s=remaining_s)
                     row_sums, row_count = sums, count
-                    logged, sums, count = now, {}, 0
-                if now - saved > options.checkpoint_minutes * 60:
+                    logged_at, sums, count = now, {}, 0
+                if now - saved_at > options.checkpoint_minutes * 60:
                     if row_count:  # else the steps may be too few
                         check_unlogged()
                     self._save(self.out / CHECKPOINT)
-                    saved = now
+                    saved_at = now
         if writes:
             check_unlogged()
             self._save(self.out / CHECKPOINT)
@@ -678,8 +678,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option in dataclasses.fields(TrainOptions):
         flag, kind = f"--{option.name.replace('_', '-')}", kinds.get(option.name) or type(option.default)
         text = option.metadata["help"]
-        if option.default is not None:
-            text += " (default: %(default)s)"
         if kind is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=action, default=option.default, help=text)

@@ -40,8 +40,7 @@ class Peer(NamedTuple):
 def pillow_peers(threads: int) -> Iterator[Peer]:
     """JPEG, WebP, AVIF and, where its plugin is installed, JPEG XL, with Pillow's own quality."""
     settings: list[tuple[str, str, dict[str, Any]]] = [("Pillow JPEG", "JPEG", {})]
-    if features.check("webp"):
-        settings += [(f"Pillow WebP method {method}", "WEBP", {"method": method}) for method in (4, 6)]
+    settings += [(f"Pillow WebP method {method}", "WEBP", {"method": method}) for method in (4, 6)]
     if features.check("avif"):
         settings += [
             (f"Pillow AVIF speed {speed}", "AVIF", {"speed": speed, "max_threads": threads})

@@ -6,7 +6,6 @@ import asyncio
 import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import structlog
 from fastapi import Depends, FastAPI
@@ -30,18 +29,11 @@ from ugicm.server.middleware import (
     RequestContext,
     RequestLimit,
 )
-from ugicm.server.models import BatchLine, BitstreamRef
 from ugicm.server.pictures import PictureCache
-from ugicm.server.problems import Problem
 from ugicm.server.routes import batch, bitstreams, pages, status
 from ugicm.server.routes import codec as codec_routes
 from ugicm.server.settings import Settings, setting
 
-_FORMS: dict[str, dict[str, Any]] = {
-    "EncodeForm": {"image": openapi.FILE_PART},
-    "DecodeForm": {"bitstream": openapi.FILE_PART},
-    "BatchForm": {"images": {"type": "array", "items": openapi.FILE_PART}},
-}
 EXPOSED_HEADERS = (
     "Accept",
     "Allow",
@@ -139,8 +131,7 @@ def create_app(
     app.include_router(status.health_router)
     app.include_router(pages.router)
     app.mount("/static", pages.WholeFiles(directory=pages.STATIC), name="static")
-    keys = openapi.Keys(bool(settings.api_keys), bool(settings.url_keys))
-    openapi.install(app, (Problem, BitstreamRef, BatchLine), _FORMS, keys)
+    openapi.install(app, openapi.Keys(bool(settings.api_keys), bool(settings.url_keys)))
     return app
 
 

@@ -153,11 +153,7 @@ class Engine:
             weight = self._weight(*await self._size_of(data))
             with self.batcher.admit(weight):
                 on_admitted()
-                image = await self._pooled(
-                    "image_decode",
-                    timings,
-                    lambda stop: read_image(data, max_pixels=self.codec.max_pixels, stop=stop),
-                )
+                image = await self._read(data, timings)
                 if target.by_size:
                     bitstream = await self._search(image, target, timings, weight)
                 else:
@@ -219,11 +215,7 @@ class Engine:
         picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
         data = write_image(picture, "png")
         timings, weight = Timings(), self._weight(*await self._size_of(data))
-        image = await self._pooled(
-            "image_decode",
-            timings,
-            lambda stop: read_image(data, max_pixels=self.codec.max_pixels, stop=stop),
-        )
+        image = await self._read(data, timings)
         latent = await self._on_device("analysis", timings, self._analyse, (image, 50.0), weight)
         latent = self.codec.unpack(self.codec.pack(latent))
         for strength in (0.0, 1.0):
@@ -262,6 +254,12 @@ class Engine:
     async def _size_of(self, data: bytes) -> tuple[int, int]:
         """Width and height of an image file; with threads of its own, so that a refusal does not wait."""
         return await run_while_awaited(self._headers, lambda stop: size_of_image(data, stop=stop))
+
+    async def _read(self, data: bytes, timings: Timings) -> Image:
+        max_pixels = self.codec.max_pixels
+        return await self._pooled(
+            "image_decode", timings, lambda stop: read_image(data, max_pixels=max_pixels, stop=stop)
+        )
 
     def _weight(self, width: int, height: int) -> int:
         check_pixels(width, height, self.codec.max_pixels)

@@ -11,16 +11,24 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 
 from ugicm.codec.bitstream import MEDIA_TYPE as BITSTREAM_MEDIA_TYPE
 from ugicm.server.images import MEDIA_TYPES
+from ugicm.server.models import BatchLine, BitstreamRef
 from ugicm.server.problems import MEDIA_TYPE as PROBLEM_MEDIA_TYPE
-from ugicm.server.problems import Code
+from ugicm.server.problems import Code, Problem
 
 OCTETS = "application/octet-stream"
 BINARY = {"type": "string", "format": "binary"}
-FILE_PART = {**BINARY, "description": "A part with a file name (`filename=...`), whatever it is."}
+
+_FILE_PART = {**BINARY, "description": "A part with a file name (`filename=...`), whatever it is."}
+_FORMS: dict[str, dict[str, Any]] = {
+    "EncodeForm": {"image": _FILE_PART},
+    "DecodeForm": {"bitstream": _FILE_PART},
+    "BatchForm": {"images": {"type": "array", "items": _FILE_PART}},
+}
+_MODELS = (Problem, BitstreamRef, BatchLine)
+"""What the hand-written parts refer to besides the forms."""
 
 _DESCRIPTION = """
 A neural image codec as a service: one bitstream per image, two views.
@@ -68,25 +76,13 @@ def _problems(*kinds: Code) -> dict[int | str, dict[str, Any]]:
     return by_status
 
 
-def body(form: str, *, json_schema: str | None = None) -> dict[str, Any]:
-    """``openapi_extra`` of a request body that is raw bytes, the multipart `form`, or JSON."""
-    content: dict[str, Any] = {
-        OCTETS: {"schema": BINARY},
-        "multipart/form-data": {"schema": _reference(form)},
-    }
+def body(form: str, *, raw: bool = True, json_schema: str | None = None) -> dict[str, Any]:
+    """``openapi_extra`` of a request body: the multipart `form`, `raw` bytes, or JSON of that schema."""
+    content: dict[str, Any] = {OCTETS: {"schema": BINARY}} if raw else {}
+    content["multipart/form-data"] = {"schema": _reference(form)}
     if json_schema:
         content["application/json"] = {"schema": _reference(json_schema)}
     return {"requestBody": {"required": True, "content": content}}
-
-
-def multipart(form: str) -> dict[str, Any]:
-    """``openapi_extra`` of a request body that is the multipart `form`."""
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {"multipart/form-data": {"schema": _reference(form)}},
-        }
-    }
 
 
 def binary_answer(description: str, media_types: tuple[str, ...], *headers: str) -> dict[str, Any]:
@@ -133,17 +129,8 @@ BITSTREAM = _kept("bitstream", (BITSTREAM_MEDIA_TYPE,))
 IMAGE = _kept("image", IMAGE_TYPES, "Vary")
 
 
-def install(
-    app: FastAPI, models: tuple[type[BaseModel], ...], forms: dict[str, dict[str, Any]], keys: Keys
-) -> None:
-    """Replace ``app.openapi``.
-
-    Args:
-        app: whose document it is.
-        models: schemas that the hand-written parts refer to.
-        forms: multipart schemas, by name.
-        keys: what the operations ask for.
-    """
+def install(app: FastAPI, keys: Keys) -> None:
+    """Replace ``app.openapi``; `keys` are what the operations ask for."""
 
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
@@ -157,25 +144,20 @@ def install(
                 contact={"name": "ugicm"},
                 servers=[{"url": "/"}],
             )
-            _complete(schema, models, forms, keys)
+            _complete(schema, keys)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _complete(
-    schema: dict[str, Any],
-    models: tuple[type[BaseModel], ...],
-    forms: dict[str, dict[str, Any]],
-    keys: Keys,
-) -> None:
+def _complete(schema: dict[str, Any], keys: Keys) -> None:
     schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-    for model in models:
+    for model in _MODELS:
         own = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(own.pop("$defs", {}))
         schemas[model.__name__] = own
-    for name, properties in forms.items():
+    for name, properties in _FORMS.items():
         schemas[name] = {
             "title": name,
             "type": "object",

@@ -42,7 +42,7 @@ class Coder:
     views: Mapping[str, float] = field(default_factory=lambda: HUMAN_ONLY)
     """Strengths to decode the same bytes with, by name."""
     estimate_bits: Callable[[Image, float, bytes], float | None] | None = None
-    """(picture, quality) -> bits that the entropy model predicts."""
+    """(picture, quality, its bitstream) -> bits that the entropy model predicts, or None: no latent in it."""
     encode_to_bpp: Callable[[Image, float], bytes | None] | None = None
     """(picture, bits per pixel) -> at most so many bits, or None where no quality spends about so many."""
 

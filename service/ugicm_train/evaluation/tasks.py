@@ -165,7 +165,7 @@ class Top1(MeanScored):
     labels: Mapping[str, int]
     """Class index of each file in `folder`."""
     identity: str = ""
-    metric: str = "top-1"
+    metric: ClassVar[str] = "top-1"
 
     def images(self) -> Mapping[str, Path]:
         return {name: self.folder / name for name in self.labels}
@@ -419,7 +419,7 @@ class MeanIou(Scored):
     """Folder of 8-bit class masks NAME.png of the pictures NAME.*."""
     classes: int = 21
     identity: str = ""
-    metric: str = "mIoU"
+    metric: ClassVar[str] = "mIoU"
 
     def images(self) -> Mapping[str, Path]:
         masks = {path.stem: path for path in sorted(self.masks.glob("*.png"))}

@@ -17,7 +17,7 @@ from starlette.types import Send
 from ugicm.server.batching import OverloadedError
 from ugicm.server.deps import ServicesDep, media_type_of, open_form, unsupported
 from ugicm.server.models import BatchLine, EncodeResult
-from ugicm.server.openapi import binary_answer, multipart, problems
+from ugicm.server.openapi import binary_answer, body, problems
 from ugicm.server.problems import Code, ServiceError, as_service_error
 from ugicm.server.routes.codec import StoreParam, TargetDep, encode_image
 from ugicm.server.settings import setting
@@ -100,7 +100,7 @@ PartsDep = Annotated[list[Part], Depends(read_parts)]
             Code.INVALID_PARAMETER,
         ),
     },
-    openapi_extra=multipart("BatchForm"),
+    openapi_extra=body("BatchForm", raw=False),
 )
 async def encode_batch(
     request: Request,

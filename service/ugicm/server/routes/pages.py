@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -20,19 +20,6 @@ HEADERS = {
 """Swagger UI styles its elements inline; scripts come from files only."""
 
 
-def _without_range(scope: Scope) -> Scope:
-    """Servers may ignore ranges (RFC 9110, 14.2); Starlette answers wrong ones with text, no problem."""
-    kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
-    return {**scope, "headers": kept}
-
-
-class WholeFile(FileResponse):
-    """A file, never a part of it."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(_without_range(scope), receive, send)
-
-
 class WholeFiles(StaticFiles):
     """Files of a folder, never parts of them, and never older ones than the page that wants them."""
 
@@ -43,7 +30,9 @@ class WholeFiles(StaticFiles):
         return response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(_without_range(scope), receive, send)
+        # Servers may ignore ranges (RFC 9110, 14.2); Starlette answers wrong ones with text, no problem.
+        kept = [(name, value) for name, value in scope["headers"] if name not in (b"range", b"if-range")]
+        await super().__call__({**scope, "headers": kept}, receive, send)
 
 
 router = APIRouter(include_in_schema=False)
@@ -51,11 +40,11 @@ router = APIRouter(include_in_schema=False)
 
 @router.head("/")
 @router.get("/")
-async def get_viewer() -> FileResponse:
-    return WholeFile(STATIC / "viewer.html", headers=HEADERS)
+async def get_viewer() -> Response:
+    return HTMLResponse((STATIC / "viewer.html").read_bytes(), headers=HEADERS)
 
 
 @router.head("/docs")
 @router.get("/docs")
-async def get_docs() -> FileResponse:
-    return WholeFile(STATIC / "docs.html", headers=HEADERS)
+async def get_docs() -> Response:
+    return HTMLResponse((STATIC / "docs.html").read_bytes(), headers=HEADERS)
