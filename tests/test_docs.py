@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ugicm.cli import app
 from ugicm.server.app import create_app
 from ugicm.server.settings import Settings
-from ugicm_train.cli import _parser
+from ugicm_train.cli import COMMANDS, _parser
 from ugicm_train.evaluation import report
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +89,18 @@ def test_training_understands_its_commands(monkeypatch: pytest.MonkeyPatch) -> N
     }
     for words in examples:
         assert _parser(words[1]).parse_args(words[1:]).command == words[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_the_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = _parser(command)
+    with pytest.raises(SystemExit, match="0"):
+        parser.parse_args([command, "--help"])
+    shown = capsys.readouterr().out
+    (subparsers,) = (action for action in parser._actions if isinstance(action.choices, dict))
+    for option in subparsers.choices[command]._actions:
+        if option.help and type(option.default) in (int, float, str) and option.default != "==SUPPRESS==":
+            assert re.search(rf"\(default:\s+{re.escape(str(option.default))}[,)]", shown), option.dest
 
 
 def test_requests_are_in_the_schema() -> None:
