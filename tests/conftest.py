@@ -56,9 +56,9 @@ def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     decoded: list[int] = []
     transform, synthesise = Codec._transform, Codec._synthesise_group
 
-    def transform_counted(codec: Codec, pixels: torch.Tensor, tilt: float) -> torch.Tensor:
+    def transform_counted(codec: Codec, pixels: torch.Tensor, *more: Any) -> torch.Tensor:
         coded.append(len(pixels))
-        return transform(codec, pixels, tilt)
+        return transform(codec, pixels, *more)
 
     def synthesise_counted(codec: Codec, latents: Sequence[Latent], *more: Any) -> list[Image]:
         decoded.append(len(latents))

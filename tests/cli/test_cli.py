@@ -129,10 +129,14 @@ def test_the_two_views_differ(encoded: Path, tmp_path: Path) -> None:
     assert not np.array_equal(pixels(human), pixels(machine))
 
 
-def test_strength_overrides_preference(encoded: Path, tmp_path: Path, tiny_codec: Codec) -> None:
+@pytest.mark.parametrize("strength", [0, 0.25])
+def test_strength_overrides_preference(
+    encoded: Path, tmp_path: Path, tiny_codec: Codec, strength: float
+) -> None:
     out = tmp_path / "view.png"
-    assert ugicm_("decode", encoded, "-o", out, "--preference", "machine", "--strength", 0.25).exit_code == 0
-    assert np.array_equal(pixels(out), tiny_codec.decode([encoded.read_bytes()], 0.25)[0])
+    options = ("--preference", "machine", "--strength", strength)
+    assert ugicm_("decode", encoded, "-o", out, *options).exit_code == 0
+    assert np.array_equal(pixels(out), tiny_codec.decode([encoded.read_bytes()], strength)[0])
 
 
 def test_folders(photos: list[Path], tmp_path: Path) -> None:
@@ -313,7 +317,10 @@ def test_unknown_device(photos: list[Path], tmp_path: Path, device: str) -> None
     assert device in result.stderr
 
 
-def test_pixel_limit(photos: list[Path], encoded: Path, tmp_path: Path) -> None:
+def test_pixel_limit(
+    photos: list[Path], encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ugicm.server.images.load_pixels", None)  # noticed in the header
     result = ugicm_("encode", photos[0], "-o", tmp_path / "out.ugic", "--max-pixels", 6299)
     assert result.exit_code == 1
     assert "90x70 image: 6300 is over the limit of 6299; UGICM_MAX_PIXELS changes it" in result.stderr

@@ -122,6 +122,12 @@ def test_damage_gives_one_clear_error(data: bytes, message: str) -> None:
         parse(data, max_pixels=MAX_PIXELS)
 
 
+@pytest.mark.parametrize("bit", range(2, 8))
+def test_flags_of_later_versions_are_refused(bit: int) -> None:
+    with pytest.raises(MalformedBitstreamError, match=f"unknown flags {1 << bit:#04x}"):
+        peek(PLAIN[:9] + bytes([1 << bit]) + PLAIN[10:])
+
+
 def test_every_truncation_is_noticed() -> None:
     for data in (PLAIN, TILED):
         for size in range(len(data)):

@@ -267,10 +267,11 @@ def test_quality_out_of_range(tiny_codec: Codec, photo: Photo, quality: float) -
         tiny_codec.encode([photo], quality)
 
 
-def test_strength_out_of_range(tiny_codec: Codec, photo: Photo) -> None:
+@pytest.mark.parametrize("strength", [-0.01, 1.5, float("nan")])
+def test_strength_out_of_range(tiny_codec: Codec, photo: Photo, strength: float) -> None:
     data = tiny_codec.encode([photo[:64, :64]])
     with pytest.raises(CodecError, match=r"strength must be in 0\.\.1"):
-        tiny_codec.decode(data, 1.5)
+        tiny_codec.decode(data, strength)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +387,24 @@ def test_a_large_picture_is_never_one_tile(tiny_codec: Codec, photo: Photo) -> N
         tiny_codec.decode([serialise(replace(header, width=10_000, height=9_000), segments)])
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "side"),
+    [
+        (1024, 1024, 0),
+        (1025, 1023, 0),
+        (1025, 1024, 1024),
+        (512, 2048, 0),
+        (513, 2048, 1024),
+        # Of strips, what the networks see counts: twice as much.
+        (1 << 15, 1, 0),
+        (1, (1 << 15) + 1, 1024),
+    ],
+)
+def test_which_pictures_have_tiles_is_part_of_the_format(width: int, height: int, side: int) -> None:
+    """Decoders refuse others."""
+    assert codec_module._tile_side(width, height) == side
+
+
 def test_a_strip_counts_with_its_padding(
     tiny_codec: Codec, photo: Photo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,3 +451,19 @@ def test_the_analysis_looks_across_tiles(
     assert len(windows) > 4
     for window, y in zip(windows, tiny_codec._latents(photo, tilt), strict=True):
         torch.testing.assert_close(y, whole[window.rows, window.columns], atol=1e-4, rtol=0)
+
+
+def test_a_batch_shows_as_much_of_the_machine_view_as_each_alone(
+    tiny_store: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = read_model(tiny_store / "tiny")
+    reach = {"reach": torch.tensor([1.0, 0.0, 0.0])}
+    codec = Codec(stored._replace(tensors=stored.tensors | reach), device="cpu", precision="float32")
+    crop = photo[:64, :64]
+    qualities = [1 + 99 * rate / 32 for rate in (7.6, 8.4)]  # of one transform, but for the machine's part
+    bitstreams = codec.encode([crop, crop], qualities)
+    _, decoded = batch_sizes(monkeypatch)
+    together = codec.decode(bitstreams, 1.0)
+    assert decoded == [1, 1]
+    for data, picture in zip(bitstreams, together, strict=True):
+        np.testing.assert_array_equal(codec.decode([data], 1.0)[0], picture)

@@ -99,6 +99,8 @@ def test_frequencies_sum_to_the_total() -> None:
 def test_bad_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="sum to"):
         make_table(np.array([1, 2, 3, 4], np.int32))
+    with pytest.raises(ValueError, match="at least 1"):
+        make_table(np.array([0, TOTAL // 2, TOTAL // 2, 0], np.int32))
     with pytest.raises(ValueError, match="even number"):
         make_table(np.array([1, 2, 3], np.int32))
     with pytest.raises(ValueError, match="do not match"):

@@ -33,7 +33,8 @@ def test_data_come_back_as_they_were(shape: tuple[int, int]) -> None:
 def test_photos_are_not_tried(photo: Image) -> None:
     assert not lossless.promising(photo)
     assert lossless.promising(stripes(300, 451))
-    assert not lossless.promising(stripes(1, lossless.MAX_SIDE + 1))
+    for shape in ((16, lossless.MAX_SIDE + 1), (lossless.MAX_SIDE + 1, 64)):
+        assert not lossless.promising(stripes(*shape))
     # Looked at are rows all over the picture.
     framed = photo.copy()
     framed[:4] = 0
@@ -61,6 +62,15 @@ def test_stages_and_batches_keep_their_order(tiny_codec: Codec, photo: Image) ->
         np.testing.assert_array_equal(decoded[index], images[index])
     (alone,) = tiny_codec.decode([bitstreams[2]])
     np.testing.assert_array_equal(decoded[2], alone)
+
+
+def test_each_view_is_a_picture_of_its_own(tiny_codec: Codec) -> None:
+    image = stripes(64, 64)
+    latent = tiny_codec.unpack(tiny_codec.encode([image])[0])
+    human, machine = tiny_codec.synthesise([latent, latent], [0.0, 1.0])
+    human[:] = 7
+    np.testing.assert_array_equal(machine, image)
+    np.testing.assert_array_equal(tiny_codec.synthesise([latent])[0], image)
 
 
 def test_the_smaller_of_the_two_is_kept(tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:

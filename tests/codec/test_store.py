@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -336,6 +337,25 @@ def test_a_config_that_goes_deep(folder: Path) -> None:
 def test_rates_from_the_lowest_to_the_highest(least: float, most: float) -> None:
     with pytest.raises(ValueError, match=f"must be finite and above lambda_min, got {least} and {most}"):
         ModelConfig(name="x", lambda_min=least, lambda_max=most)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 0}, "channels must be positive, got 0"),
+        ({"context_blocks": -1}, "context_blocks must be positive, got -1"),
+        ({"lambda_min": math.nan}, "lambda_min must be positive, got nan"),
+        ({"levels": True}, "levels must be of type int, got True"),
+        ({"levels": 8.0}, r"levels must be of type int, got 8\.0"),
+        ({"levels": 1}, "levels must be at least 2, got 1"),
+        ({"latent_channels": 30}, "latent_channels must be a multiple of 4, got 30"),
+        ({"name": ""}, "name must be of printable characters, got ''"),
+        ({"name": "a\nb"}, r"name must be of printable characters, got 'a\\nb'"),
+    ],
+)
+def test_a_config_of_no_model(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{"name": "x", **changes})
 
 
 def test_a_config_with_more_blocks(folder: Path) -> None:

@@ -185,3 +185,8 @@ def test_rate_is_that_of_the_distribution(tables: TrellisTables) -> None:
 def test_tables_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrellisTables.load(latent_tables() | change, SCALE_COUNT)
+
+
+def test_some_tables_are_not_on_paths() -> None:
+    with pytest.raises(ValueError, match=r"216 tables and branches \(54,\) for 54 tables of y"):
+        TrellisTables.load(latent_tables(), 54)

@@ -108,6 +108,13 @@ def test_multipart_encode_equals_raw_encode(client: TestClient, image_file: Any)
     assert form.json()["id"] == encode(client, image_file())["id"]
 
 
+def test_a_form_may_end_between_two_slices(
+    client: TestClient, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ugicm.server.deps.FORM_SLICE_BYTES", 7)
+    assert client.post("/encode", files={"image": ("a.png", image_file())}).status_code == 200
+
+
 def test_accept_makes_encode_answer_with_the_bitstream(client: TestClient, image_file: Any) -> None:
     response = client.post("/encode", content=image_file(), headers={"Accept": "application/vnd.ugicm"})
     assert response.headers["content-type"] == "application/vnd.ugicm"
@@ -306,6 +313,9 @@ def test_not_ready_while_the_device_fails(client: TestClient, codec: Any, image_
     assert client.get("/readyz").json()["status"] == "unhealthy"
     codec.fail = None
     assert client.get("/readyz").status_code == 200
+    codec.calls.clear()
+    assert client.get("/readyz").status_code == 200
+    assert not codec.calls  # it works again
 
 
 # Problems

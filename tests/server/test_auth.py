@@ -73,6 +73,27 @@ def test_nothing_else_is_accepted(client: Any, headers: dict[str, str]) -> None:
     assert client.get("/info", headers=encoded).status_code in (401, 403)
 
 
+def test_how_long_a_comparison_takes_says_nothing(make_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    def compare(one: bytes, other: bytes) -> bool:
+        nonlocal compared
+        compared += 1
+        return one == other
+
+    monkeypatch.setattr("ugicm.server.auth.secrets.compare_digest", compare)
+    client = make_client(api_keys=KEYS, url_keys=URL_KEYS)
+    for key, status in (("first-key-0001", 200), ("second-key-0002", 200), ("wrong-key-0000", 403)):
+        compared = 0
+        assert client.get("/info", headers={"X-API-Key": key}).status_code == status
+        assert compared == 2
+    for secret in URL_KEYS.split(","):
+        compared = 0
+        link = sign(f"/bitstreams/{'0' * 64}", {}, SecretStr(secret), int(time.time()) + 60)
+        assert client.get(link).status_code == 404
+        assert compared == 2
+
+
 @pytest.mark.parametrize(
     "path", ["/livez", "/readyz", "/health", "/v2/health/live", "/metrics", "/", "/docs"]
 )

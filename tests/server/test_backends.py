@@ -143,6 +143,12 @@ def test_the_url_decides(url: str, kind: type[object]) -> None:
     assert isinstance(open_cache(Settings(cache_url=url)), kind)
 
 
+async def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "with space").mkdir()
+    await store(open_cache(Settings(cache_url=(tmp_path / "with space").as_uri())), b"bits")
+    assert len(files(tmp_path / "with space")) == 1
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -271,6 +277,16 @@ async def test_small_files_count_as_what_they_take(tmp_path: Path) -> None:
     assert cache.size == len(files(tmp_path)) * BLOCK
 
 
+async def test_what_is_deleted_makes_room(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 100 * BLOCK)
+    await store(cache, b"first")
+    await swept(cache)
+    (id,) = await store(cache, bytes(2 * BLOCK))
+    assert cache.size == 3 * BLOCK
+    await cache.delete(id)
+    assert cache.size == room_taken(tmp_path) == BLOCK
+
+
 async def test_nothing_waits_for_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = threading.Event()
     slow = FileCache._delete_oldest
@@ -371,6 +387,33 @@ async def test_a_full_disk_fails_the_check(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
+async def test_a_full_disk_keeps_no_part_of_a_bitstream(tmp_path: Path) -> None:
+    cache = FileCache(tmp_path, 100 * BLOCK)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            await store(cache, bytes(BLOCK))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == []
+
+
+async def test_a_sweep_that_failed_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cache: FileCache) -> None:
+        raise OSError(5, "Input/output error")
+
+    cache = FileCache(tmp_path, 10 * BLOCK)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileCache, "_delete_oldest", fail)
+        await store(cache, b"first")
+        await swept(cache)
+    for i in range(20):
+        await store(cache, bytes([i]))
+        await swept(cache)
+    assert len(files(tmp_path)) <= 10
+
+
 async def test_files_that_hang_hold_up_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = threading.Event()
     monkeypatch.setattr(Path, "read_bytes", lambda path: there.wait(60) and b"")
@@ -388,6 +431,7 @@ async def test_a_torn_file_is_a_miss(tmp_path: Path) -> None:
     (id,) = await store(cache, b"whole bitstream")
     (tmp_path / id[:2] / id).write_bytes(b"whole")
     assert await cache.get(id) is None
+    assert files(tmp_path) == []
     assert await cache.put(id, b"whole bitstream") is False
     assert await cache.get(id) == b"whole bitstream"
 

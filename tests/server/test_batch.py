@@ -10,6 +10,8 @@ import pytest
 from starlette.types import Message
 
 from tests.server.asgi import Client, chunk
+from ugicm.server.engine import Engine
+from ugicm.server.routes.batch import PARALLEL
 
 
 def lines(response: Any) -> list[dict[str, Any]]:
@@ -31,6 +33,26 @@ def test_one_line_per_image_in_order(client: Any, image_file: Any) -> None:
     single = client.post("/encode", params={"quality": 30}, content=images[3]).json()
     assert single["cached"] is True
     assert answer[3]["result"] == {**single, "cached": False}
+
+
+def test_images_of_a_batch_are_made_few_at_a_time(
+    client: Any, image_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[int] = []
+    peak: list[int] = []
+    encode = Engine.encode
+
+    async def counted(*given: Any, **more: Any) -> bytes:
+        inside.append(1)
+        peak.append(len(inside))
+        try:
+            return await encode(*given, **more)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Engine, "encode", counted)
+    assert len(lines(client.post("/encode/batch", files=parts(*[image_file()] * 9)))) == len(peak) == 9
+    assert max(peak) == PARALLEL
 
 
 def test_a_batch_without_storing(client: Any, image_file: Any) -> None:

@@ -125,6 +125,13 @@ async def test_memory_cache() -> None:
     assert await cache.get("large") is None
 
 
+async def test_storing_again_is_a_use() -> None:
+    cache = MemoryCache(2 * (4 + Lru.OVERHEAD))
+    for id in ("a", "b", "a", "c"):
+        await cache.put(id, b"bits")
+    assert [id for id in "abc" if await cache.get(id)] == ["a", "c"]
+
+
 @pytest.mark.parametrize("url", ["memory:", "file://{}"])
 def test_what_is_not_kept_is_not_called_stored(
     make_client: Any, image_file: Any, tmp_path: Path, url: str
@@ -220,6 +227,28 @@ async def test_a_cache_that_hangs_is_bounded_in_time(broken: BrokenCache) -> Non
     broken.hang = True
     with pytest.raises(CacheDownError):
         await GuardedCache(broken, Metrics(), timeout_s=0.01).get("a" * 64)
+
+
+async def test_a_store_that_hangs_does_not_hold_up_the_end(broken: BrokenCache) -> None:
+    class Hanging(BrokenCache):
+        async def close(self) -> None:
+            await asyncio.sleep(60)
+
+    async with asyncio.timeout(30):
+        await GuardedCache(Hanging(), Metrics(), timeout_s=0.01).close()
+
+
+def test_pictures_are_forgotten_even_where_the_bitstream_cannot_be(make_client: Any, image_file: Any) -> None:
+    class Unforgetting(MemoryCache):
+        async def delete(self, id: str) -> bool:
+            raise ConnectionError("refused")
+
+    client = make_client(Unforgetting(1 << 20))
+    path = f"/bitstreams/{client.post('/encode', content=image_file()).json()['id']}"
+    made = [client.get(f"{path}/image").headers["cache-status"] for _ in range(2)]
+    assert client.delete(path).json()["code"] == "cache-unavailable"
+    made.append(client.get(f"{path}/image").headers["cache-status"])
+    assert made == ["ugicm; fwd=miss", "ugicm; hit", "ugicm; fwd=miss"]
 
 
 def test_the_service_works_without_its_cache(make_client: Any, image_file: Any, broken: BrokenCache) -> None:

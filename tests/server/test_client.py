@@ -33,6 +33,8 @@ def test_round_trip(client: Client, image_file: Any, pixels: Any) -> None:
     by_id = client.decode(encoded.id, preference="machine")
     assert client.decode(bitstream, preference="machine") == by_id
     assert client.decode(encoded.id, strength=1.0) == by_id
+    human = client.decode(encoded.id)
+    assert client.decode(encoded.id, preference="machine", strength=0.0) == human != by_id
     assert (pixels(by_id) == 255 - pixels(image_file())).all()
     assert client.decode(encoded.id, format="npy").startswith(b"\x93NUMPY")
     client.delete(encoded.id)
@@ -114,6 +116,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         ({}, [0.5, 1.0]),
         ({"Retry-After": "soon"}, [0.5, 1.0]),
         ({"Retry-After": "9999"}, [60.0, 60.0]),
+        ({"Retry-After": "-1"}, [0.0, 0.0]),
+        ({"Retry-After": "nan"}, [0.0, 0.0]),
     ],
 )
 def test_it_waits_as_told(waits: list[float], headers: dict[str, str], expected: list[float]) -> None:

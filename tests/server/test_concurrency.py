@@ -22,9 +22,11 @@ from starlette.datastructures import UploadFile
 from tests.conftest import no_thread
 from tests.live import until
 from ugicm.codec.codec import Codec
+from ugicm.codec.entropy import EntropyModel
 from ugicm.codec.errors import CodecError
 from ugicm.server.deps import FORM_SLICE_BYTES, open_form
 from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
+from ugicm.server.isolated import size_of_image
 from ugicm.server.metrics import Metrics
 from ugicm.server.pictures import Picture, PictureCache, PictureKey
 from ugicm.server.timings import Timings
@@ -401,8 +403,9 @@ async def test_a_departed_client_leaves_no_picture_in_the_pool(
 async def test_work_is_stopped_when_its_time_is_up(
     path: str, make_async_client: MakeAsyncClient, codec: Any, image_file: Any
 ) -> None:
-    client = await make_async_client(request_timeout_s=0.5, warm_up=False)
+    client = await make_async_client(request_timeout_s=2, warm_up=False)
     content = image_file()
+    size_of_image(content)  # starts the process that reads images, which may take a while
     if path == "/decode":
         content = codec.pack(codec.analyse([np.zeros((8, 8, 3), np.uint8)], [50.0])[0])
     codec.gate.clear()
@@ -520,6 +523,33 @@ def test_the_codec_stops_between_tiles(tiny_codec: Codec) -> None:
         with pytest.raises(CodecError, match="stopped"):
             work(asked.__next__)
         assert not list(asked)
+
+
+@pytest.mark.parametrize(("number", "transforms", "coded"), [(1, 1, 0), (2, 2, 0), (3, 2, 0), (4, 2, 1)])
+def test_a_search_goes_on_to_the_end_of_a_tile_alone(
+    tiny_codec: Codec, photo: Any, monkeypatch: pytest.MonkeyPatch, number: int, transforms: int, coded: int
+) -> None:
+    transformed: list[Any] = []
+    packed: list[Any] = []
+    transform, pack = Codec._transform, EntropyModel.pack
+    monkeypatch.setattr("ugicm.codec.codec.TILE_SIDE", 128)
+    monkeypatch.setattr(Codec, "_transform", lambda *given: transformed.append(given) or transform(*given))
+    monkeypatch.setattr(EntropyModel, "pack", lambda *given: packed.append(given) or pack(*given))
+    asked = iter([False] * (number - 1) + [True])
+    with pytest.raises(CodecError, match="stopped"):
+        tiny_codec.encode_to_size(photo[:128, :256], max_bytes=20_000, stop=asked.__next__)
+    assert (len(transformed), len(packed)) == (transforms, coded)
+
+
+def test_the_codec_stops_before_lossless_coding(tiny_codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = np.zeros((64, 64, 3), np.uint8)
+    (latent,) = tiny_codec.analyse([drawn])
+    monkeypatch.setattr("ugicm.codec.lossless.compress", None)
+    asked = iter([False, True])
+    with pytest.raises(CodecError, match="stopped"):
+        tiny_codec.pack(latent, stop=asked.__next__)
+    with pytest.raises(CodecError, match="stopped"):
+        tiny_codec.encode_to_size(drawn, max_bytes=20_000, stop=lambda: True)
 
 
 async def test_a_flight_that_fails_is_not_remembered(

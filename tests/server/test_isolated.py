@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import re
 import signal
@@ -152,6 +153,32 @@ def test_nor_do_they_before_a_process_has_begun(
 
     monkeypatch.setattr(isolated._Reader, "__init__", signalled)
     assert read_image(file(), max_pixels=600).shape == RAMP.shape
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_what_libraries_print_is_not_taken_for_an_answer(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], stream: int
+) -> None:
+    running(monkeypatch, f"os.write({stream}, b'warning'); image.seek(0)")
+    assert np.array_equal(read_image(file(), max_pixels=600), RAMP)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_half_an_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the rest of the picture would be what was in that memory before."""
+    data, head = file(), json.dumps({"size": [30, 20], "error": None, "shape": RAMP.shape}) + "\n"
+    code = f"sys.stdin.buffer.read(16 + {len(data)}); os.write(1, {head.encode()} + bytes(99))"
+    code = f"import os, sys; {code}; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(isolated, "_CODE", code.replace("{", "{{").replace("}", "}}"))
+    with pytest.raises(ReaderLostError, match="was ended"):
+        read_image(data, max_pixels=600)
+
+
+def test_a_file_that_crashes_its_reader_leaves_no_dump(idle: list[isolated._Reader]) -> None:
+    """Of other people's pictures, on the disk of the service."""
+    size_of_image(file())
+    limits = Path(f"/proc/{idle[0].process.pid}/limits").read_text()
+    assert re.search(r"Max core file size +0 +0 ", limits)
 
 
 def test_where_memory_is_short_the_service_stays(idle: list[isolated._Reader]) -> None:

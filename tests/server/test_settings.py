@@ -48,6 +48,7 @@ def test_a_kubernetes_service_of_our_name_is_no_port(monkeypatch: pytest.MonkeyP
         ("api_keys", " , "),
         ("url_keys", ","),
         ("api_keys", "schlüssel-geheim"),
+        ("api_keys", "key with spaces"),
         ("cors_origins", "app.example.com"),
         ("cors_origins", "https://app.example.com/"),
         ("unknown", 1),

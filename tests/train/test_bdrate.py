@@ -69,6 +69,14 @@ def test_a_range_ends_where_the_test_curve_begins() -> None:
     assert bd_rate(reference, late, bpp_range=(0.2, 0.4)) == pytest.approx(100 * (2**-0.375 - 1))
 
 
+def test_a_range_is_that_of_the_curves_beside() -> None:
+    # At 29..32 dB the log2 ratio falls from 0 to -0.5, at 26..29 dB from 0.5 to 0.
+    for qualities, expected in (((29.0, 50.0), 2**-0.25), ((20.0, 29.0), 2**0.25), ((26.0, 32.0), 1.0)):
+        beside = [Curve((0.1, 0.2), qualities)]
+        assert bd_rate(REFERENCE, STEEP, beside=beside) == pytest.approx(100 * (expected - 1), abs=1e-9)
+    assert bd_rate(REFERENCE, STEEP, beside=[Curve((0.1, 0.2), (33.0, 34.0))]) is None
+
+
 def test_order_of_points_does_not_matter() -> None:
     shuffled = Curve(CHENG2020.bpp[::-1], CHENG2020.quality[::-1])
     assert bd_rate(VTM, shuffled) == bd_rate(VTM, CHENG2020)

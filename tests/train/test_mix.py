@@ -59,6 +59,16 @@ def test_a_share_may_be_left_out_and_the_result_may_be_the_base(tmp_path: Path) 
     assert torch.equal(mixed.tensors["preference.fold.weight"], view.tensors["preference.fold.weight"])
 
 
+def test_nothing_stays_of_the_machine_view_of_the_base(tmp_path: Path) -> None:
+    base, view = tmp_path / "base", write_tiny_model(tmp_path / "view", 2)
+    tensors = model_tensors(tiny_trainable(1)) | {"grain": torch.full((3,), 0.1)}
+    write_model(base, tiny_trainable(1).config, tensors, {"steps": 1, "grain": 0.2, "polish": []})
+    assert main(["mix", str(tmp_path / "mixed"), str(base), str(view)]) == 0
+    assert "grain" not in read_model(tmp_path / "mixed").tensors
+    record = json.loads((tmp_path / "mixed" / "config.json").read_text())["training"]
+    assert record.keys() == {"steps", "mixed", "reach"}
+
+
 def test_reach_weakens_the_machine_view_by_quality(tmp_path: Path, photo: NDArray[np.uint8]) -> None:
     base = tmp_path / "base"
     model = tiny_trainable(1)

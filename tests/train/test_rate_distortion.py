@@ -159,6 +159,26 @@ def test_changed_picture_is_measured_again(greys: Path) -> None:
     assert again.rows[0].psnr_db == pytest.approx(20 * np.log10(255 / 18), abs=1e-4)
 
 
+def test_sizes_of_a_changed_picture_are_measured_again(greys: Path) -> None:
+    asked: list[int] = []
+
+    def to_bpp(image: NDArray[np.uint8], target: float) -> bytes:
+        asked.append(int(image[0, 0, 0]))
+        return bytes(asked[-1])
+
+    coder = replace(Shift().coder(), encode_to_bpp=to_bpp)
+    known = measure([coder], greys)
+    assert asked == [100] * 6
+    PIL.Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(greys / "a.png")
+    again = measure([coder], greys, known=known)
+    assert asked[6:] == [90] * 3
+    assert [target.bpp for target in again.targets] == [8 * 90 / 1600] * 3 + [8 * 100 / 6400] * 3
+    # Nor do those of before come in by another way.
+    assert joined([again, known]).targets == again.targets
+    changed = joined([Measurement(again.images, [], []), known])
+    assert {target.image for target in changed.targets} == {"sub/b.png"}
+
+
 def test_what_is_transparent_is_measured_as_white(tmp_path: Path) -> None:
     for name, picture in (
         ("hidden", PIL.Image.new("RGBA", (40, 40), (255, 0, 0, 0))),
@@ -188,6 +208,14 @@ def test_other_butteraugli_is_kept(greys: Path) -> None:
     known = measured._replace(rows=[row._replace(butteraugli=1.5) for row in measured.rows])
     more = measure([replace(Shift().coder(), qualities=(6.0, 8.0))], greys, known=known)
     assert {(row.quality, row.butteraugli) for row in more.rows} == {(6.0, 1.5), (8.0, None)}
+
+
+def test_a_butteraugli_that_is_lacking_is_measured(greys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "butteraugli", lambda original, decoded: 2.5)
+    known = measure([Shift().coder()], greys)
+    assert {row.butteraugli for row in known.rows} == {None}
+    more = measure([Shift().coder()], greys, known=known, butteraugli=True)
+    assert {row.butteraugli for row in more.rows} == {2.5}
 
 
 def test_saved_rows_need_the_same_codec_and_machine(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_all_that_a_checkpoint_holds_is_resumed(photos: Path, tmp_path: Path) ->
     trainer = Trainer(tiny_trainable(5), options, tmp_path / "other")
     trainer.load(saved)
     now = trainer.state()
+    assert (now["step"], now["minutes"]) == (3, saved["minutes"])
     for part in ("model", "average"):
         assert all(torch.equal(now[part][name], value) for name, value in saved[part].items()), part
     assert now["adam"]["state"].keys() == saved["adam"]["state"].keys() != set()
@@ -189,6 +190,12 @@ def test_a_run_that_left_no_checkpoint_is_noticed(
     assert "holds the log of a run without checkpoint.pt" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
     assert (tmp_path / "log.csv").read_text() == log
+
+
+def test_a_run_that_left_nothing_begins_anew(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,loss\n")
+    train(TINY, dataclasses.replace(OPTIONS, steps=1, batch=1), [photos], tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 1
 
 
 def test_a_run_that_diverges_between_rows_writes_nothing(photos: Path, tmp_path: Path) -> None:
@@ -513,6 +520,9 @@ def test_a_run_says_where_it_comes_from(
     capsys.readouterr()
     train(TINY, options, [photos], tmp_path, resume="checkpoint.pt")
     assert "no --teacher from here on; before, it was the same" in capsys.readouterr().err
+    train(TINY, options, [photos], tmp_path, resume="checkpoint.pt", teacher=Same(), teacher_name="another")
+    teachers = load_checkpoint(tmp_path)["record"]["teachers"]
+    assert [teacher["teacher"] for teacher in teachers] == ["the same", "another"]
 
 
 def test_optimisers_share_out_all_parameters() -> None:
@@ -574,11 +584,12 @@ def test_learning_rates_warm_up_again_after_a_resume(photos: Path, tmp_path: Pat
     assert factors == [0.1, 0.2]
 
 
-def test_levels_of_all_processes_are_spread_evenly(tmp_path: Path) -> None:
+def test_levels_of_all_processes_are_spread_evenly(photos: Path, tmp_path: Path) -> None:
     shares = []
     for rank in range(3):
         trainer = Trainer(tiny_trainable(), dataclasses.replace(OPTIONS, level_power=1.0), tmp_path)
         trainer.processes.rank, trainer.processes.count = rank, 3
+        trainer.read([photos])
         shares += [level / (TINY.levels - 1) for level in trainer.next_levels(2)]
     shares.sort()
     assert np.diff([*shares, shares[0] + 1]) == pytest.approx(1 / 6)
@@ -857,6 +868,7 @@ def test_a_percent_counts_the_same_at_any_rate_where_bits_cannot_move() -> None:
     torch.testing.assert_close(quiet, loud)
     torch.testing.assert_close(unequal[[1, 3]], quiet[[1, 3]])
     torch.testing.assert_close(unequal[0], 3 * unequal[2])
+    assert not pull([0.0] * 4).any()  # and is a number
     assert float(unequal.sum()) == pytest.approx(float(quiet.sum()))
 
 
