@@ -230,3 +230,20 @@ async def test_callers_are_told_where_there_is_no_thread_for_the_device(
             await batcher.run(lambda items: items, 1, weight=1)
         monkeypatch.undo()
         assert (await batcher.run(lambda items: items, 1, weight=1)).result == 1
+
+
+async def test_what_found_no_thread_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = MicroBatcher(budget=9, limit=9)
+    done: list[int] = []
+
+    def work(items: Sequence[int]) -> list[None]:
+        done.extend(items)
+        return [None] * len(items)
+
+    monkeypatch.setattr("threading.Thread.start", no_thread)  # which leaves it in the pool's queue
+    with pytest.raises(RuntimeError, match="new thread"):
+        await batcher.run(work, 1, weight=1)
+    monkeypatch.undo()
+    await batcher.run(work, 2, weight=1)
+    assert done == [2]
+    await batcher.close()

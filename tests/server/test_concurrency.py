@@ -27,6 +27,7 @@ from ugicm.codec.errors import CodecError
 from ugicm.server.deps import FORM_SLICE_BYTES, open_form
 from ugicm.server.engine import CPU_BATCH_PIXELS, CUDA_BATCH_PIXELS, RateTarget
 from ugicm.server.isolated import size_of_image
+from ugicm.server.latents import LatentCache
 from ugicm.server.metrics import Metrics
 from ugicm.server.pictures import Picture, PictureCache, PictureKey
 from ugicm.server.timings import Timings
@@ -649,3 +650,24 @@ async def test_parameters_need_no_thread(
     id = (await client.post("/encode?quality=40", content=image_file())).json()["id"]
     assert (await client.get(f"/bitstreams/{id}/image?strength=0.5")).status_code == 200
     assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_who_leaves_does_not_hear_of_what_fails_for_others() -> None:
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    cache, go = LatentCache(0, Metrics()), asyncio.Event()
+
+    async def make() -> None:
+        await go.wait()
+        raise CodecError("damaged")
+
+    asked = start(cache.get("id", make) for _ in range(3))
+    await asyncio.sleep(0)
+    asked[0].cancel()
+    await asyncio.sleep(0)
+    go.set()
+    kinds = [type(answer) for answer in await asyncio.gather(*asked, return_exceptions=True)]
+    assert kinds == [asyncio.CancelledError, CodecError, CodecError]
+    del asked
+    gc.collect()
+    assert not told

@@ -10,6 +10,7 @@ import pytest
 
 from tests.browser import PROGRAM, Page, browser
 from tests.live import served, wait_until
+from ugicm.server.cache import bitstream_id
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium")
 
@@ -119,3 +120,49 @@ def test_a_tall_photo_fits_the_window(page: Page, photo: Callable[..., Path]) ->
     assert page.run("$('frame').getBoundingClientRect().height <= innerHeight")
     page.run("$('actual').click()")
     assert page.run("$('frame').getBoundingClientRect().width") == 100
+
+
+def test_the_shown_bitstream_is_saved_while_another_is_made(
+    page: Page, photo: Callable[..., Path], codec: Any, tmp_path: Path
+) -> None:
+    page.choose("#file", photo())
+    page.until(SHOWN)
+    id = page.run("state.result.id")
+    page.command("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    codec.gate.clear()
+    page.run(f"({SET})('quality', 20)")
+    page.run("$('facts').querySelector('button').click()")
+    saved = tmp_path / f"{id[:8]}.ugic"
+    page.until(f"{FAILED} || performance.getEntriesByType('resource').some((e) => e.name.endsWith('{id}'))")
+    codec.gate.set()
+    page.until(SHOWN)
+    assert page.run("state.result.id") != id
+    wait_until(saved.is_file)
+    assert bitstream_id(saved.read_bytes()) == id
+
+
+def test_a_bitstream_that_is_gone_is_made_again(page: Page, photo: Callable[..., Path], codec: Any) -> None:
+    page.choose("#file", photo())
+    page.until(SHOWN)
+    page.run("request(`bitstreams/${state.result.id}`, { method: 'DELETE' }).then(() => null)")
+    page.run("$('facts').querySelector('button').click()")
+    wait_until(lambda: codec.count("analyse") == 2)
+    page.until(SHOWN)
+    assert page.run("request(`bitstreams/${state.result.id}`).then(({ status }) => status)") == 200
+
+
+def test_what_the_server_dropped_before_it_was_shown_can_be_tried_again(
+    page: Page, photo: Callable[..., Path]
+) -> None:
+    page.run("""{
+        const fetch = window.fetch;
+        window.fetch = async (path, options) => {
+            if (!path.includes("/image")) return fetch(path, options);
+            window.fetch = fetch;
+            return new Response('{"detail": "dropped"}', { status: 404 });
+        };
+    }""")
+    page.choose("#file", photo())
+    page.until(f"{FAILED} && !$('again').hidden")
+    page.run("$('again').click()")
+    page.until(SHOWN)

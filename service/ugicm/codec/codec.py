@@ -56,7 +56,7 @@ TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
 BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
-MAP_BYTES = 1 << 20
+MAP_BYTES = 128 << 10
 """Latents of so many bytes are memory maps of their own; a process may have 65,530 by default."""
 SMALL_BYTES = 500
 """Below, bitstreams of one picture come in few sizes, and many qualities share one."""

@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from ugicm.server.threads import run_in
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -154,11 +157,10 @@ class MicroBatcher:
 
     async def _work(self) -> None:
         """Run batches until nothing waits."""
-        loop = asyncio.get_running_loop()
         while batch := self._take():
             started = time.monotonic()
             try:
-                outcomes = await loop.run_in_executor(self._executor, self._run, batch)
+                outcomes = await run_in(self._executor, partial(self._run, batch))
             except Exception as error:  # there is no thread to be had
                 outcomes = [error] * len(batch)
             run_s = time.monotonic() - started

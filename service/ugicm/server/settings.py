@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     """Longest time to wait for the bitstream cache before going on without it, in seconds."""
     picture_cache_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=0)
     """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
-    latent_cache_bytes: ByteSize = Field(default=ByteSize(64 << 20), ge=0, le=32 << 30)
+    latent_cache_bytes: ByteSize = Field(default=ByteSize(64 << 20), ge=0, le=4 << 30)
     """Size limit of the decoded latents kept in memory, in bytes, so that another view of a bitstream takes
     half as long; 4 bytes a pixel. 0 keeps none."""
 

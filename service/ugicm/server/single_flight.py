@@ -49,11 +49,14 @@ class SingleFlightCache(ABC, Generic[Key, Value]):
             self._count("miss")
             flight = self._flights[key] = _Flight()
             flight.task = asyncio.create_task(self._make(key, flight, make))
+            flight.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # heard of
         else:
             self._count("shared")
         flight.waiting += 1
         try:
-            return await asyncio.shield(flight.task), False
+            # Not `asyncio.shield`: once one of several has left, Python 3.14 logs what the making raises.
+            await asyncio.wait({flight.task})
+            return flight.task.result(), False
         finally:
             flight.waiting -= 1
             if not flight.waiting and not flight.task.done():

@@ -90,7 +90,7 @@ async function attempt(work) {
     await work(own.signal);
   } catch (error) {
     if (own.signal.aborted) return;
-    const lasting = state.opening || (error.status < 500 && ![408, 429].includes(error.status));
+    const lasting = state.opening || (error.status < 500 && ![404, 408, 429].includes(error.status));
     state.encoding = state.opening = false;
     say(error.message, true);
     $("again").hidden = lasting;
@@ -103,7 +103,10 @@ async function encode() {
     state.result = null;
     state.encoding = true;
     say("Encoding …");
-    const body = new Blob([state.file]); // without the browser’s guess of its type
+    const body = await state.file.arrayBuffer().catch(() => {
+      $("file").value = ""; // so that choosing it again is a change
+      throw new Error(`${state.file.name} can no longer be read: choose it again.`);
+    });
     const response = await request(`encode?quality=${$("quality").value}`, { method: "POST", body, signal });
     const result = await response.json();
     signal.throwIfAborted();
@@ -168,7 +171,7 @@ function facts(human, machine, name) {
     "Encode, decode": `${encode_ms.toFixed(0)} ms, ${human.time}`,
     Id: id.slice(0, 12),
     Save: [
-      saver("bitstream", `${id.slice(0, 8)}.ugic`, savedBitstream),
+      saver("bitstream", `${id.slice(0, 8)}.ugic`, () => savedBitstream(id)),
       saver("human", `${id.slice(0, 8)}-human.png`, () => $("human").src),
       saver(name, `${id.slice(0, 8)}-${name}.png`, () => $("machine").src),
     ],
@@ -193,14 +196,14 @@ function saver(text, download, find) {
     try {
       Object.assign(document.createElement("a"), { download, href: await find() }).click();
     } catch (error) {
+      if (error.status === 404) return encode(); // the server has dropped the bitstream
       say(error.message, true);
     }
   });
   return button;
 }
 
-async function savedBitstream() {
-  const { id } = state.result;
+async function savedBitstream(id) {
   // Not a link: that would send no key.
   const url = URL.createObjectURL(await (await request(`bitstreams/${id}`)).blob());
   setTimeout(() => URL.revokeObjectURL(url), 60e3);
