@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ugicm.server.settings import Settings
 
 DEFAULT_QUALITY = 50.0
+SPIN_COUNT = "10000"
+"""How often a thread of OpenMP looks for work before it sleeps: some tens of microseconds."""
 
 app = typer.Typer(
     name="ugicm",
@@ -84,6 +86,10 @@ def main() -> None:
     # Closed by the caller: what is said is said to nobody.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is imported. By default, threads keep their cores for milliseconds while they wait,
+        # and on a busy machine everything takes longer (docs/performance.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:

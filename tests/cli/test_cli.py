@@ -753,3 +753,23 @@ def test_no_arguments_shows_help() -> None:
     result = ugicm_()
     assert "encode" in result.output
     assert "decode" in result.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_leave_their_cores_unless_told_otherwise(
+    variables: dict[str, str], count: str
+) -> None:
+    """Told before torch, which reads it once."""
+    code = (
+        "import os, sys; import ugicm.cli\n"
+        "ugicm.cli.app = lambda: print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))\n"
+        "ugicm.cli.main()"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", count]

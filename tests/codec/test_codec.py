@@ -168,6 +168,22 @@ def test_tiles_match_the_whole_picture(
     assert np.abs(at_once - in_windows).max() <= 1
 
 
+def test_symbols_that_are_unlike_those_of_photos_are_not_lost(photo: Photo) -> None:
+    """The entropy model is certain of zeros where stripes have the largest numbers of all."""
+    shipped = load_codec(device="cpu")
+    wave = 127.5 + 90 * np.sin(np.arange(256) * 2 * np.pi / 2.5)
+    noise = np.random.default_rng(0).normal(0, 3, (256, 256, 3))
+    stripes = np.clip(wave[:, None] + noise, 0, 255).astype(np.uint8)
+    [lower], [data] = shipped.encode([stripes], 60), shipped.encode([stripes], 95)
+    [refined] = shipped.encode([stripes], 95, refine=1)
+    least = psnr(stripes, shipped.decode([lower])[0])
+    for each in (data, refined):
+        for strength in (0.0, 1.0):
+            assert psnr(stripes, shipped.decode([each], strength)[0]) > least
+    other = photo[:256, :256]
+    assert shipped.encode([other, stripes], 95) == [*shipped.encode([other], 95), data]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_encode_to_size_uses_the_budget(tiny_codec: Codec, photo: Photo, share: float) -> None:
     low, high = (len(data) for data in tiny_codec.encode([photo] * 2, [1, 100]))

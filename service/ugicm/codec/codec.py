@@ -621,7 +621,7 @@ class Codec:
     def _quantise(self, y: Tensor, qualities: Sequence[float]) -> list[TileSymbols]:
         """Apply to each of ``y`` (B, h, w, M) the gains of its quality, then round."""
         y = y * self._gains(self._levels(qualities))[0].permute(0, 2, 3, 1)
-        return self._entropy.quantise(self._hyper_analysis(y), y)
+        return self._entropy.quantise(self._hyper_analysis(y), y, self._hyper_analysis)
 
     def _latents(self, image: Image, tilt: float) -> Iterator[Tensor]:
         """y before gains, (h, w, M) of every tile."""
@@ -678,7 +678,9 @@ class Codec:
             )
             y = self._refiner(synthesis, frame, z[0], level, steps)
             inside.copy_(y)
-            yield self._entropy.quantise(z, y[None])[0]
+            with torch.autocast(self._device.type, enabled=False):
+                [tile] = self._entropy.quantise(z, y[None], self._hyper_analysis)
+            yield tile
 
     def _squared_error(self, bitstream: bytes, image: Image) -> float:
         """Of the human view, summed."""

@@ -30,6 +30,7 @@ _BITS = constriction.stream.model.Categorical(perfect=False)
 
 Symbols = NDArray[np.int16]
 Indexes = NDArray[np.uint8]
+Places = NDArray[np.intp]
 
 
 class Table(NamedTuple):
@@ -77,7 +78,7 @@ def weigh(zeros: NDArray[np.int32]) -> NDArray[np.float64]:
     return weights
 
 
-def sorted_places(indexes: Indexes, first: int) -> NDArray[np.intp]:
+def sorted_places(indexes: Indexes, first: int = 0) -> Places:
     """Stable order by table of the symbols whose table is at least `first`."""
     places = np.flatnonzero(indexes >= first)
     return places[np.argsort(indexes[places], kind="stable")]
@@ -86,27 +87,24 @@ def sorted_places(indexes: Indexes, first: int) -> NDArray[np.intp]:
 class _Groups(NamedTuple):
     """Symbols by table."""
 
-    order: NDArray[np.intp]
-    """`sorted_places`."""
+    order: Places
+    """By table."""
     tables: list[tuple[Table, slice]]
     """Tables that have symbols, and which of these."""
     radii: NDArray[np.int32]
     """Of each symbol's table."""
 
 
-def _grouped(tables: Sequence[Table], indexes: Indexes, first: int) -> _Groups:
-    order = sorted_places(indexes, first)
-    starts = np.searchsorted(indexes[order], np.arange(first, len(tables), dtype=np.uint8))
+def _grouped(tables: Sequence[Table], indexes: Indexes, order: Places | None) -> _Groups:
+    if order is None:
+        order = sorted_places(indexes)
+    starts = np.searchsorted(indexes[order], np.arange(len(tables), dtype=np.uint8))
     bounds = [*starts.tolist(), len(order)]
     slices = [slice(start, end) for start, end in pairwise(bounds)]
-    radii = np.array([table.radius for table in tables[first:]], np.int32)
+    radii = np.array([table.radius for table in tables], np.int32)
     return _Groups(
         order,
-        [
-            (table, place)
-            for table, place in zip(tables[first:], slices, strict=True)
-            if place.stop > place.start
-        ],
+        [(table, place) for table, place in zip(tables, slices, strict=True) if place.stop > place.start],
         radii.repeat(np.diff(bounds)),
     )
 
@@ -117,12 +115,14 @@ class SymbolEncoder:
     def __init__(self) -> None:
         self._coder = constriction.stream.queue.RangeEncoder()
 
-    def write(self, tables: Sequence[Table], symbols: Symbols, indexes: Indexes, first: int = 0) -> None:
+    def write(
+        self, tables: Sequence[Table], symbols: Symbols, indexes: Indexes, order: Places | None = None
+    ) -> None:
         """Code ``symbols`` (n,), each by the table that ``indexes`` (n,) selects.
 
-        Those of the tables before `first` are left out.
+        ``order``: `sorted_places`, from which some may be left out; these are not coded.
         """
-        groups = _grouped(tables, indexes, first)
+        groups = _grouped(tables, indexes, order)
         values = symbols[groups.order].astype(np.int32)
         beyond = np.abs(values) > groups.radii
         coded = np.where(beyond, groups.radii + 1, values) + groups.radii
@@ -154,9 +154,9 @@ class SymbolDecoder:
         words = np.frombuffer(payload, "<u4").astype(np.uint32)
         self._coder = constriction.stream.queue.RangeDecoder(words)
 
-    def read(self, tables: Sequence[Table], indexes: Indexes, first: int = 0) -> Symbols:
-        """Symbols (n,) of ``indexes`` (n,); those of the tables before `first` are zero."""
-        groups = _grouped(tables, indexes, first)
+    def read(self, tables: Sequence[Table], indexes: Indexes, order: Places | None = None) -> Symbols:
+        """Symbols (n,) of ``indexes`` (n,); those that the ``order`` of `write` leaves out are zero."""
+        groups = _grouped(tables, indexes, order)
         coded = np.empty(len(groups.order), np.int32)
         try:
             for table, place in groups.tables:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ugicm.codec.config import PATCH
-from ugicm.codec.dense import dense
+from ugicm.codec.dense import by_column, dense
 from ugicm.codec.grain import add_grain
 from ugicm.codec.networks import Analysis, Block, HyperAnalysis, Pointwise, Synthesis, bounded
 
@@ -29,7 +29,7 @@ class _Dense:
     """A dense layer of fixed precision."""
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        self._weight, self._bias = weight.to(dtype).contiguous(), bias.to(dtype).contiguous()
+        self._weight, self._bias = by_column(weight.to(dtype)), bias.to(dtype).contiguous()
 
     def __call__(self, x: Tensor, low: float = -torch.inf, high: float = torch.inf) -> Tensor:
         return dense(x, self._weight, self._bias, low, high)

@@ -26,6 +26,7 @@ from ugicm.codec.coder import (
     SYMBOL_LIMIT,
     TOTAL,
     Indexes,
+    Places,
     SymbolDecoder,
     SymbolEncoder,
     Symbols,
@@ -39,18 +40,25 @@ from ugicm.codec.viterbi import NEXT, STATES, cut
 
 STEP_MAX = 128
 """Largest step, in units of the means: `SYMBOL_LIMIT` of them are exact in float32."""
-# By twice the state, to which a branch can be added.
-_AFTER = 2 * NEXT.reshape(-1)
-_ODD = np.arange(2 * STATES) & 2 > 0
+# By twice the state, to which a branch can be added; whether it is odd, for both weights.
+_AFTER = 2 * NEXT.reshape(-1).astype(np.int32)
+_ODD = np.repeat(np.arange(2 * STATES)[:, None] & 2 > 0, 2, axis=1)
 _EVEN_ODDS = weigh(np.array(TOTAL // 2))
 
 
-def rows(indexes: Indexes, first: int) -> NDArray[np.intp]:
+def rows(indexes: Indexes, first: int) -> Places:
     """Places (n, length) of the symbols that lie on paths, of one coding step whose tables are `indexes`.
 
     Those of table `first` and above, by table. Some of the narrowest tables, fewer than a row, stay alone.
     """
     return cut(sorted_places(indexes, first))
+
+
+def parted(indexes: Indexes, lowest: int, first: int) -> tuple[Places, Places]:
+    """Places of the symbols of table `lowest` and above: those not on paths, by table, and the `rows`."""
+    order = sorted_places(indexes, lowest)
+    on_paths = cut(order[np.searchsorted(indexes[order], np.uint8(first)) :])
+    return order[: len(order) - on_paths.size], on_paths
 
 
 class Parts(NamedTuple):
@@ -117,12 +125,12 @@ class TrellisTables(NamedTuple):
         """
         table = (indexes - self.first).astype(np.intp)
         # Twice the state, plus the branch.
-        taken = np.empty(table.T.shape, np.intp)
-        state = np.zeros(len(table), np.intp)
+        taken = np.empty(table.T.shape, np.int32)
+        state = np.zeros(len(table), np.int32)
         for row, weights in zip(taken, weigh(self.zeros[table.T]), strict=True):
-            weights[_ODD[state]] = _EVEN_ODDS
+            np.putmask(weights, _ODD.take(state, 0), _EVEN_ODDS)
             np.add(state, decoder.read_bits(weights), out=row)
-            state = _AFTER[row]
+            state = _AFTER.take(row)
         bits = (2 * (taken & 1) + (taken >> 1 & 1)).T
         rest = decoder.read(self.rest, (4 * table + bits).reshape(-1).astype(np.uint8))
         points = 4 * rest.reshape(table.shape).astype(np.int32) + bits
