@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ugicm.memory import MAP_BYTES
 from ugicm.server.cache import (
-    MAP_BYTES,
     MAX_MAPS,
     CacheDownError,
     Content,

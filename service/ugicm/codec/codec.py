@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import mmap
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
@@ -43,7 +42,7 @@ from ugicm.codec.networks import Analysis, HyperAnalysis, Synthesis, between_rat
 from ugicm.codec.refine import Frame, Refiner, check_steps
 from ugicm.codec.soften import BLUR_SHARES, rms, soften, worse_than_blurred
 from ugicm.codec.store import DEFAULT_MAX_PIXELS, StoredModel
-from ugicm.memory import keep_freed_memory
+from ugicm.memory import MAP_BYTES, keep_freed_memory, memory_map
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Part = TypeVar("Part")
@@ -56,8 +55,6 @@ TILE_SIDE = 1024
 """Pixels per side of the independently coded tiles of large images."""
 BATCH_PIXELS = 4 << 20
 """Pixels, padding included, that go through the networks at once; bounds memory."""
-MAP_BYTES = 128 << 10
-"""Latents of so many bytes are memory maps of their own; a process may have 65,530 by default."""
 SMALL_BYTES = 500
 """Below, bitstreams of one picture come in few sizes, and many qualities share one."""
 LARGEST_RATE = 1e9
@@ -550,14 +547,12 @@ class Codec:
     def _empty_latent(self, header: Header) -> Tensor:
         """Room for the latent of a whole picture, (h, w, M) float32.
 
-        A large one is a memory map of its own: callers may keep it for long, and the heap, which is never
-        trimmed (`ugicm.memory`), would grow around it.
+        Callers may keep it for long.
         """
         shape = (*latent_size(header.width, header.height), self.config.latent_channels)
         if (size := 4 * math.prod(shape)) < MAP_BYTES:
             return torch.empty(shape, dtype=torch.float32, device="cpu")
-        room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.from_numpy(np.frombuffer(room, np.float32).reshape(shape))
+        return torch.from_numpy(np.frombuffer(memory_map(size), np.float32).reshape(shape))
 
     def _levels(self, qualities: Sequence[float]) -> Tensor:
         quality = torch.tensor(qualities, dtype=torch.float32, device=self._device)

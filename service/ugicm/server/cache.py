@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import mmap
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
+from ugicm.memory import MAP_BYTES, memory_map
 from ugicm.server.metrics import Metrics
 
 Value = TypeVar("Value")
@@ -22,10 +22,8 @@ Content = bytes | memoryview
 
 ID_PATTERN = "^[0-9a-f]{64}$"
 """What an id looks like; checked before an id comes near a path or a key."""
-MAP_BYTES = 128 << 10
-"""From this size on, what a cache keeps is mapped."""
 MAX_MAPS = 1 << 14
-"""A process may have 65,530 maps by default, so a larger cache maps larger entries only."""
+"""Of a cache; a larger one maps larger entries only."""
 _LONG_BYTES = 1 << 20
 """Bytes that take about a millisecond to hash."""
 _log = structlog.get_logger(__name__)
@@ -123,14 +121,10 @@ class Lru(Generic[Key, Value]):
 
 
 def lasting(content: Content, cache_bytes: int) -> Content:
-    """What a cache of that size should keep of `content`: if it is large, a copy in a memory map of its own.
-
-    In the heap, which is never trimmed (`ugicm.memory`), long-lived ones would lie scattered among the
-    buffers of the networks, and the process would go on growing with a full cache.
-    """
+    """What a cache of that size should keep of `content`: if it is large, a copy outside the heap."""
     if not max(MAP_BYTES, cache_bytes // MAX_MAPS) <= len(content) <= cache_bytes:
         return content
-    copy = mmap.mmap(-1, len(content), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = memory_map(len(content))
     copy[:] = content
     return memoryview(copy).toreadonly()
 
