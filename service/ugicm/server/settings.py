@@ -124,8 +124,8 @@ class Settings(BaseSettings):
     picture_cache_bytes: ByteSize = Field(default=ByteSize(128 << 20), ge=0)
     """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
     latent_cache_bytes: ByteSize = Field(default=ByteSize(64 << 20), ge=0, le=4 << 30)
-    """Size limit of the decoded latents kept in memory, in bytes, so that another view of a bitstream takes
-    half as long; 4 bytes a pixel. 0 keeps none."""
+    """Size limit of the decoded latents kept in memory, in bytes, so that another view of a bitstream needs
+    no entropy decoding; 4 bytes a pixel. 0 keeps none."""
 
     api_keys: Secrets = ()
     """Keys that clients must send as ``X-API-Key`` or ``Authorization: Bearer``; several allow rotation.
