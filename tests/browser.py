@@ -13,6 +13,8 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
+from tests.live import wait_until
+
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -22,11 +24,10 @@ class Page:
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
         self._sent = 0
+        self._session: dict[str, str] = {}  # the browser's own, until there is one of its page
         (target,) = (t for t in self.command("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attached = self.command("Target.attachToTarget", targetId=target["targetId"], flatten=True)
-        self._session: dict[str, str] = {"sessionId": attached["sessionId"]}
-
-    _session: dict[str, str] = {}  # noqa: RUF012 - of the browser itself
+        self._session = {"sessionId": attached["sessionId"]}
 
     def command(self, method: str, **parameters: Any) -> Any:
         """The result of a method of the protocol."""
@@ -57,18 +58,18 @@ class Page:
         self.command("Page.navigate", url=url)
         self.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
 
-    def choose(self, selector: str, *paths: Path) -> None:
-        """Put files into a box for files, as its user does."""
+    def choose(self, selector: str, path: Path) -> None:
+        """Put a file into a box for files, as its user does."""
         root = self.command("DOM.getDocument")["root"]["nodeId"]
         node = self.command("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.command("DOM.setFileInputFiles", files=[str(path) for path in paths], nodeId=node)
+        self.command("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
 
-    def resize(self, width: int, height: int, scale: float = 1) -> None:
+    def resize(self, width: int, height: int) -> None:
         self.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
             height=height,
-            deviceScaleFactor=scale,
+            deviceScaleFactor=1,
             mobile=False,
         )
 
@@ -83,12 +84,12 @@ def browser(folder: Path) -> Iterator[Page]:
     )
     try:
         said = folder / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
-        while not said.exists() or len(lines := said.read_text().split()) < 2:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with connect(f"ws://127.0.0.1:{lines[0]}{lines[1]}", max_size=None) as socket:
+        wait_until(
+            lambda: process.poll() is not None or (said.exists() and len(said.read_text().split()) == 2)
+        )
+        assert process.poll() is None
+        port, path = said.read_text().split()
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None) as socket:
             yield Page(socket)
     finally:
         process.terminate()

@@ -24,7 +24,7 @@ def free_port() -> int:
 def wait_until(accepts: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not accepts():
-        assert time.monotonic() < deadline, "the server did not start"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 

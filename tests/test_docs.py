@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -99,7 +100,7 @@ def test_help_says_the_defaults(command: str, capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     (subparsers,) = (action for action in parser._actions if isinstance(action.choices, dict))
     for option in subparsers.choices[command]._actions:
-        if option.help and type(option.default) in (int, float, str) and option.default != "==SUPPRESS==":
+        if option.help and type(option.default) in (int, float, str) and option.default != argparse.SUPPRESS:
             assert re.search(rf"\(default:\s+{re.escape(str(option.default))}[,)]", shown), option.dest
 
 

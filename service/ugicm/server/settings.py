@@ -125,7 +125,8 @@ class Settings(BaseSettings):
     """Size limit of the decoded pictures kept in memory, in bytes; 0 keeps none."""
     latent_cache_bytes: ByteSize = Field(default=ByteSize(64 << 20), ge=0, le=4 << 30)
     """Size limit of the decoded latents kept in memory, in bytes, so that another view of a bitstream needs
-    no entropy decoding; 4 bytes a pixel. 0 keeps none."""
+    no entropy decoding; 4 bytes a pixel. 0 keeps none; at most 4 GiB, as most latents take a memory map
+    each, of which a process has 65,530 by default."""
 
     api_keys: Secrets = ()
     """Keys that clients must send as ``X-API-Key`` or ``Authorization: Bearer``; several allow rotation.
